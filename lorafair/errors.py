@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class LorafairError(Exception):
-    """Bad input (configuration, data, weights, checkpoint, cluster). The command prints it as one line and exits with 2."""
+    """Bad input (configuration, data, weights, checkpoint, cluster); the command prints it as one line and exits 2."""

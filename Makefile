@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer and make:
+#   make demo     environment, install, real images and weights, a federated run on two processes, the result table
+#   make test     environment, install, lint, types, all tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Without this, idle threads of one process spin on the core that another one needs.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types tests results clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(VENV)/.installed ## a federated run on real images with a pretrained ViT (15 minutes on 2 cores at most)
+	$(BIN)/python train.py conf/demo.yaml
+
+test: lint types tests ## lint, types and all tests
+
+lint: $(VENV)/.installed ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed ## mypy, strict
+	$(BIN)/mypy
+
+tests: $(VENV)/.installed ## pytest
+	$(BIN)/python -m pytest
+
+results: $(VENV)/.installed ## the runs behind the README's result table (about half an hour on 2 cores)
+	for method in lora_fair fedit centralized local_only; do \
+	  $(BIN)/python train.py conf/demo.yaml method.name=$$method || exit 1; \
+	done
+
+clean: ## remove the environment and what tools left behind (runs/ and the download cache stay)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis lorafair.egg-info
+
+# TORCH names the build to install, e.g. TORCH='torch --index-url https://download.pytorch.org/whl/cu128'. Without it: on
+# Linux without an NVIDIA GPU a CPU build (200 MB instead of several GB), from the configured package index if that has
+# one, else from pytorch.org; everywhere else what the package index gives.
+TORCH ?=
+$(VENV)/.installed: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lorafair needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@torch="$(TORCH)"; cpu=https://download.pytorch.org/whl/cpu; \
+	if [ -z "$$torch" ] && [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+	  version=$$($(BIN)/pip index versions torch 2>/dev/null | grep -oE '[0-9.]+\+cpu' | head -n 1); \
+	  if [ -n "$$version" ]; then torch="torch==$$version"; \
+	  elif $(BIN)/pip download -q --no-deps --timeout 5 --retries 1 -d $(VENV)/probe --index-url $$cpu torchvision >/dev/null 2>&1; \
+	  then torch="torch torchvision --index-url $$cpu"; fi; rm -rf $(VENV)/probe; \
+	fi; \
+	echo "installing $${torch:-torch} and the package into $(VENV)"; \
+	$(BIN)/pip install -q $${torch:-torch} && $(BIN)/pip install -q -e '.[dev]'
+	@touch $@

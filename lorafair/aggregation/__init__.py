@@ -1,0 +1,81 @@
+"""The server step: one file a method. A new method is a frozen dataclass with `combine`, and a line in AGGREGATORS."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, cast
+
+from omegaconf import OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from lorafair.aggregation.averaging import FedIT
+from lorafair.aggregation.base import (
+    Aggregator,
+    JointAggregator,
+    LayerUpdate,
+    ServerUpdate,
+    aggregate,
+    bias_metrics,
+)
+from lorafair.aggregation.lora_fair import LoRAFair
+from lorafair.aggregation.references import Centralized, LocalOnly
+from lorafair.config import ConfigError
+
+__all__ = [
+    "AGGREGATORS",
+    "Aggregator",
+    "JointAggregator",
+    "LayerUpdate",
+    "ServerUpdate",
+    "aggregate",
+    "bias_metrics",
+    "build_aggregator",
+]
+
+AGGREGATORS: dict[str, type[Aggregator]] = {
+    "fedit": FedIT,
+    "lora_fair": LoRAFair,
+    "centralized": Centralized,
+    "local_only": LocalOnly,
+}
+
+
+def build_aggregator(options: Mapping[str, Any]) -> Aggregator:
+    """The method that `options["name"]` names, with the other options as its fields.
+
+    Raises ConfigError with one line that names method.<option>, what was given and what is possible.
+    """
+    name = options.get("name")
+    if name not in AGGREGATORS:
+        near = difflib.get_close_matches(str(name), AGGREGATORS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"method.name={name} is unknown; {hint}methods: {', '.join(AGGREGATORS)}")
+    method = AGGREGATORS[name]
+    given = {key: value for key, value in options.items() if key != "name"}
+    for key in given:
+        _check_option(key, name)
+    defaults = OmegaConf.structured(method)
+    try:
+        # The dataclasses are frozen, and OmegaConf would not let values be merged into a read-only node.
+        with flag_override(defaults, "readonly", False):
+            defaults.merge_with(given)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"method.{error.full_key}: {str(error).splitlines()[0]}") from error
+    return cast(Aggregator, OmegaConf.to_object(defaults))
+
+
+def _check_option(key: str, name: str) -> None:
+    known = _option_names(name)
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1)
+    owners = [other for other in AGGREGATORS if key in _option_names(other)]
+    hint = f"did you mean method.{near[0]}? " if near else ""
+    hint = f"it belongs to {', '.join(owners)}; " if owners else hint
+    raise ConfigError(f"method.{key} is no option of {name}; {hint}options of {name}: {', '.join(known) or 'none'}")
+
+
+def _option_names(name: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(cast(Any, AGGREGATORS[name]))]

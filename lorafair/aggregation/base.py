@@ -1,0 +1,137 @@
+"""The contract of an aggregation method, the server step that applies one to all layers, and the bias it leaves.
+
+Letters: K clients, R rank, I in_features, O out_features, L adapted layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lorafair.adapter import AdapterState, LoRAFactors
+from lorafair.aggregation.factor_algebra import (
+    IdealUpdate,
+    add,
+    inner,
+    split_ideal_update,
+    square_of_sum,
+    squared_norm,
+    weighted_mean,
+)
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What the server makes of one layer."""
+
+    factors: LoRAFactors  # where every client starts the next round; a leading K where each has its own
+    folded: LoRAFactors | None = None  # first merged into the frozen weight as s·B·A; its rank may be anything
+
+
+@dataclass(frozen=True)
+class ServerUpdate:
+    """What the server makes of a round, by layer path and parameter name."""
+
+    factors: dict[str, LoRAFactors]
+    folded: dict[str, LoRAFactors]  # only the layers that have any
+    head: dict[str, Tensor]
+
+
+class Aggregator(Protocol):
+    """An aggregation method. Concrete ones are frozen dataclasses; their fields are the options of `method:`."""
+
+    pools_data: ClassVar[bool] = False
+    """One client trains on everybody's images."""
+    folds: ClassVar[bool] = False
+    """Updates of `combine` may have a folded part."""
+    personal: ClassVar[bool] = False
+    """Each client keeps its own adapter and head; the update's factors have a leading K."""
+
+    def combine(self, clients: LoRAFactors, weights: Tensor) -> LayerUpdate:
+        """One layer of the next round, from A (K, R, I), B (K, O, R) and weights (K,) that sum to 1.
+
+        To be computed in float64, as the functions of `factor_algebra` do; `aggregate` casts the result back.
+        """
+        ...
+
+
+@runtime_checkable
+class JointAggregator(Protocol):
+    """An aggregator that handles all layers at once, because it is faster or because they depend on one another."""
+
+    def combine_layers(self, layers: Mapping[str, LoRAFactors], weights: Tensor) -> dict[str, LayerUpdate]:
+        """As `Aggregator.combine`, for every layer by its path."""
+        ...
+
+
+def aggregate(aggregator: Aggregator, clients: AdapterState, weights: Tensor) -> ServerUpdate:
+    """The server step: every layer by the method, the head by its weighted mean (the clients' own where personal).
+
+    `clients` holds tensors with a leading K, `weights` (K,) sums to 1. Computed in float64 on the clients' device and
+    returned in the clients' dtype; the order of the clients matters up to rounding only.
+    """
+    if isinstance(aggregator, JointAggregator):
+        updates = aggregator.combine_layers(clients.factors, weights)
+    else:
+        updates = {path: aggregator.combine(factors, weights) for path, factors in clients.factors.items()}
+    dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
+    head = clients.head if aggregator.personal else {n: weighted_mean(t, weights) for n, t in clients.head.items()}
+    return ServerUpdate(
+        factors={path: update.factors.to(dtypes[path]) for path, update in updates.items()},
+        folded={path: update.folded.to(dtypes[path]) for path, update in updates.items() if update.folded is not None},
+        head={name: tensor.to(clients.head[name].dtype) for name, tensor in head.items()},
+    )
+
+
+def bias_metrics(clients: AdapterState, weights: Tensor, update: ServerUpdate) -> dict[str, Tensor]:
+    """How far the server's update is from the ideal one, ΔW = Σ p_k B_k A_k: metric -> (L,) float64, layers in order.
+
+    error_before, cosine_before: ‖ΔW − X‖/‖ΔW‖ and the cosine of ΔW and X, for X = B̄Ā (plain averaging of the factors).
+    error_after, cosine_after: the same for what the method leaves the clients with, folded part included.
+    norm_ratio, correction_ratio: ‖B'‖/‖B̄‖ and ‖B' − B̄‖/‖B̄‖; cosine alone does not show an inflated B.
+    A ratio is 0 where its denominator is. Errors of float64 factors below about 1e-8 may be rounding. Stays on the
+    clients' device. Empty for a personal method, which has no common update.
+    """
+    if any(factors.A.ndim > 2 for factors in update.factors.values()):
+        return {}
+    layers = [
+        _layer_metrics(split_ideal_update(factors, weights), update.factors[path], update.folded.get(path))
+        for path, factors in clients.factors.items()
+    ]
+    return {name: torch.stack([layer[name] for layer in layers]) for name in (layers[0] if layers else {})}
+
+
+def _layer_metrics(ideal: IdealUpdate, factors: LoRAFactors, folded: LoRAFactors | None) -> dict[str, Tensor]:
+    mean, new = ideal.mean, factors.to(torch.float64)
+    # B̄Ā − B'A' from differences of factors: close products would cancel in a Gram matrix.
+    parts = [LoRAFactors(A=mean.A, B=mean.B - new.B), LoRAFactors(A=mean.A - new.A, B=new.B)]
+    applied = new
+    if folded is not None:
+        merged = folded.to(torch.float64)
+        parts.append(LoRAFactors(A=-merged.A, B=merged.B))
+        applied = add(new, merged)
+    gap = add(*parts)
+
+    bias_square, mean_square = squared_norm(ideal.bias), squared_norm(mean)
+    ideal_square = square_of_sum(mean_square, inner(mean, ideal.bias), bias_square)
+    error_square = square_of_sum(squared_norm(gap), inner(gap, ideal.bias), bias_square)
+
+    def cosine(product: LoRAFactors, square: Tensor) -> Tensor:
+        return _ratio(inner(mean, product) + inner(ideal.bias, product), (ideal_square * square).sqrt())
+
+    return {
+        "error_before": _ratio(bias_square, ideal_square).sqrt(),
+        "error_after": _ratio(error_square, ideal_square).sqrt(),
+        "cosine_before": cosine(mean, mean_square),
+        "cosine_after": cosine(applied, squared_norm(applied)),
+        "norm_ratio": _ratio(new.B.norm(), mean.B.norm()),
+        "correction_ratio": _ratio((new.B - mean.B).norm(), mean.B.norm()),
+    }
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, 0.0)

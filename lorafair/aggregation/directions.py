@@ -1,0 +1,215 @@
+"""One factor corrected in the eigenbasis of the other's Gram matrix: two numbers for each of R directions.
+
+With D = ΔR Āᵀ and ĀĀᵀ = U diag(e) Uᵀ, the minimiser of S(ΔW, (B̄ + ΔB)Ā) + λ‖ΔB‖² and every iterate of gradient
+descent have the columns ΔBu_r = x_r B̄u_r + y_r Du_r. So what is solved is a batch of small problems in the R-vectors
+e_r, ‖B̄u_r‖², ⟨B̄u_r, Du_r⟩ and ‖Du_r‖²: one problem a layer, or one a row where the similarity is taken row by row.
+
+Letters: R rank, N problems, S scales tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafair.aggregation.factor_algebra import square_of_sum
+
+SCALES = 72  # log-spaced values of ‖XĀ‖ tried, from _SMALLEST_SCALE to 1 times its upper bound
+_SMALLEST_SCALE = 1e-9
+_SECULAR_STEPS = 10  # Newton from a bound within √R of the root: 8 leave 1e-7, 10 leave rounding
+_BISECTIONS = 52  # the bits of a float64
+_NO_PENALTY = 1e-100  # below it, the square of 1 / penalty overflows
+
+
+@dataclass(frozen=True)
+class Problems:
+    """N problems min over X of share·S(ΔW, X) + penalty·‖X − B̄‖², in the eigenbasis of ĀĀᵀ."""
+
+    eigenvalues: Tensor  # (N, R), 0 where Ā does not see the direction
+    mean: Tensor  # (N, R), ‖B̄u_r‖²
+    overlap: Tensor  # (N, R), ⟨B̄u_r, Du_r⟩
+    bias: Tensor  # (N, R), ‖Du_r‖²
+    residual: Tensor  # (N,), ‖ΔR‖²
+    share: Tensor  # (N,)
+    penalty: Tensor  # (N,)
+
+    def ideal_square(self) -> Tensor:
+        """‖ΔW‖², (N,)."""
+        return square_of_sum((self.eigenvalues * self.mean).sum(-1), self.overlap.sum(-1), self.residual)
+
+    def product(self, x: Tensor, y: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
+        """⟨xB̄u_r + yDu_r, x₂B̄u_r + y₂Du_r⟩ for every direction, (..., N, R)."""
+        return x * x2 * self.mean + (x * y2 + y * x2) * self.overlap + y * y2 * self.bias
+
+    def rows(self, start: int, stop: int) -> Problems:
+        """The problems from `start` up to `stop`."""
+        return Problems(*(getattr(self, field.name)[start:stop] for field in dataclasses.fields(self)))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Problems]) -> Problems:
+        """All problems of `parts`, in their order."""
+        return Problems(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Problems)))
+
+
+@dataclass(frozen=True)
+class Correction:
+    """ΔB u_r = along_mean_r · B̄u_r + along_bias_r · Du_r."""
+
+    along_mean: Tensor  # (..., N, R)
+    along_bias: Tensor  # (..., N, R)
+
+
+def solve_frobenius(problems: Problems) -> Correction:
+    """The minimiser of ‖ΔW − XĀ‖² + μ‖X − B̄‖², ΔB = D(ĀĀᵀ + μI)⁻¹; for μ = 0 the one of least norm."""
+    curvature = problems.eigenvalues + problems.penalty[:, None]
+    solvable = problems.eigenvalues > 0
+    along_bias = torch.where(solvable, 1 / torch.where(solvable, curvature, 1.0), 0.0)
+    return Correction(torch.zeros_like(along_bias), along_bias)
+
+
+def solve_cosine(problems: Problems) -> Correction:
+    """The global minimiser of 1 − cos(ΔW, XĀ) + λ‖X − B̄‖².
+
+    Where λ‖B̄‖² = 0 the scale is free and the least-squares solution is taken. Never worse than ΔB = 0, which is kept
+    where ΔW = 0. Where the infimum is only approached as X shrinks to 0 (⟨ΔW, B̄Ā⟩ < 0 and a small λ), X stops at about
+    1e-9 of B̄. No step depends on the data, so nothing waits for the device.
+    """
+    largest, size = problems.eigenvalues.amax(-1), problems.mean.sum(-1)
+    largest, size = _or_one(largest), _or_one(size)
+    unit = _rescale(problems, largest, size)
+    free = (unit.penalty < _NO_PENALTY) | (problems.mean.sum(-1) == 0)
+    searched = _search_scales(dataclasses.replace(unit, penalty=torch.where(free, 1.0, unit.penalty)))
+    fitted = solve_frobenius(dataclasses.replace(unit, penalty=torch.zeros_like(unit.penalty)))
+    best = Correction(
+        torch.where(free[:, None], fitted.along_mean, searched.along_mean),
+        torch.where(free[:, None], fitted.along_bias, searched.along_bias),
+    )
+    nothing = Correction(torch.zeros_like(unit.mean), torch.zeros_like(unit.mean))
+    useful = (cosine_loss(unit, best) <= cosine_loss(unit, nothing)) & (unit.ideal_square() > 0)
+    return Correction(
+        torch.where(useful[:, None], best.along_mean, 0.0),
+        torch.where(useful[:, None], best.along_bias / largest[:, None], 0.0),
+    )
+
+
+def cosine_loss(problems: Problems, correction: Correction) -> Tensor:
+    """1 − cos(ΔW, XĀ) + (penalty / share)‖X − B̄‖², (..., N); the cosine with a zero matrix is 0.
+
+    As ‖ΔW − cXĀ‖² / 2‖ΔW‖² with c = ‖ΔW‖/‖XĀ‖, which keeps its digits where the cosine is close to 1.
+    """
+    x, y = 1 + correction.along_mean, correction.along_bias
+    square = (problems.eigenvalues * problems.product(x, y, x, y)).sum(-1)
+    ideal = problems.ideal_square()
+    defined = (square > 0) & (ideal > 0)
+    c = torch.where(defined, ideal / torch.where(defined, square, 1.0), 0.0).sqrt()[..., None]
+    u, v = 1 - c * x, -c * y  # B̄ − cX
+    gap = (problems.eigenvalues * problems.product(u, v, u, v)).sum(-1)
+    gap = gap + 2 * (u * problems.overlap + v * problems.bias).sum(-1) + problems.residual
+    distance = torch.where(defined, gap / (2 * torch.where(defined, ideal, 1.0)), 1.0)
+    change = problems.product(correction.along_mean, y, correction.along_mean, y).sum(-1)
+    return distance + problems.penalty / problems.share * change
+
+
+def _or_one(value: Tensor) -> Tensor:
+    return torch.where(value > 0, value, 1.0)
+
+
+def _rescale(problems: Problems, largest: Tensor, size: Tensor) -> Problems:
+    """The same problems with ‖B̄‖ = 1, largest eigenvalue 1 and share 1: only λ‖B̄‖² matters."""
+    column, scale = largest[:, None], size[:, None]
+    return Problems(
+        eigenvalues=problems.eigenvalues / column,
+        mean=problems.mean / scale,
+        overlap=problems.overlap / (column * scale),
+        bias=problems.bias / (column.square() * scale),
+        residual=problems.residual / (largest * size),
+        share=torch.ones_like(problems.share),
+        penalty=problems.penalty / problems.share * size,
+    )
+
+
+def _search_scales(unit: Problems) -> Correction:
+    """Minimise over the scale s = ‖XĀ‖, for each of which `_solve_at_scale` knows the best X.
+
+    That minimum as a function of s has the slope 2λ⟨X, X − B̄⟩/s, whose sign does not suffer from a small λ. At an
+    optimum ⟨X, X − B̄⟩ = 0, hence ‖X‖ ≤ ‖B̄‖ and s ≤ 1. A coarse search finds the valley, bisection its bottom.
+    """
+    scales = torch.logspace(
+        math.log10(_SMALLEST_SCALE), 0, SCALES, dtype=unit.mean.dtype, device=unit.mean.device
+    )  # (S,)
+    tried = _solve_at_scale(unit, scales[:, None])
+    best = cosine_loss(unit, tried).argmin(0)  # (N,)
+    rising = _slope_sign(unit, tried).gather(0, best[None])[0] > 0
+    low = scales[torch.where(rising, best - 1, best).clamp(min=0)]
+    high = scales[torch.where(rising, best, best + 1).clamp(max=SCALES - 1)]
+    for _ in range(_BISECTIONS):
+        middle = (low * high).sqrt()
+        rising = _slope_sign(unit, _solve_at_scale(unit, middle)) > 0
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    return _solve_at_scale(unit, (low * high).sqrt())
+
+
+def _slope_sign(unit: Problems, correction: Correction) -> Tensor:
+    """⟨X, X − B̄⟩, (..., N)."""
+    x, y = correction.along_mean, correction.along_bias
+    return unit.product(1 + x, y, x, y).sum(-1)
+
+
+def _solve_at_scale(unit: Problems, scale: Tensor) -> Correction:
+    """The best X with ‖XĀ‖ = s, for `scale` (N,) or (S, 1).
+
+    Xu_r = (α Mu_r + B̄u_r)/(1 + τe_r) with M = ΔWĀᵀ, α = 1/(2λ‖ΔW‖s) and the multiplier τ > −1 that gives X its scale:
+    Σ e_r‖αMu_r + B̄u_r‖²/(1 + τe_r)² = s², as in a trust-region step. With q = 1 + τ, the reciprocal root of the left
+    side is concave and increasing in q, so Newton's method rises to the root from any lower bound. Here e_r ≤ 1.
+    """
+    e = unit.eigenvalues
+    alpha = (1 / (2 * unit.penalty * _or_one(unit.ideal_square()).sqrt() * scale))[..., None]
+    target = (1 / scale)[..., None]
+    weight = (e * unit.product(alpha * e + 1, alpha, alpha * e + 1, alpha)).clamp(min=0)  # (..., N, R)
+    seen = e > 0
+    bound = torch.where(seen, (weight.sqrt() * target - 1 + e) / torch.where(seen, e, 1.0), 0.0)
+    q = bound.amax(-1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)  # each term alone stays below s²
+    for _ in range(_SECULAR_STEPS):
+        spread = 1 - e + q * e
+        terms = weight / spread.square()
+        total, slope = terms.sum(-1, keepdim=True), (terms * e / spread).sum(-1, keepdim=True)
+        q = q + torch.where(slope > 0, total * (total.sqrt() * target - 1) / _or_one(slope), 0.0)
+    spread = 1 - e + q * e
+    return Correction(
+        along_mean=(alpha - (q - 1)) * e / spread,
+        along_bias=torch.where(seen, alpha / spread, 0.0),
+    )
+
+
+def descend(problems: Problems, *, cosine: bool, steps: int, learning_rate: float) -> Correction:
+    """The iterate after `steps` of gradient descent from ΔB = 0, for the cosine or the Frobenius objective.
+
+    The same numbers, up to rounding, as descending on the dense (O, I) matrices.
+    """
+    e, penalty, share = problems.eigenvalues, problems.penalty[:, None], problems.share[:, None]
+    norm = problems.ideal_square().sqrt()
+    x, y = torch.zeros_like(e), torch.zeros_like(e)
+    pull = push = torch.full_like(share, 2.0)  # the gradient in X is push·XĀĀᵀ − pull·M
+    for _ in range(steps):
+        if cosine:
+            pull, push = _cosine_gradient(problems, Correction(x, y), norm)
+        x_step = share * e * (push * (1 + x) - pull) + 2 * penalty * x
+        y_step = share * (push * e * y - pull) + 2 * penalty * y
+        x, y = x - learning_rate * x_step, y - learning_rate * y_step
+    return Correction(x, torch.where(e > 0, y, 0.0))
+
+
+def _cosine_gradient(problems: Problems, correction: Correction, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """1/(ws) and cos/s², each (N, 1): the gradient of 1 − cos in X is (cos/s²)XĀĀᵀ − M/(ws)."""
+    x, y = 1 + correction.along_mean, correction.along_bias
+    square = (problems.eigenvalues * problems.product(x, y, x, y)).sum(-1)
+    along = problems.product(x, y, problems.eigenvalues, torch.ones_like(y)).sum(-1)  # ⟨X, M⟩, as Mu_r = e_rB̄u_r + Du_r
+    defined = (square > 0) & (norm > 0)
+    pull = torch.where(defined, 1 / torch.where(defined, norm * square.sqrt(), 1.0), 0.0)
+    push = torch.where(defined, pull * along / torch.where(defined, square, 1.0), 0.0)
+    return pull[:, None], push[:, None]

@@ -1,0 +1,106 @@
+"""Means of clients' factors, and inner products and norms of low-rank products B·A; no (O, I) matrix is formed.
+
+Everything is computed in float64: Gram matrices square the condition number. The cost of a norm is what its rank says,
+so a sum over clients is held as one product of rank N = K·R.
+
+Letters: K clients, R rank of a client's factors, I in_features, O out_features, N rank of a product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors
+
+_BLOCK = 256  # rows of an (N, N) or (O, I) matrix held at a time
+_ROUNDING = 1e-14  # a square below this share of its terms is rounding noise
+
+
+@dataclass(frozen=True)
+class IdealUpdate:
+    """ΔW = Σ p_k B_k A_k of one layer as B̄Ā + ΔR, where ΔR = Σ p_k (B_k − B̄)(A_k − Ā) is the aggregation bias.
+
+    The covariance form of ΔR does not cancel: equal clients, or clients that share A or B, give zero up to rounding.
+    """
+
+    mean: LoRAFactors  # A (R, I), B (O, R)
+    bias: LoRAFactors  # A (N, I), B (O, N)
+
+
+def weighted_mean(stack: Tensor, weights: Tensor) -> Tensor:
+    """Σ p_k T_k over the leading axis of `stack` (K, ...), in float64 on the device of `stack`."""
+    exact = stack.to(torch.float64)
+    return (weights.to(exact) @ exact.flatten(1)).view(stack.shape[1:])
+
+
+def mean_factors(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+    """Ā = Σ p_k A_k and B̄ = Σ p_k B_k, in float64."""
+    return LoRAFactors(A=weighted_mean(clients.A, weights), B=weighted_mean(clients.B, weights))
+
+
+def weighted_sum(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+    """Σ p_k B_k A_k as one product of rank N = K·R, in float64; the weights are in A."""
+    scale = weights.to(clients.A.device, torch.float64)[:, None, None]
+    return LoRAFactors(
+        A=(clients.A.to(torch.float64) * scale).flatten(0, 1),  # (N, I)
+        B=clients.B.to(torch.float64).permute(1, 0, 2).flatten(1),  # (O, N)
+    )
+
+
+def split_ideal_update(clients: LoRAFactors, weights: Tensor) -> IdealUpdate:
+    """The mean of the factors and what it leaves of ΔW. Clients: A (K, R, I), B (K, O, R)."""
+    A, B = clients.A.to(torch.float64, copy=True), clients.B.to(torch.float64, copy=True)
+    mean = mean_factors(LoRAFactors(A=A, B=B), weights)
+    # In place: for many clients, fresh memory costs more than the arithmetic.
+    A.sub_(mean.A).mul_(weights.to(A)[:, None, None])
+    B.sub_(mean.B)
+    return IdealUpdate(mean=mean, bias=LoRAFactors(A=A.flatten(0, 1), B=B.permute(1, 0, 2).flatten(1)))
+
+
+def add(*products: LoRAFactors) -> LoRAFactors:
+    """The sum of products of equal (O, I), as one product; the ranks add up."""
+    return LoRAFactors(A=torch.cat([p.A for p in products], dim=-2), B=torch.cat([p.B for p in products], dim=-1))
+
+
+def transpose(product: LoRAFactors) -> LoRAFactors:
+    """(B·A)ᵀ as a product: the two factors change places. Views, no copy."""
+    return LoRAFactors(A=product.B.mT, B=product.A.mT)
+
+
+def inner(left: LoRAFactors, right: LoRAFactors) -> Tensor:
+    """⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), a scalar tensor; for one small rank at least."""
+    return ((left.B.mT @ right.B) * (left.A @ right.A.mT)).sum()
+
+
+def squared_norm(product: LoRAFactors) -> Tensor:
+    """‖B·A‖² (Frobenius), a scalar tensor, in N²(O + I) or 2NOI operations and a block of the intermediate at a time."""
+    (outputs, rank), inputs = product.B.shape, product.A.shape[1]
+    if rank * (outputs + inputs) > 2 * outputs * inputs:
+        return squared_row_norms(product).sum()
+    total = product.A.new_zeros(())
+    for start in range(0, rank, _BLOCK):
+        stop = start + _BLOCK
+        # The Gram matrices are symmetric: the part right of the diagonal block counts twice.
+        block = LoRAFactors(A=product.A[start:stop], B=product.B[:, start:stop])
+        total = total + inner(block, block)
+        if stop < rank:
+            total = total + 2 * inner(block, LoRAFactors(A=product.A[stop:], B=product.B[:, stop:]))
+    return total
+
+
+def squared_row_norms(product: LoRAFactors) -> Tensor:
+    """‖(B·A)[o]‖² of every row, (O,)."""
+    (outputs, rank), inputs = product.B.shape, product.A.shape[1]
+    if rank * (outputs + inputs) < outputs * inputs:
+        return ((product.B @ (product.A @ product.A.mT)) * product.B).sum(-1).clamp(min=0)
+    # So many clients that rows of the product cost less than the Gram matrix of the factors.
+    return torch.cat([(rows @ product.A).square().sum(-1) for rows in torch.split(product.B, _BLOCK)])
+
+
+def square_of_sum(first: Tensor, cross: Tensor, second: Tensor) -> Tensor:
+    """‖u + v‖² from ‖u‖², ⟨u, v⟩ and ‖v‖²; exactly 0 where nothing but rounding is left."""
+    total = first + 2 * cross + second
+    return torch.where(total > _ROUNDING * (first + second), total, 0.0)

@@ -1,0 +1,140 @@
+"""LoRA-FAIR: correct the averaged factors so that their product comes close to the average of the products.
+
+Averaging gives B̄Ā instead of ΔW = Σ p_k B_k A_k. The server adds ΔB = argmin S(ΔW, (B̄ + ΔB)Ā) + λ‖ΔB‖² and the next
+round starts from (Ā, B̄ + ΔB); clients send and receive what they do in FedIT. (arXiv 2411.14961, ICCV 2025)
+
+Letters: K clients, R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors
+from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.directions import Correction, Problems, descend, solve_cosine, solve_frobenius
+from lorafair.aggregation.factor_algebra import inner, squared_norm, transpose, weighted_sum
+from lorafair.aggregation.fixed_factor import correct_b
+from lorafair.aggregation.free_factors import descend_from_mean, minimize_from
+from lorafair.aggregation.layer_objective import LayerObjective, layer_objective, penalty_of_b
+from lorafair.config import ConfigError
+from lorafair.errors import LorafairError
+
+
+@dataclass(frozen=True)
+class LoRAFair(Aggregator):
+    """FedIT with a server-side correction of the averaged factors (arXiv 2411.14961)."""
+
+    similarity: Literal["cosine", "cosine_columns", "frobenius"] = "cosine"
+    """How the corrected product X is compared with ΔW. cosine: 1 − cos of the flattened matrices. cosine_columns: 1 −
+    the mean cosine of their columns. frobenius: ‖ΔW − X‖², with λ relative to the fixed factor."""
+    residual: Literal["B", "A", "both"] = "B"
+    """The factor that is corrected; the other stays the clients' mean."""
+    regularization: float = 0.01
+    """λ, the weight of the correction's squared norm. Large values give FedIT."""
+    solver: Literal["exact", "sgd"] = "exact"
+    """exact: the minimiser (with residual=both, or cosine_columns on B, a local one). sgd: the paper's gradient descent
+    from zero, which inflates B where B is small and stops short where λ is."""
+    rescale: bool = False
+    """Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale."""
+    sgd_steps: int | None = None
+    """Gradient steps; for solver=sgd (1000)."""
+    sgd_learning_rate: float | None = None
+    """Step size; for solver=sgd (0.01)."""
+
+    def __post_init__(self) -> None:
+        if not (self.regularization >= 0 and math.isfinite(self.regularization)):
+            raise ConfigError(f"method.regularization={self.regularization} is out of range: it must be 0 or more")
+        for option in ("sgd_steps", "sgd_learning_rate"):
+            value = getattr(self, option)
+            if value is not None and self.solver != "sgd":
+                raise ConfigError(f"method.{option}={value} has no effect: it needs method.solver=sgd")
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"method.{option}={value} is out of range: it must be above 0")
+
+    def combine(self, clients: LoRAFactors, weights: Tensor) -> LayerUpdate:
+        """One layer, from A (K, R, I), B (K, O, R) and weights (K,); see `combine_layers`."""
+        return self.combine_layers({"layer": clients}, weights)["layer"]
+
+    def combine_layers(self, layers: Mapping[str, LoRAFactors], weights: Tensor) -> dict[str, LayerUpdate]:
+        """All layers: in one batch where a factor is fixed, which never waits for the device but in `eigh`.
+
+        Raises LorafairError where sgd diverges.
+        """
+        if self._has_fixed_factor:
+            corrected = self._correct_one_factor(layers, weights)
+        else:
+            corrected = {path: self._correct_freely(clients, weights) for path, clients in layers.items()}
+        if self.solver == "sgd":
+            self._require_finite(corrected)
+        if self.rescale:
+            corrected = {path: self._rescaled(corrected[path], layers[path], weights) for path in layers}
+        return {path: LayerUpdate(factors=factors) for path, factors in corrected.items()}
+
+    def objective(self, clients: LoRAFactors, weights: Tensor) -> LayerObjective:
+        """What this method minimises for one layer, a function of A (R, I) and B (O, R) in float64."""
+        return layer_objective(clients, weights, similarity=self.similarity, regularization=self.regularization)
+
+    @property
+    def _has_fixed_factor(self) -> bool:
+        """Whether the problem falls apart into the small ones of `fixed_factor`."""
+        return self.residual == "A" or (self.residual == "B" and self.similarity != "cosine_columns")
+
+    def _correct_one_factor(self, layers: Mapping[str, LoRAFactors], weights: Tensor) -> dict[str, LoRAFactors]:
+        on_a = self.residual == "A"
+        corrected = correct_b(
+            {path: transpose(clients) for path, clients in layers.items()} if on_a else layers,
+            weights,
+            self._solve,
+            penalty=lambda mean: penalty_of_b(mean, similarity=self.similarity, regularization=self.regularization),
+            by_row=self.similarity == "cosine_columns",
+        )
+        return {path: transpose(factors) for path, factors in corrected.items()} if on_a else corrected
+
+    def _solve(self, problems: Problems) -> Correction:
+        cosine = self.similarity != "frobenius"
+        if self.solver == "sgd":
+            return descend(problems, cosine=cosine, steps=self._steps, learning_rate=self._learning_rate)
+        return solve_cosine(problems) if cosine else solve_frobenius(problems)
+
+    def _correct_freely(self, clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+        objective = self.objective(clients, weights)
+        if self.solver == "sgd":
+            return descend_from_mean(objective, self.residual, steps=self._steps, learning_rate=self._learning_rate)
+        if self.residual == "B":
+            return minimize_from(objective, objective.mean, "B")
+        one_sided = [
+            dataclasses.replace(self, residual=side, rescale=False).combine(clients, weights).factors
+            for side in ("B", "A")
+        ]
+        return minimize_from(objective, min(one_sided, key=lambda factors: float(objective(factors))), "both")
+
+    @property
+    def _steps(self) -> int:
+        return 1000 if self.sgd_steps is None else self.sgd_steps
+
+    @property
+    def _learning_rate(self) -> float:
+        return 0.01 if self.sgd_learning_rate is None else self.sgd_learning_rate
+
+    def _require_finite(self, corrected: dict[str, LoRAFactors]) -> None:
+        for path, factors in corrected.items():
+            if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+                raise LorafairError(
+                    f"method.sgd_learning_rate={self._learning_rate} diverged in layer {path}: take a smaller one, "
+                    "a smaller method.regularization, or method.solver=exact"
+                )
+
+    def _rescaled(self, corrected: LoRAFactors, clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+        scale = inner(corrected, weighted_sum(clients, weights)) / squared_norm(corrected)
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+        if self.residual == "A":
+            return LoRAFactors(A=corrected.A * scale, B=corrected.B)
+        return LoRAFactors(A=corrected.A, B=corrected.B * scale)

@@ -1,0 +1,176 @@
+"""From a configuration to everything a run needs: images, clients, model, evaluation, the identity of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from lorafair.aggregation import Aggregator, build_aggregator
+from lorafair.config import Config, ConfigError
+from lorafair.data.images import ImageData, Split
+from lorafair.data.loading import BatchSource, ImageSource
+from lorafair.data.partition import Client, partition, pooled
+from lorafair.data.sources import load_images
+from lorafair.evaluation import Evaluator
+from lorafair.exchange import same_error_on_all_ranks
+from lorafair.models import AdaptedModel, build_model, image_size_of
+from lorafair.prefix_cache import cached_tokens, reason_against_cache
+from lorafair.schedule import RoundPlan, plan_round
+from lorafair.tracking import say
+
+# What may differ between a run and its continuation: it changes no number, or only how many rounds there are.
+NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabric")
+NOT_IDENTITY_NESTED = (("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"))
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What stays the same over the rounds, on one rank."""
+
+    fabric: Fabric
+    config: Config
+    aggregator: Aggregator
+    data: ImageData
+    clients: tuple[Client, ...]  # (N,)
+    model: AdaptedModel
+    train_source: BatchSource
+    labels: Tensor  # of all training images, on the device
+    evaluator: Evaluator
+
+    def plan(self, round_index: int) -> RoundPlan:
+        """The plan of a round; the same on every rank."""
+        local = self.config.client
+        sizes = [len(client.indices) for client in self.clients]
+        visited = [
+            local.steps * min(local.batch_size, size) if local.steps is not None else (local.epochs or 1) * size
+            for size in sizes
+        ]
+        return plan_round(
+            round_index,
+            seed=self.config.seed,
+            sizes=sizes,
+            costs=visited,
+            clients_per_round=None if self.aggregator.pools_data else self.config.federation.clients_per_round,
+            weighting=self.config.federation.weighting,
+            cohort=local.cohort,
+            world_size=self.fabric.world_size,
+        )
+
+    @cached_property  # computed before the first round: folding changes the frozen weights
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: the settings that change numbers, the images and the frozen weights."""
+        settings = dataclasses.asdict(self.config)
+        for key in NOT_IDENTITY:
+            del settings[key]
+        for section, key in NOT_IDENTITY_NESTED:
+            del settings[section][key]
+        settings["fabric"] = {"precision": self.config.fabric.precision}
+        digest = hashlib.sha256()
+        for name, tensor in self.model.backbone.state_dict().items():
+            if name.rpartition(".")[2] not in ("A", "B"):
+                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return {**settings, "images": self.data.fingerprint, "frozen_weights": digest.hexdigest()}
+
+
+def assemble(fabric: Fabric, config: Config) -> Federation:
+    """Build everything, on every rank of a launched Fabric. What has to be fetched is fetched once a node.
+
+    Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
+    """
+    aggregator = build_aggregator(config.method)
+    size = image_size_of(config.model)
+    for turn in (True, False):  # the first rank of a node builds what the others then find in the cache
+        with same_error_on_all_ranks(fabric):
+            if turn == (fabric.local_rank == 0):
+                data, clients, model = _load(config, aggregator)
+    model.attach(fabric.device, config.client.cohort)
+    if fabric.is_global_zero:
+        _introduce(config, data, clients, model, fabric.world_size)
+    train_source, test_source = _sources(fabric, config, model, data, size)
+    return Federation(
+        fabric=fabric,
+        config=config,
+        aggregator=aggregator,
+        data=data,
+        clients=clients,
+        model=model,
+        train_source=train_source,
+        labels=torch.from_numpy(data.train.labels).to(fabric.device),
+        evaluator=Evaluator(
+            fabric,
+            test_source,
+            data.test.labels,
+            data.test.domains,
+            classes=len(data.classes),
+            batch_size=config.evaluation.batch_size,
+        ),
+    )
+
+
+def _load(config: Config, aggregator: Aggregator) -> tuple[ImageData, tuple[Client, ...], AdaptedModel]:
+    data = load_images(config.data, config.seed)
+    labels, domains = data.train.labels, data.train.domains
+    if aggregator.pools_data:
+        clients = pooled(labels)
+    else:
+        clients = partition(config.partition, labels, domains, data.domains, config.seed)
+    wanted = config.federation.clients_per_round
+    if wanted is not None and wanted > len(clients) and not aggregator.pools_data:
+        raise ConfigError(f"federation.clients_per_round={wanted}: there are {len(clients)} clients")
+    return data, clients, build_model(config.model, len(data.classes), config.seed)
+
+
+def _sources(
+    fabric: Fabric, config: Config, model: AdaptedModel, data: ImageData, size: int
+) -> tuple[BatchSource, BatchSource]:
+    def images(split: Split) -> ImageSource:
+        return ImageSource(split.images, size, config.data.workers, pin_memory=fabric.device.type == "cuda")
+
+    with same_error_on_all_ranks(fabric):
+        count = len(data.train.labels) + len(data.test.labels)
+        reason = reason_against_cache(config.model, model, count, size)
+    reason = fabric.broadcast(reason)
+    if reason:
+        if fabric.is_global_zero and config.model.prefix_cache != "never":
+            say(f"tokens of the frozen blocks are not cached: {reason}")
+        return images(data.train), images(data.test)
+    if fabric.is_global_zero:
+        say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: computed once for {count:,} images")
+    with same_error_on_all_ranks(fabric):
+        train, test = (
+            cached_tokens(fabric, model, images(split), len(split.labels), f"{data.fingerprint} {name}", size)
+            for name, split in (("train", data.train), ("test", data.test))
+        )
+    return train, test
+
+
+def _introduce(
+    config: Config, data: ImageData, clients: tuple[Client, ...], model: AdaptedModel, world_size: int
+) -> None:
+    layout, images = model.adapters.layout, np.array([len(client.indices) for client in clients])
+    say(f"images: {data.description}")
+    say(
+        f"        {len(data.domains)} domains, {len(data.classes)} classes, "
+        f"{len(data.train.labels):,} for training, {len(data.test.labels):,} for the test"
+    )
+    say(f"clients: {len(clients)} with {images.min():,} to {images.max():,} images")
+    say(
+        f"model: {config.model.name} ({config.model.weights}), LoRA rank {config.model.lora.rank} on "
+        f"{len(layout.factors)} layers: {layout.adapter_length:,} adapter and "
+        f"{layout.length - layout.adapter_length:,} head parameters a client"
+    )
+    busy = min(config.federation.clients_per_round or len(clients), len(clients))
+    busy = -(-busy // config.client.cohort)
+    if world_size > busy:
+        say(
+            f"warning: {world_size - busy} of {world_size} processes have no client to train; "
+            f"fabric.devices x fabric.num_nodes = {busy} would be enough (evaluation uses all)"
+        )

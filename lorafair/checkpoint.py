@@ -1,0 +1,163 @@
+"""What a run continues from: adapters, a round number and what identifies the run, written aside and renamed.
+
+A checkpoint is a folder round_000012 with state.safetensors and state.json; the latter holds the checksum of the
+former, so that a half-written or damaged one is recognised. Nothing is pickled.
+
+Letters: P packed length, N clients of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorafair.errors import LorafairError
+
+FORMAT = 1
+FOLDER = "checkpoints"
+
+
+class CheckpointError(LorafairError):
+    """A checkpoint cannot be written, read, or does not belong to this run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state between two rounds, on the CPU."""
+
+    completed_rounds: int
+    tensors: dict[str, Tensor]  # adapter (P,), clients (N, P) where they keep their own, base.<path> where folded
+    identity: dict[str, Any]  # must be equal for a run to continue from it
+    totals: dict[str, float] = field(default_factory=dict)  # counted since round 1: seconds, bytes, ...
+
+
+def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write run_dir/checkpoints/round_<completed> atomically, then drop all but the newest `keep`; returns its path."""
+    folder = run_dir / FOLDER
+    target = folder / f"round_{checkpoint.completed_rounds:06d}"
+    partial = folder / f".{target.name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        tensors = partial / "state.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, tensors)
+        meta = {
+            "format": FORMAT,
+            "completed_rounds": checkpoint.completed_rounds,
+            "sha256": _sha256(tensors),
+            "identity": checkpoint.identity,
+            "totals": checkpoint.totals,
+        }
+        (partial / "state.json").write_text(json.dumps(meta, indent=1, default=str))
+        for path in (tensors, partial / "state.json", partial):
+            _fsync(path)
+        shutil.rmtree(target, ignore_errors=True)  # only left from a run that was continued from an earlier round
+        os.replace(partial, target)
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint {target} could not be written: {error}") from error
+    # Later rounds can only be there if they were unreadable and the run went on from an earlier one.
+    later = [path for path in list_checkpoints(run_dir) if path > target]
+    for path in later + [path for path in list_checkpoints(run_dir) if path <= target][:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint folder; CheckpointError says what is wrong with it."""
+    try:
+        meta = json.loads((path / "state.json").read_text())
+        if meta.get("format") != FORMAT:
+            raise CheckpointError(f"{path} has checkpoint format {meta.get('format')}; this version reads {FORMAT}")
+        if _sha256(path / "state.safetensors") != meta["sha256"]:
+            raise CheckpointError(f"{path} is damaged: state.safetensors does not match its checksum")
+        tensors = load_file(path / "state.safetensors")
+        return Checkpoint(
+            completed_rounds=meta["completed_rounds"],
+            tensors=tensors,
+            identity=meta["identity"],
+            totals=meta["totals"],
+        )
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+
+
+def find_checkpoint(run_dir: Path, resume: str, identity: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint to continue from, as the option `resume` says; None to start anew. Call on rank 0 only.
+
+    auto skips unreadable checkpoints with a warning; never moves an earlier run aside; a path must be readable. Raises
+    CheckpointError if the checkpoint belongs to a run with other settings, images or weights.
+    """
+    if resume == "never":
+        _move_aside(run_dir)
+        return None
+    if resume != "auto":
+        return _check_identity(load_checkpoint(Path(resume)), identity, resume)
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+            continue
+        return _check_identity(checkpoint, identity, str(path))
+    return None
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted((run_dir / FOLDER).glob("round_[0-9]*"))
+
+
+def _move_aside(run_dir: Path) -> None:
+    if run_dir.exists() and any(run_dir.iterdir()):
+        number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
+        run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
+
+
+def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], origin: str) -> Checkpoint:
+    # Through JSON, as the checkpoint's own went: paths are strings there and tuples are lists.
+    theirs, mine = _flatten(checkpoint.identity), _flatten(json.loads(json.dumps(identity, default=str)))
+    differences = [
+        f"{key} is {theirs.get(key, 'not set')} there and {mine.get(key, 'not set')} here"
+        for key in sorted(theirs.keys() | mine.keys())
+        if theirs.get(key) != mine.get(key)
+    ]
+    if differences:
+        shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
+        raise CheckpointError(
+            f"{origin} belongs to another run: {shown}. Choose another run_dir, or resume=never to start anew"
+        )
+    return checkpoint
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

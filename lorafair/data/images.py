@@ -1,0 +1,154 @@
+"""Images by index, and a data set made of them.
+
+Letters: N images, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from lorafair.errors import LorafairError
+
+
+class DataError(LorafairError):
+    """The data are not there, not usable or not enough; the message names the file or the key."""
+
+
+class ImageReader(Protocol):
+    """Images in a fixed order. Cheap to construct and to pickle, so that worker processes can have one each."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, size: int) -> np.ndarray:
+        """Image `index` as RGB, uint8 (size, size, 3): the whole image resized to the square, bicubic.
+
+        Raises DataError naming the image where it cannot be decoded.
+        """
+        ...
+
+
+class CheckedReader(ImageReader, Protocol):
+    """A reader that can tell in advance whether images will be readable."""
+
+    def digest(self, indices: np.ndarray) -> bytes:
+        """A value that changes with the images `indices` (N,) and their order; DataError if one is unusable."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The training or the test images of all domains."""
+
+    images: ImageReader
+    labels: np.ndarray  # (N,) int64
+    domains: np.ndarray  # (N,) int64, indices into ImageData.domains
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: np.ndarray) -> Split:
+        """The images `indices` (M,), in that order."""
+        return Split(Subset.of(self.images, indices), self.labels[indices], self.domains[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """What a run trains and tests on."""
+
+    name: str
+    domains: tuple[str, ...]
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    description: str  # one line: which images are real and which are made
+    fingerprint: str  # sha256, hexadecimal, of images, labels, order and split
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """All images of a source, before the configuration selects among them."""
+
+    domains: tuple[str, ...]
+    classes: tuple[str, ...]
+    images: CheckedReader
+    labels: np.ndarray  # (N,) int64, indices into classes
+    domain_of: np.ndarray  # (N,) int64, indices into domains
+    held_out: np.ndarray  # (N,) bool, true for test images
+    description: str
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some images of another reader."""
+
+    images: ImageReader
+    indices: np.ndarray  # (M,) int64
+
+    @staticmethod
+    def of(images: ImageReader, indices: np.ndarray) -> Subset:
+        """The images `indices`; a subset of a subset refers to the original reader."""
+        if isinstance(images, Subset):
+            return Subset(images.images, images.indices[indices])
+        return Subset(images, np.asarray(indices, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int, size: int) -> np.ndarray:
+        """As `ImageReader.read`."""
+        return self.images.read(int(self.indices[index]), size)
+
+
+@dataclass(frozen=True, eq=False)
+class ImagesInMemory:
+    """Images in one array."""
+
+    array: np.ndarray  # (N, S, S, 3) uint8
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, index: int, size: int) -> np.ndarray:
+        """As `ImageReader.read`."""
+        return resize(Image.fromarray(self.array[index]), size)
+
+    def digest(self, indices: np.ndarray) -> bytes:
+        """As `CheckedReader.digest`."""
+        return hashlib.sha256(self.array[indices].tobytes()).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImages:
+    """Images in one .npy file, mapped into memory: processes of a machine share its pages."""
+
+    file: Path  # (N, S, S, 3) uint8
+    digests: np.ndarray  # (N, 32) uint8, the sha256 of every image
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def read(self, index: int, size: int) -> np.ndarray:
+        """As `ImageReader.read`."""
+        return resize(Image.fromarray(_mapped(self.file)[index]), size)
+
+    def digest(self, indices: np.ndarray) -> bytes:
+        """As `CheckedReader.digest`; from what was stored, without reading the images again."""
+        return hashlib.sha256(self.digests[indices].tobytes()).digest()
+
+
+@functools.lru_cache(maxsize=4)
+def _mapped(file: Path) -> np.ndarray:
+    array: np.ndarray = np.load(file, mmap_mode="r")
+    return array
+
+
+def resize(image: Image.Image, size: int) -> np.ndarray:
+    """The whole image as an RGB square, bicubic: uint8 (size, size, 3), a new writable array."""
+    return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))

@@ -1,0 +1,138 @@
+"""From index lists to batches: one loader a rank walks through all its clients' batches.
+
+Letters: C clients in the cohort, N images of the largest batch, S side of the image.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lorafair.config import ClientConfig
+from lorafair.data.images import DataError, ImageReader
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class CohortStep:
+    """One training step of the C clients that still have batches, padded to the largest batch."""
+
+    indices: Indices  # (C, N) into the training images; padding repeats a client's first image
+    counts: tuple[int, ...]  # (C,) images that are not padding
+
+
+class BatchSource(Protocol):
+    """What the model is fed with: images, or the cached tokens of the frozen prefix."""
+
+    def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
+        """One tensor (len(i), ...) for each index array i, in order."""
+        ...
+
+
+def local_batches(images: Indices, config: ClientConfig, generator: torch.Generator) -> list[Indices]:
+    """A client's batches of one round: shuffled anew each epoch, the last batch of an epoch may be smaller.
+
+    With `steps`, exactly that many batches, over as many epochs as that takes.
+    """
+    per_epoch = -(-len(images) // config.batch_size)
+    wanted = config.steps if config.steps is not None else (config.epochs or 1) * per_epoch
+    batches: list[Indices] = []
+    while len(batches) < wanted:
+        order = images[torch.randperm(len(images), generator=generator).numpy()]
+        batches += [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    return batches[:wanted]
+
+
+def cohort_steps(batches: Sequence[Sequence[Indices]]) -> list[CohortStep]:
+    """Interleave the batches of a cohort's clients, which must be ordered by falling number of batches.
+
+    The clients that still have a batch at step t are then the first ones, and a step holds just those.
+    """
+    lengths = [len(of_client) for of_client in batches]
+    if lengths != sorted(lengths, reverse=True):
+        raise ValueError("order the clients of a cohort by falling number of batches")
+    steps = []
+    for t in range(lengths[0]):
+        active = [of_client[t] for of_client in batches if t < len(of_client)]
+        width = max(len(batch) for batch in active)
+        padded = [np.pad(batch, (0, width - len(batch)), constant_values=batch[0]) for batch in active]
+        steps.append(CohortStep(indices=np.stack(padded), counts=tuple(len(batch) for batch in active)))
+    return steps
+
+
+class ImageSource:
+    """Decoded images (B, 3, S, S) uint8 of one split, through one DataLoader for the whole run."""
+
+    def __init__(self, images: ImageReader, size: int, workers: int, pin_memory: bool = False) -> None:
+        self._order = _Order()
+        self._loader: DataLoader[Tensor] = DataLoader(
+            _Images(images, size),
+            batch_sampler=self._order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            # Forked workers start at once and share what is loaded; they never touch a GPU or a collective.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            pin_memory=pin_memory,
+            collate_fn=_as_is,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
+        )
+
+    def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
+        """One tensor (len(i), 3, S, S) uint8 for each index array i, in order; DataError names an unreadable image."""
+        self._order.batches = indices
+        try:
+            yield from self._loader
+        except DataError as error:  # from a worker process it comes with a traceback in its text
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_name(DataError)}: ")) from error
+
+
+class _Order:
+    """The batch sampler of the loader: the index arrays of the pass that comes next."""
+
+    def __init__(self) -> None:
+        self.batches: Sequence[Indices] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Images(Dataset[Tensor]):
+    def __init__(self, images: ImageReader, size: int) -> None:
+        self._images = images
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitems__(self, indices: Iterable[int]) -> Tensor:
+        pixels = np.stack([self._images.read(i, self._size) for i in indices])  # (B, S, S, 3)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _as_is(batch: Any) -> Tensor:
+    return cast(Tensor, batch)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """The scheduler signals every process of a job; only the training process may act on it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

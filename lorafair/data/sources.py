@@ -1,0 +1,135 @@
+"""The images of a run: a source, and the selection of domains, classes and images that the configuration asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from lorafair.config import DataConfig
+from lorafair.data.digits import digits_domains
+from lorafair.data.emoji import emoji_domains
+from lorafair.data.folders import folder, listed
+from lorafair.data.glyphs import glyph_domains
+from lorafair.data.images import Collection, DataError, ImageData, ImageReader, Split, Subset
+from lorafair.data.synthetic import synthetic
+from lorafair.seeding import seeded_numpy
+
+__all__ = ["SOURCES", "DataError", "ImageData", "ImageReader", "Split", "load_images"]
+
+SOURCES: dict[str, Callable[[DataConfig, int], Collection]] = {
+    "glyph_domains": glyph_domains,
+    "digits_domains": digits_domains,
+    "emoji_domains": emoji_domains,
+    "domainnet": listed,
+    "nico": listed,
+    "folder": folder,
+    "synthetic": synthetic,
+}
+
+
+def load_images(config: DataConfig, seed: int) -> ImageData:
+    """The training and test images of the configured source, with its domains, classes and numbers of images.
+
+    Domains come in the order of data.domains. Of data.train_images and data.test_images images a domain, every class
+    gets the same number as far as it has them (a larger number only adds images); they are drawn with the seed. The
+    image files that will be used are checked here, and an unusable one is an error now rather than in the tenth hour.
+
+    Raises DataError (what is there, and the key to change), FetchError or CacheError.
+    """
+    collection = SOURCES[config.source](config, seed)
+    domains = _choose_domains(collection, config)
+    classes = _choose_classes(collection, config)
+    train = _choose_images(collection, domains, len(classes), "train", config.train_images, seed)
+    test = _choose_images(collection, domains, len(classes), "test", config.test_images, seed)
+    _check_enough(collection, domains, classes, train, test, config)
+    digest = hashlib.sha256(json.dumps([config.source, domains, classes]).encode())
+    for indices in (train, test):
+        digest.update(collection.images.digest(indices))
+        digest.update(collection.labels[indices].astype("<i8").tobytes())
+        digest.update(collection.domain_of[indices].astype("<i8").tobytes())
+    return ImageData(
+        name=config.source,
+        domains=domains,
+        classes=classes,
+        train=_split(collection, domains, train),
+        test=_split(collection, domains, test),
+        description=collection.description,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _choose_domains(collection: Collection, config: DataConfig) -> tuple[str, ...]:
+    for name in config.domains or ():
+        if name not in collection.domains:
+            raise DataError(
+                f"data.domains: {config.source} has no domain {name}; there are {', '.join(collection.domains)}"
+            )
+    return config.domains or collection.domains
+
+
+def _choose_classes(collection: Collection, config: DataConfig) -> tuple[str, ...]:
+    if config.classes is not None and config.classes > len(collection.classes):
+        raise DataError(f"data.classes={config.classes}: {config.source} has {len(collection.classes)} classes")
+    return collection.classes[: config.classes]
+
+
+def _choose_images(
+    collection: Collection, domains: tuple[str, ...], classes: int, split: str, limit: int | None, seed: int
+) -> np.ndarray:
+    """Indices (N,) of a split's images, domain by domain, at most `limit` of each."""
+    eligible = (collection.labels < classes) & (collection.held_out == (split == "test"))
+    chosen = []
+    for name in domains:
+        members = np.flatnonzero(eligible & (collection.domain_of == collection.domains.index(name)))
+        if limit is not None and limit < len(members):
+            shuffled = seeded_numpy(seed, "draw", split, name).permutation(members)
+            turns = _turns(collection.labels[shuffled])
+            members = np.sort(shuffled[np.argsort(turns, kind="stable")[:limit]])
+        chosen.append(members)
+    return np.concatenate(chosen)
+
+
+def _turns(labels: np.ndarray) -> np.ndarray:
+    """For each image (N,), how many of its class come before it: taking low numbers first takes all classes evenly."""
+    turns = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        of_class = labels == label
+        turns[of_class] = np.arange(of_class.sum())
+    return turns
+
+
+def _check_enough(
+    collection: Collection,
+    domains: tuple[str, ...],
+    classes: tuple[str, ...],
+    train: np.ndarray,
+    test: np.ndarray,
+    config: DataConfig,
+) -> None:
+    for name in domains:
+        domain = collection.domains.index(name)
+        for split, indices in (("training", train), ("test", test)):
+            if not np.any(collection.domain_of[indices] == domain):
+                raise DataError(
+                    f"domain {name} of {config.source} has no {split} images of the {len(classes)} classes; "
+                    "change data.domains, data.classes or the files in data.root"
+                )
+        present = np.unique(collection.labels[train][collection.domain_of[train] == domain])
+        if len(present) < 2:
+            only = classes[present[0]]
+            raise DataError(
+                f"the training images of domain {name} are all of class {only}, and training needs at least 2 classes; "
+                "raise data.classes or data.train_images, or change data.domains"
+            )
+
+
+def _split(collection: Collection, domains: tuple[str, ...], indices: np.ndarray) -> Split:
+    position = np.array([domains.index(name) if name in domains else -1 for name in collection.domains], np.int64)
+    return Split(
+        images=Subset.of(collection.images, indices),
+        labels=collection.labels[indices],
+        domains=position[collection.domain_of[indices]],
+    )

@@ -1,0 +1,189 @@
+"""Every collective of a federation: one all-gather up, one broadcast down, and agreement on errors.
+
+Letters: W ranks, K clients of the round, n clients of this rank, L adapted layers, P packed length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
+from torch import Tensor
+
+from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors
+from lorafair.aggregation import ServerUpdate
+from lorafair.config import ConfigError, FabricConfig
+from lorafair.errors import LorafairError
+from lorafair.schedule import RoundPlan
+
+
+def make_fabric(config: FabricConfig) -> Fabric:
+    """A Fabric whose ranks share nothing but the collectives of this module; call `launch()` on it.
+
+    Fabric's "ddp" strategy brings launcher, SLURM detection and process group. The model is never passed to
+    `fabric.setup`, which would average the gradients of different clients.
+    """
+    cuda = torch.cuda.is_available()
+    if config.accelerator == "cuda" and not cuda:
+        raise ConfigError("fabric.accelerator=cuda: no CUDA device is visible; use fabric.accelerator=cpu or auto")
+    accelerator = "cpu" if config.accelerator == "cpu" or not cuda else "cuda"
+    devices = config.devices or (torch.cuda.device_count() if accelerator == "cuda" else 1)
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise ConfigError(f"fabric.devices={devices}: this node shows {torch.cuda.device_count()} CUDA devices")
+    if accelerator == "cuda" and config.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("fabric.precision=bf16-mixed: this GPU has no bfloat16; use fabric.precision=32-true")
+    return Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=config.num_nodes,
+        strategy=DDPStrategy(timeout=timedelta(minutes=config.timeout_minutes)),
+        precision=config.precision,
+    )
+
+
+def set_threads(fabric: Fabric, threads: int | None) -> int:
+    """Give this process its share of the node's cores and return it; call before `launch`.
+
+    More threads than cores cost far more than they give: spinning threads of two processes on one core made single
+    operations 100 times slower.
+    """
+    if threads is None:
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+        strategy: Any = fabric.strategy
+        share = len(os.sched_getaffinity(0)) // int(strategy.num_processes)
+        threads = next((int(value) for value in (given, of_task) if value.isdigit()), max(1, share))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that Fabric starts, and so that it sets no other
+    torch.set_num_threads(threads)
+    return threads
+
+
+def gather_clients(fabric: Fabric, rows: Tensor, plan: RoundPlan) -> Tensor:
+    """All clients' rows (K, P) in plan order on every rank, from each rank's own (n, P). Call on every rank.
+
+    A rank's rows are in the order of `plan.clients_of_rank`; ranks may have different numbers of clients, also none.
+    """
+    if fabric.world_size > 1:
+        width = max(len(clients) for clients in plan.clients_of_rank)
+        padded = torch.zeros(width, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        padded[: len(rows)] = rows
+        gathered = torch.empty(fabric.world_size * width, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        dist.all_gather(list(gathered.chunk(fabric.world_size)), padded)
+    else:
+        width, gathered = len(rows), rows
+    position = {
+        client: rank * width + index
+        for rank, clients in enumerate(plan.clients_of_rank)
+        for index, client in enumerate(clients)
+    }
+    return gathered[[position[client] for client in plan.clients]]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What the server works with: the clients of a round that returned finite numbers."""
+
+    clients: tuple[int, ...]  # ascending
+    weights: tuple[float, ...]  # (K,) renormalised to sum 1
+    rows: Tensor  # (K, P)
+    losses: tuple[float, ...]  # (K,) mean training loss
+    seconds: tuple[float, ...]  # of all clients of the plan, in plan order: training time
+    dropped: tuple[int, ...]  # clients left out
+
+
+def finite_clients(rows: Tensor, plan: RoundPlan) -> Returned:
+    """Leave out clients whose adapter holds NaN or infinity and renormalise the weights of the others.
+
+    `rows` (K, P + 2) are packed adapter, mean loss and seconds, in plan order.
+    """
+    adapters, losses, seconds = rows[:, :-2], rows[:, -2], rows[:, -1]
+    finite = adapters.isfinite().all(dim=1).tolist()
+    kept = [index for index, ok in enumerate(finite) if ok]
+    total = sum(plan.weights[index] for index in kept)
+    return Returned(
+        clients=tuple(plan.clients[index] for index in kept),
+        weights=tuple(plan.weights[index] / total for index in kept),
+        rows=adapters if all(finite) else adapters[kept],
+        losses=tuple(losses[kept].tolist()),
+        seconds=tuple(seconds.tolist()),
+        dropped=tuple(client for client, ok in zip(plan.clients, finite, strict=True) if not ok),
+    )
+
+
+def broadcast_update(
+    fabric: Fabric, update: ServerUpdate | None, layout: AdapterLayout, *, rows: int | None, folds: bool
+) -> tuple[Tensor, dict[str, LoRAFactors]]:
+    """The server's update on every rank; `update` is given on rank 0. Call on every rank.
+
+    Returns the packed start of the next round, (P,) or (rows, P) where each client has its own, and the factors to fold
+    into the frozen weights. One broadcast of one tensor; where the method folds (`folds`), the ranks of the folded
+    factors go ahead, because nobody else knows them.
+    """
+    device = fabric.device
+    ranks = torch.zeros(len(layout.factors), dtype=torch.int64, device=device)  # (L,)
+    parts: list[Tensor] = []
+    if update is not None:
+        parts.append(layout.pack(AdapterState(factors=update.factors, head=update.head)).flatten())
+        for index, path in enumerate(layout.factors):
+            if path in update.folded:
+                ranks[index] = update.folded[path].rank
+                parts += [update.folded[path].A.flatten(), update.folded[path].B.flatten()]
+    if folds and fabric.world_size > 1:
+        dist.broadcast(ranks, src=0)
+    folded_shapes = {
+        path: ((rank, a[1]), (b[0], rank))
+        for (path, (a, b)), rank in zip(
+            layout.factors.items(), ranks.tolist() if folds else [0] * len(ranks), strict=True
+        )
+        if rank
+    }
+    folded_layout = AdapterLayout(factors=folded_shapes, head={})
+    start_length = layout.length * (1 if rows is None else rows)
+    if update is not None:
+        message = torch.cat(parts).float()
+    else:
+        message = torch.empty(start_length + folded_layout.length, device=device)
+    if fabric.world_size > 1:
+        dist.broadcast(message, src=0)
+    start = message[:start_length]
+    folded = folded_layout.unpack(message[start_length:]).factors
+    return (start if rows is None else start.view(rows, layout.length)), folded
+
+
+def sum_over_ranks(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """Element-wise sum over all ranks, in place. Call on every rank."""
+    if fabric.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def same_error_on_all_ranks(fabric: Fabric) -> Iterator[None]:
+    """Let an error of one rank end all of them, instead of leaving the others waiting. Use on every rank.
+
+    Rank 0 raises the first error as LorafairError; the other ranks leave quietly with the same exit status.
+    """
+    mine: str | None = None
+    try:
+        yield
+    except LorafairError as error:
+        mine = str(error)
+    errors: list[str | None] = [mine] * fabric.world_size
+    if fabric.world_size > 1:
+        dist.all_gather_object(errors, mine)
+    first = next((error for error in errors if error is not None), None)
+    if first is not None:
+        stop_all_ranks(fabric, first)
+
+
+def stop_all_ranks(fabric: Fabric, message: str) -> NoReturn:
+    """End a run for a reason that every rank knows: rank 0 raises it as LorafairError, the others leave quietly."""
+    raise LorafairError(message) if fabric.is_global_zero else SystemExit(2)

@@ -1,0 +1,121 @@
+"""The tokens below the first adapted block, computed once per image and reused in every round and by every client.
+
+They are the same for all clients and rounds because nothing below the first adapter is trained and images are not
+augmented. The file is memory-mapped, so the ranks of a node share one copy of it.
+
+Letters: N images of a split, T tokens, D features, S side of the image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from lorafair.config import ConfigError, ModelConfig
+from lorafair.data.loading import BatchSource, Indices
+from lorafair.models import AdaptedModel
+from lorafair.offline import cache_dir
+
+# Fixed, because the last bits of a token can depend on the size of the batch it is computed in.
+EMBED_BATCH = 64
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Tokens (N, T, D) float32 of one split in a memory-mapped file."""
+
+    file: Path
+
+    def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
+        """One tensor (len(i), T, D) for each index array i, in order."""
+        tokens = np.load(self.file, mmap_mode="r")
+        return (torch.from_numpy(tokens[batch]) for batch in indices)
+
+
+def reason_against_cache(config: ModelConfig, model: AdaptedModel, images: int, image_size: int) -> str:
+    """Why the tokens of this many images are not cached; empty if they are. ConfigError where the cache is demanded."""
+    if config.prefix_cache == "never":
+        return "model.prefix_cache=never"
+    if model.prefix_blocks == 0:
+        reason = "no block lies below the first adapter, or the backbone is neither a plain ViT nor an MLP-Mixer"
+    else:
+        size = 4 * images * _token_shape(model, image_size).numel() / GIGABYTE
+        free = shutil.disk_usage(_folder()).free / GIGABYTE
+        if size > config.prefix_cache_gb:
+            reason = f"it needs {size:.1f} GB and model.prefix_cache_gb={config.prefix_cache_gb:g}"
+        elif size > 0.9 * free:
+            reason = f"it needs {size:.1f} GB and {_folder()} has {free:.1f} GB free"
+        else:
+            return ""
+    if config.prefix_cache == "always":
+        raise ConfigError(f"model.prefix_cache=always is not possible: {reason}")
+    return reason
+
+
+def cached_tokens(
+    fabric: Fabric, model: AdaptedModel, images: BatchSource, count: int, key: str, image_size: int
+) -> TokenSource:
+    """The tokens of a split of `count` images, found in the cache or computed by the ranks of each node together.
+
+    `key` names the images; the model, the arithmetic and the device are added to it. Call on every rank.
+    """
+    parts = (key, model.fingerprint(image_size), str(fabric.device.type), _precision(fabric), torch.__version__)
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    file = _folder() / f"{name}.npy"
+    found = torch.tensor(int(file.exists()), device=fabric.device)
+    if not bool(fabric.all_reduce(found, reduce_op="min")):  # all ranks act alike: the computation has barriers
+        partial = _folder() / f"{name}.{socket.gethostname()}.partial"
+        _compute(fabric, model, images, count, partial, image_size)
+        if fabric.local_rank == 0:
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, file)
+        fabric.barrier()
+    return TokenSource(file)
+
+
+@torch.inference_mode()
+def _compute(
+    fabric: Fabric, model: AdaptedModel, images: BatchSource, count: int, partial: Path, image_size: int
+) -> None:
+    strategy: Any = fabric.strategy
+    batches = [np.arange(i, min(i + EMBED_BATCH, count)) for i in range(0, count, EMBED_BATCH)]
+    mine = batches[fabric.local_rank :: strategy.num_processes]
+    if fabric.local_rank == 0:
+        shape = (count, *_token_shape(model, image_size)[1:])
+        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape).flush()
+    fabric.barrier()
+    tokens = np.load(partial, mmap_mode="r+")
+    for batch, pixels in zip(mine, images.batches(mine), strict=True):
+        with fabric.autocast():
+            tokens[batch] = model.embed(pixels.to(fabric.device)).float().cpu().numpy()
+    tokens.flush()
+    fabric.barrier()
+
+
+@torch.inference_mode()
+def _token_shape(model: AdaptedModel, image_size: int) -> torch.Size:
+    """(1, T, D)."""
+    return model.embed(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=model.mean.device)).shape
+
+
+def _folder() -> Path:
+    folder = cache_dir() / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _precision(fabric: Fabric) -> str:
+    return str(fabric.strategy.precision.precision)

@@ -1,0 +1,113 @@
+"""Fixtures: a run that takes a second, and ranks that start in a fraction of one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before torch is imported: several processes share few cores here, and a fixed number of threads fixes the last bits.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+
+from lorafair.config import Config, load_config
+from lorafair.exchange import make_fabric
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+SECONDS_FOR_RANKS = 120
+
+TINY = (
+    "data.source=synthetic",
+    "model.name=test_vit",
+    "model.weights=random",
+    "model.image_size=32",
+    "model.lora.rank=4",
+    "model.lora.last_blocks=2",
+    "client.optimizer=adamw",
+    "client.learning_rate=0.005",
+    "client.batch_size=16",
+    "fabric.accelerator=cpu",
+    "rounds=2",
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Keep the tests' cached tokens out of the user's cache; tests that download share the real one."""
+    if "network" not in request.keywords:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Config]:
+    """A federation of three clients on made-up images with a small ViT; arguments are key=value overrides."""
+
+    def build(*overrides: str) -> Config:
+        return load_config([*TINY, f"run_dir={tmp_path / 'run'}", *overrides])
+
+    return build
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call function(fabric, *arguments) on every rank of a gloo world and return what each returns.
+
+    The ranks are forked from a server process that has everything imported, which makes them start in 0.2 s. Results
+    must be picklable; a rank that raises fails the test with its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "lorafair.federation"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(rank, world_size, port, results, function, arguments))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        outcomes = dict(results.get(timeout=SECONDS_FOR_RANKS) for _ in ranks)
+        for process in ranks:
+            process.join(timeout=SECONDS_FOR_RANKS)
+    finally:
+        for process in ranks:
+            process.kill()
+    failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(outcomes.items()) if not ok]
+    assert not failures, "\n".join(failures)
+    return [outcomes[rank][1] for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        fabric = launched(world_size)
+        results.put((rank, (True, function(fabric, *arguments))))
+    except BaseException:
+        results.put((rank, (False, traceback.format_exc())))
+        raise
+
+
+def launched(world_size: int) -> Fabric:
+    """A launched Fabric of this process; with world_size > 1 only inside run_ranks."""
+    fabric = make_fabric(load_config(["fabric.accelerator=cpu", f"fabric.devices={world_size}"]).fabric)
+    fabric.launch()
+    return fabric

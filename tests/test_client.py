@@ -1,0 +1,162 @@
+"""Local training: against a plain PyTorch loop, side by side against one by one, and on devices that are not there."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+
+from lorafair.client import client_losses, make_optimizer, train_cohort, train_step
+from lorafair.config import ClientConfig, LoRAConfig, ModelConfig
+from lorafair.data.loading import Indices, cohort_steps, local_batches
+from lorafair.models import AdaptedModel, build_model
+from lorafair.seeding import seeded
+
+MODEL = ModelConfig(
+    name="test_vit", weights="random", image_size=32, lora=LoRAConfig(rank=4, alpha=8, last_blocks=2, dropout=0.0)
+)
+SGD = ClientConfig(learning_rate=0.05, momentum=0.9, weight_decay=1e-3, clip_norm=0.5, epochs=2, batch_size=5)
+ADAMW = ClientConfig(optimizer="adamw", learning_rate=0.01, clip_norm=None, epochs=2, batch_size=5)
+IMAGES = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=seeded(0, "images"))
+LABELS = torch.randint(0, 3, (40,), generator=seeded(0, "labels"))
+
+
+def model(cohort: int = 1, dropout: float = 0.0, device: str = "cpu") -> AdaptedModel:
+    config = replace(MODEL, lora=replace(MODEL.lora, dropout=dropout))
+    return build_model(config, classes=3, seed=0).attach(device, cohort)
+
+
+def batches(clients: list[Indices], config: ClientConfig) -> list[list[Indices]]:
+    return [local_batches(images, config, seeded(0, 0, client)) for client, images in enumerate(clients)]
+
+
+def train(m: AdaptedModel, start: Tensor, of_clients: list[list[Indices]], config: ClientConfig, *names: int) -> Tensor:
+    steps = cohort_steps(of_clients)
+    result = train_cohort(
+        m, start, steps, (IMAGES[step.indices.reshape(-1)] for step in steps), LABELS, config,
+        generators=[seeded(0, "dropout", name) for name in names], autocast=nullcontext,
+    )  # fmt: skip
+    return torch.cat([result.rows, result.losses.unsqueeze(1)], dim=1)
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_a_client_is_trained_as_a_plain_loop_would(config: ClientConfig) -> None:
+    """The reference knows nothing of flat parameters or cohorts: autograd, torch.optim and clip_grad_norm_."""
+    m = model()
+    start = m.adapters.draw(0, 0)
+    [plan] = batches([np.arange(13)], config)
+    [trained] = train(m, start.unsqueeze(0), [plan], config, 0)
+
+    state = m.adapters.layout.unpack(start.clone())
+    parameters = [nn.Parameter(t.clone()) for f in state.factors.values() for t in (f.A, f.B)]
+    parameters += [nn.Parameter(t.clone()) for t in state.head.values()]
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.optimizer]
+    extra = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+    optimizer = kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **extra)
+    losses = []
+    for batch in plan:
+        logits = reference_logits(m, parameters, IMAGES[batch])
+        loss = nn.functional.cross_entropy(logits, LABELS[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    expected = torch.cat([*(p.detach().flatten() for p in parameters), torch.tensor([np.mean(losses)])])
+    torch.testing.assert_close(trained, expected.float(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(trained[:-1], start, atol=1e-3)
+
+
+def reference_logits(m: AdaptedModel, parameters: list[nn.Parameter], images: Tensor) -> Tensor:
+    """The same backbone with dense weights W0 + s·B·A put in place of the adapted layers."""
+    layers = list(m.adapters.layout.factors)
+    weights = {
+        f"{path}.base.weight": m.backbone.get_submodule(path).base.weight
+        + 8 / 4 * parameters[2 * i + 1] @ parameters[2 * i]
+        for i, path in enumerate(layers)
+    }
+    zeros = {f"{path}.B": torch.zeros_like(m.backbone.get_submodule(path).B) for path in layers}
+    head = {"head.weight": parameters[-2].unsqueeze(0), "head.bias": parameters[-1].unsqueeze(0)}
+    return torch.func.functional_call(m.backbone, {**weights, **zeros, **head}, m.normalize(images))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_side_by_side_equals_one_by_one_with_unequal_sizes(config: ClientConfig, dropout: float) -> None:
+    """13, 7 and 3 images: different numbers of steps, last batches of different size, one smaller than a batch."""
+    clients = [np.arange(0, 13), np.arange(13, 20), np.arange(20, 23)]
+    plans = batches(clients, config)
+    m = model(cohort=3, dropout=dropout)
+    start = torch.stack([m.adapters.draw(0, 0)] * 3)
+    together = train(m, start, plans, config, 0, 1, 2)
+    for client, plan in enumerate(plans):
+        [alone] = train(m, start[client : client + 1], [plan], config, client)
+        torch.testing.assert_close(together[client], alone, rtol=1e-4, atol=2e-5)
+
+
+def test_batches_visit_every_image_once_an_epoch() -> None:
+    images = np.arange(100, 113)
+    made = local_batches(images, SGD, seeded(0, 0, 0))
+    assert [len(batch) for batch in made] == [5, 5, 3, 5, 5, 3]
+    assert sorted(np.concatenate(made[:3])) == sorted(np.concatenate(made[3:])) == list(images)
+    assert not np.array_equal(np.concatenate(made[:3]), np.concatenate(made[3:]))
+
+
+def test_steps_count_batches_over_as_many_epochs_as_needed() -> None:
+    made = local_batches(np.arange(7), replace(SGD, epochs=None, steps=5), seeded(0, 0, 0))
+    assert [len(batch) for batch in made] == [5, 2, 5, 2, 5]
+
+
+def test_a_cohort_must_be_ordered_by_falling_number_of_batches() -> None:
+    with pytest.raises(ValueError, match="falling number"):
+        cohort_steps([[np.arange(2)], [np.arange(2), np.arange(2)]])
+
+
+def step_inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, targets and weights of a step of two clients with three images each, with no values yet."""
+    images = torch.empty(6, 3, 32, 32, dtype=torch.uint8, device=device)
+    return images, torch.empty(2, 3, dtype=torch.int64, device=device), torch.empty(2, 3, device=device)
+
+
+def test_a_training_step_reads_nothing_back_from_the_device() -> None:
+    """On the meta device there is nothing to read: .item(), a Python branch on a tensor or a CPU tensor would fail."""
+    with torch.device("meta"):
+        m = build_model(MODEL, classes=3, seed=0).attach(max_cohort=2)
+    m.adapters.resize(2)
+    losses = train_step(m, make_optimizer(m.adapters.flat, SGD), *step_inputs("meta"), 1.0, nullcontext)
+    assert (losses.device.type, losses.shape) == ("meta", (2,))
+    assert m.adapters.flat.grad is not None
+    assert m.adapters.flat.grad.device.type == "meta"
+
+
+def on_pretended_gpu(config: ModelConfig) -> AdaptedModel:
+    """The model with fake CUDA tensors, which know their device without there being one; inside FakeTensorMode only."""
+    m = build_model(config, classes=3, seed=0)
+    for module in m.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device="cuda"), parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, device="cuda"))
+    return m.attach(max_cohort=2)
+
+
+# An MLP-Mixer, because a ViT's class token is taken by indexing, which torch refuses for CUDA tensors without CUDA.
+MIXER = replace(MODEL, name="mixer_s32_224")
+
+
+def test_the_forward_pass_and_loss_of_a_cohort_stay_on_a_gpu() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        m = on_pretended_gpu(MIXER)
+        m.adapters.resize(2)
+        images, targets, weights = step_inputs("cuda")
+        losses = client_losses(m(images), targets, weights)
+        assert losses.device.type == "cuda"
+        m.mean = torch.zeros(1, 3, 1, 1)  # the test can fail: one tensor left on the CPU
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            m(images)

@@ -1,0 +1,112 @@
+"""The collectives: rows in plan order whatever the ranks, one broadcast down, one error on all ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafair.adapter import AdapterLayout, LoRAFactors
+from lorafair.aggregation import ServerUpdate
+from lorafair.config import ConfigError, load_config
+from lorafair.errors import LorafairError
+from lorafair.exchange import (
+    broadcast_update,
+    finite_clients,
+    gather_clients,
+    make_fabric,
+    same_error_on_all_ranks,
+    sum_over_ranks,
+)
+from lorafair.schedule import RoundPlan
+from tests.conftest import run_ranks
+
+LAYOUT = AdapterLayout(factors={"a": ((2, 3), (5, 2)), "b": ((2, 4), (5, 2))}, head={"head.bias": (3,)})
+
+
+def plan(clients_of_rank: tuple[tuple[int, ...], ...]) -> RoundPlan:
+    clients = tuple(sorted(c for of_rank in clients_of_rank for c in of_rank))
+    cohorts = tuple(tuple((c,) for c in of_rank) for of_rank in clients_of_rank)
+    return RoundPlan(clients=clients, weights=(1 / len(clients),) * len(clients), cohorts_of_rank=cohorts)
+
+
+def gathered(fabric: Any, clients_of_rank: tuple[tuple[int, ...], ...]) -> list[list[float]]:
+    mine = clients_of_rank[fabric.global_rank]
+    rows = torch.tensor([[10.0 * c, 10.0 * c + 1] for c in mine]).view(len(mine), 2)
+    return gather_clients(fabric, rows, plan(clients_of_rank)).tolist()
+
+
+@pytest.mark.parametrize("clients_of_rank", [((7, 2, 4),), ((4,), (7, 2)), ((2, 4), (), (7,))], ids=["1", "2", "3"])
+def test_rows_arrive_in_plan_order_from_uneven_and_empty_ranks(clients_of_rank: tuple[tuple[int, ...], ...]) -> None:
+    for rows in run_ranks(len(clients_of_rank), gathered, clients_of_rank):
+        assert rows == [[20, 21], [40, 41], [70, 71]]
+
+
+def update(personal: bool) -> ServerUpdate:
+    start = torch.arange(1.0, 2 * LAYOUT.length + 1).view(2, -1)
+    state = LAYOUT.unpack(start if personal else start[0])
+    folded = LoRAFactors(A=torch.full((6, 4), 2.0), B=torch.full((5, 6), 3.0))  # of a rank nobody else knows
+    return ServerUpdate(factors=state.factors, folded={} if personal else {"b": folded}, head=state.head)
+
+
+def received(fabric: Any, personal: bool) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    mine = update(personal) if fabric.is_global_zero else None
+    start, folded = broadcast_update(fabric, mine, LAYOUT, rows=2 if personal else None, folds=not personal)
+    return start.tolist(), {path: (f.A.tolist(), f.B.tolist()) for path, f in folded.items()}
+
+
+@pytest.mark.parametrize("personal", [False, True])
+def test_every_rank_receives_the_update_of_rank_0(personal: bool) -> None:
+    sent = update(personal)
+    for start, folded in run_ranks(2, received, personal):
+        assert start == LAYOUT.pack(type(LAYOUT.unpack(torch.zeros(LAYOUT.length)))(sent.factors, sent.head)).tolist()
+        assert folded == {path: (f.A.tolist(), f.B.tolist()) for path, f in sent.folded.items()}
+
+
+def totals(fabric: Any) -> list[int]:
+    return sum_over_ranks(fabric, torch.tensor([1, fabric.global_rank])).tolist()
+
+
+def test_sums_over_ranks() -> None:
+    assert run_ranks(3, totals) == [[3, 3]] * 3
+
+
+def failing(fabric: Any) -> str:
+    try:
+        with same_error_on_all_ranks(fabric):
+            if fabric.global_rank == 1:
+                raise ConfigError("the file is gone")
+    except LorafairError as error:
+        return f"raised {error}"
+    except SystemExit as leaving:
+        return f"left with {leaving.code}"
+    return "went on"
+
+
+def test_an_error_of_one_rank_ends_all_and_is_told_once() -> None:
+    assert run_ranks(2, failing) == ["raised the file is gone", "left with 2"]
+
+
+def test_clients_with_nan_or_infinity_are_left_out_and_weights_renormalised() -> None:
+    rows = torch.tensor([[1.0, 2, 0.5, 9], [math.nan, 2, 0.6, 8], [3.0, 4, 0.7, 7], [3.0, math.inf, 0.8, 6]])
+    made = RoundPlan(clients=(3, 5, 6, 9), weights=(0.1, 0.2, 0.3, 0.4), cohorts_of_rank=())
+    returned = finite_clients(rows, made)
+    assert (returned.clients, returned.dropped) == ((3, 6), (5, 9))
+    assert returned.weights == pytest.approx((0.25, 0.75))
+    assert returned.rows.tolist() == [[1, 2], [3, 4]]
+    assert returned.losses == pytest.approx((0.5, 0.7))
+    assert returned.seconds == (9, 8, 7, 6)
+
+
+def test_no_client_left_is_for_the_caller_to_handle() -> None:
+    returned = finite_clients(torch.full((2, 4), math.nan), plan(((0, 1),)))
+    assert (returned.clients, returned.weights, len(returned.rows)) == ((), (), 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_a_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"fabric\.accelerator=cuda: no CUDA device is visible"):
+        make_fabric(load_config(["fabric.accelerator=cuda"]).fabric)

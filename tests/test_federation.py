@@ -1,0 +1,221 @@
+"""The whole round: the same numbers on any number of ranks, after any interruption, and with clients that fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import lorafair.federation as federation_module
+from lorafair.adapter import LoRAFactors
+from lorafair.aggregation import AGGREGATORS, Aggregator, LayerUpdate
+from lorafair.checkpoint import list_checkpoints, load_checkpoint
+from lorafair.config import Config, load_config
+from lorafair.errors import LorafairError
+from lorafair.federation import run_federation
+from tests.conftest import launched, run_ranks
+
+Tiny = Callable[..., Config]
+
+
+@dataclass(frozen=True)
+class Stacking(Aggregator):
+    """As in FLoRA (2409.05976): every client's update is merged into the frozen weights, factors start anew."""
+
+    folds: ClassVar[bool] = True
+
+    def combine(self, clients: LoRAFactors, weights: torch.Tensor) -> LayerUpdate:
+        A = (clients.A * weights.view(-1, 1, 1).to(clients.A)).flatten(0, 1)  # (K*R, I)
+        B = clients.B.transpose(0, 1).flatten(1)  # (O, K*R)
+        start = LoRAFactors(A=clients.A.mean(0), B=torch.zeros_like(clients.B[0]))
+        return LayerUpdate(factors=start, folded=LoRAFactors(A=A, B=B))
+
+
+def run(fabric: Any, arguments: Sequence[str], stop_after: int | None = None) -> None:
+    """Run a federation on a rank; with stop_after, end it abruptly once so many rounds are saved."""
+    AGGREGATORS["stacking"] = Stacking
+    config = load_config(arguments)
+    if stop_after is not None:
+        save = federation_module.save
+
+        def save_and_stop(federation: Any, state: Any, *, always: bool = False) -> None:
+            save(federation, state, always=always)
+            if state.completed_rounds == stop_after:
+                raise KeyboardInterrupt
+
+        federation_module.save = save_and_stop
+        try:
+            run_federation(fabric, config)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            federation_module.save = save
+    else:
+        run_federation(fabric, config)
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(list_checkpoints(folder)[-1]).tensors
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+TINY = (
+    "data.source=synthetic", "model.name=test_vit", "model.weights=random", "model.image_size=32", "model.lora.rank=4",
+    "model.lora.last_blocks=2", "client.optimizer=adamw", "client.learning_rate=0.005", "client.batch_size=16",
+    "fabric.accelerator=cpu", "rounds=2", "data.train_images=40", "data.test_images=24",
+)  # fmt: skip
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "fedit": ("method.name=fedit",),
+    "lora_fair": ("method.name=lora_fair",),
+    "lora_fair_sgd": ("method.name=lora_fair", "method.solver=sgd", "method.sgd_steps=20"),
+    "centralized": ("method.name=centralized",),
+    "local_only": ("method.name=local_only",),
+    "folding": ("method.name=stacking",),
+    "fresh": ("federation.initialization=fresh",),
+    "local": ("federation.initialization=local",),
+    "partial": (
+        "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=4", "client.cohort=2", "model.lora.dropout=0.1",
+    ),
+    "no_cache": ("model.prefix_cache=never", "partition.scheme=iid", "partition.clients=4", "data.workers=1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_bits_on_1_2_and_3_ranks_and_after_a_resume_on_another_number(variant: str, tmp_path: Path) -> None:
+    arguments = [*TINY, *VARIANTS[variant]]
+    for ranks in (1, 2, 3):
+        run_ranks(ranks, run, [*arguments, f"run_dir={tmp_path / str(ranks)}"])
+    resumed = [*arguments, f"run_dir={tmp_path / 'resumed'}"]
+    run_ranks(1, run, resumed, 1)
+    assert [path.name for path in list_checkpoints(tmp_path / "resumed")] == ["round_000001"]
+    run_ranks(2, run, resumed)
+    expected = adapter_of(tmp_path / "1")
+    for other in ("2", "3", "resumed"):
+        assert_same_bits(adapter_of(tmp_path / other), expected)
+        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("1", other)]
+        assert results[0]["accuracy"] == results[1]["accuracy"]
+        assert results[0]["mean_loss"] == results[1]["mean_loss"]
+
+
+def test_training_helps_and_leaves_everything_to_look_at(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny("rounds=8", "data.train_images=120")
+    run_federation(launched(1), config)
+    result = json.loads((config.folder / "result.json").read_text())
+    assert result["mean_accuracy"] > 0.55  # chance: 0.25
+    assert set(result["accuracy"]) == {"plain", "noisy", "inverted"}
+    names = {line.split(",")[1] for line in (config.folder / "metrics.csv").read_text().splitlines()[1:]}
+    assert names >= {
+        "train/loss", "train/loss/plain", "eval/accuracy", "eval/accuracy/noisy", "eval/loss",
+        "server/error_before", "server/error_after", "server/cosine_before", "server/cosine_after",
+        "server/norm_ratio", "server/correction_ratio", "server/error_after/blocks.5.attn.proj",
+        "server/dropped_clients", "comm/up_bytes", "comm/down_bytes", "comm/total_bytes", "time/train", "time/gather",
+        "time/server", "time/broadcast", "time/evaluate", "time/idle_share/rank0",
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "round 8/8" in printed
+    assert "mean" in printed.splitlines()[-4]
+    assert load_config([str(config.folder / "config.yaml")]) == config
+
+
+def test_a_finished_run_is_not_trained_again(tiny: Tiny) -> None:
+    config = tiny()
+    run_federation(launched(1), config)
+    first = adapter_of(config.folder), (config.folder / "metrics.csv").read_text()
+    run_federation(launched(1), config)
+    assert_same_bits(adapter_of(config.folder), first[0])
+    assert (config.folder / "metrics.csv").read_text() == first[1]
+    assert (config.folder / "result.json").exists()
+
+
+def test_more_rounds_continue_a_finished_run(tiny: Tiny, tmp_path: Path) -> None:
+    run_federation(launched(1), tiny("rounds=1"))
+    run_federation(launched(1), tiny("rounds=3"))
+    continued = adapter_of(tiny().folder)
+    run_federation(launched(1), tiny("rounds=3", f"run_dir={tmp_path / 'whole'}"))
+    assert_same_bits(continued, adapter_of(tmp_path / "whole"))
+
+
+def test_another_configuration_does_not_continue_a_run(tiny: Tiny) -> None:
+    run_federation(launched(1), tiny("rounds=1"))
+    with pytest.raises(LorafairError, match=r"model\.lora\.rank is 4 there and 8 here.*resume=never"):
+        run_federation(launched(1), tiny("model.lora.rank=8"))
+    run_federation(launched(1), tiny("model.lora.rank=8", "resume=never", "rounds=1"))
+
+
+def with_nan_from(monkeypatch: pytest.MonkeyPatch, *broken: int) -> None:
+    """Let these clients return NaN, as a diverged one does."""
+    train = federation_module.train_clients
+
+    def train_and_break(federation: Any, state: Any, plan: Any) -> torch.Tensor:
+        rows = train(federation, state, plan)
+        for index, client in enumerate(plan.clients_of_rank[0]):
+            if client in broken:
+                rows[index, 3] = float("nan")
+        return rows
+
+    monkeypatch.setattr(federation_module, "train_clients", train_and_break)
+
+
+def test_a_client_with_nan_is_left_out_of_the_round(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_nan_from(monkeypatch, 1)
+    config = tiny()
+    run_federation(launched(1), config)
+    assert torch.isfinite(adapter_of(config.folder)["adapter"]).all()
+    assert json.loads((config.folder / "result.json").read_text())["totals"]["dropped"] == 2
+    assert "warning: client noisy returned NaN or infinity" in capsys.readouterr().out
+    assert "2,server/dropped_clients,1.0" in (config.folder / "metrics.csv").read_text()
+
+
+def test_when_every_client_fails_the_last_good_state_is_kept(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_federation(launched(1), tiny("rounds=1", "checkpoint.every=5"))
+    good = adapter_of(tiny().folder)
+    with_nan_from(monkeypatch, 0, 1, 2)
+    with pytest.raises(LorafairError, match=r"round 2: every client returned NaN .* lower client\.learning_rate"):
+        run_federation(launched(1), tiny("rounds=3"))
+    assert_same_bits(adapter_of(tiny().folder), good)
+
+
+def test_more_processes_than_clients_is_said_and_works(tiny: Tiny, tmp_path: Path) -> None:
+    printed = run_ranks(3, captured, [*TINY, "data.domains=[plain, noisy]", f"run_dir={tmp_path}", "rounds=1"])
+    assert "warning: 1 of 3 processes have no client to train; fabric.devices x fabric.num_nodes = 2" in printed[0]
+    assert printed[1:] == ["", ""]
+
+
+def captured(fabric: Any, arguments: Sequence[str]) -> str:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run(fabric, arguments)
+    return out.getvalue()
+
+
+def test_initialisations_differ_in_where_clients_start(tiny: Tiny, tmp_path: Path) -> None:
+    states = {}
+    for initialization in ("average", "fresh", "local"):
+        config = tiny(f"federation.initialization={initialization}", f"run_dir={tmp_path / initialization}", "rounds=1")
+        run_federation(launched(1), config)
+        states[initialization] = adapter_of(config.folder)
+    length = states["average"]["adapter"].shape[0]
+    assert set(states["average"]) == {"adapter"}
+    assert states["local"]["own"].shape == (3, length)
+    assert torch.equal(states["local"]["adapter"], states["average"]["adapter"])
+    assert not torch.equal(states["local"]["own"][0], states["local"]["own"][1])
+    assert {name.partition(".")[0] for name in states["fresh"]} == {"adapter", "base"}
+    results = [json.loads((tmp_path / i / "result.json").read_text()) for i in ("average", "fresh", "local")]
+    # After round 1 the global model is the same function, whether the update sits in the factors or in W0.
+    assert results[1]["mean_loss"] == pytest.approx(results[0]["mean_loss"], rel=1e-5)
+    assert results[2]["mean_loss"] == results[0]["mean_loss"]

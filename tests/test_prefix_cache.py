@@ -1,0 +1,98 @@
+"""Cached tokens: the same as computed anew, found again, bounded, and the same training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lorafair.prefix_cache as prefix_cache
+from lorafair.checkpoint import list_checkpoints, load_checkpoint
+from lorafair.config import Config, ConfigError, LoRAConfig, ModelConfig
+from lorafair.data.loading import Indices
+from lorafair.federation import run_federation
+from lorafair.models import build_model
+from lorafair.prefix_cache import cached_tokens, reason_against_cache
+from lorafair.seeding import seeded
+from tests.conftest import launched, run_ranks
+
+CONFIG = ModelConfig(name="test_vit", weights="random", image_size=32, lora=LoRAConfig(rank=2, last_blocks=2))
+IMAGES = torch.randint(0, 256, (150, 3, 32, 32), dtype=torch.uint8, generator=seeded(0, "images"))
+
+
+class Source:
+    def __init__(self) -> None:
+        self.read = 0
+
+    def batches(self, indices: list[Indices]) -> Any:
+        for batch in indices:
+            self.read += len(batch)
+            yield IMAGES[batch]
+
+
+def tokens(fabric: Any, key: str) -> tuple[np.ndarray, int]:
+    model, source = build_model(CONFIG, 4, 0).attach("cpu"), Source()
+    cached = cached_tokens(fabric, model, source, len(IMAGES), key, 32)
+    [found] = list(cached.batches([np.arange(len(IMAGES))]))
+    return found.numpy(), source.read
+
+
+def test_tokens_are_computed_once_and_are_those_of_the_images() -> None:
+    model = build_model(CONFIG, 4, 0).attach("cpu")
+    first, read = tokens(launched(1), "once")
+    assert read == len(IMAGES)
+    again, read = tokens(launched(1), "once")
+    assert read == 0
+    assert np.array_equal(first, again)
+    with torch.inference_mode():
+        np.testing.assert_allclose(first, model.embed(IMAGES).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_share_the_work_and_get_the_same_bits() -> None:
+    [(alone, _)] = run_ranks(1, tokens, "alone")
+    shared = run_ranks(2, tokens, "shared")
+    assert sorted(read for _, read in shared) == [64, 86]  # of 150 images in batches of 64
+    for found, _ in shared:
+        assert np.array_equal(found, alone)
+
+
+def reason(config: ModelConfig, images: int = 10) -> str:
+    return reason_against_cache(config, build_model(config, 4, 0).attach("cpu"), images, 32)
+
+
+def test_when_tokens_are_not_cached() -> None:
+    from dataclasses import replace
+
+    assert reason(CONFIG) == ""
+    assert reason(replace(CONFIG, prefix_cache="never")) == "model.prefix_cache=never"
+    assert "no block lies below the first adapter" in reason(replace(CONFIG, lora=LoRAConfig(rank=2)))
+    assert "it needs 1.3 GB and model.prefix_cache_gb=1" in reason(replace(CONFIG, prefix_cache_gb=1), images=10**6)
+    with pytest.raises(ConfigError, match=r"model\.prefix_cache=always is not possible: no block"):
+        reason(replace(CONFIG, prefix_cache="always", lora=LoRAConfig(rank=2)))
+
+
+def test_training_is_the_same_with_and_without(tiny: Callable[..., Config], tmp_path: Any) -> None:
+    adapters = []
+    for choice in ("always", "never"):
+        config = tiny(f"model.prefix_cache={choice}", f"run_dir={tmp_path / choice}")
+        run_federation(launched(1), config)
+        adapters.append(load_checkpoint(list_checkpoints(config.folder)[-1]).tensors["adapter"])
+    torch.testing.assert_close(adapters[0], adapters[1], rtol=1e-3, atol=1e-4)
+
+
+def test_an_interrupted_computation_leaves_nothing_that_looks_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "EMBED_BATCH", 50)
+
+    class Failing(Source):
+        def batches(self, indices: list[Indices]) -> Any:
+            yield from list(super().batches(indices))[:1]
+            raise KeyboardInterrupt
+
+    model = build_model(CONFIG, 4, 0).attach("cpu")
+    with pytest.raises(KeyboardInterrupt):
+        cached_tokens(launched(1), model, Failing(), len(IMAGES), "interrupted", 32)
+    _, read = tokens(launched(1), "interrupted")
+    assert read == len(IMAGES)

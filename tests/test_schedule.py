@@ -1,0 +1,63 @@
+"""Round plans: who takes part, with which weight, on which rank."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorafair.schedule import RoundPlan, plan_round
+
+
+def plan(sizes: list[int], **changes: Any) -> RoundPlan:
+    options: dict[str, Any] = {
+        "seed": 0, "sizes": sizes, "costs": sizes, "clients_per_round": None, "weighting": "size", "cohort": 1,
+        "world_size": 2,
+    }  # fmt: skip
+    return plan_round(changes.pop("round_index", 0), **(options | changes))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 500), min_size=1, max_size=30),
+    world_size=st.integers(1, 9),
+    cohort=st.integers(1, 5),
+    share=st.floats(0.1, 1.0),
+)
+def test_every_client_of_a_round_is_trained_once_whatever_the_ranks(
+    sizes: list[int], world_size: int, cohort: int, share: float
+) -> None:
+    count = max(1, int(share * len(sizes)))
+    made = plan(sizes, world_size=world_size, cohort=cohort, clients_per_round=count)
+    assert sorted(chain.from_iterable(made.clients_of_rank)) == list(made.clients)
+    assert len(made.clients) == count
+    assert len(made.clients_of_rank) == world_size
+    assert sum(made.weights) == pytest.approx(1)
+    alone = plan(sizes, world_size=1, cohort=cohort, clients_per_round=count)
+    assert (alone.clients, alone.weights) == (made.clients, made.weights)
+    # Who trains side by side is not a matter of the number of ranks either.
+    assert sorted(chain.from_iterable(made.cohorts_of_rank)) == sorted(alone.cohorts_of_rank[0])
+
+
+def test_weights_by_size_or_uniform() -> None:
+    assert plan([10, 30]).weights == (0.25, 0.75)
+    assert plan([10, 30], weighting="uniform").weights == (0.5, 0.5)
+
+
+def test_clients_go_to_ranks_longest_first() -> None:
+    assert plan([7, 6, 5, 4, 3]).clients_of_rank == ((0, 3, 4), (1, 2))
+
+
+def test_clients_side_by_side_have_similar_work() -> None:
+    assert plan([1, 9, 2, 8], cohort=2).cohorts_of_rank == (((1, 3),), ((2, 0),))
+
+
+def test_clients_are_drawn_anew_each_round_and_reproducibly() -> None:
+    drawn = [plan([5] * 20, clients_per_round=6, round_index=r).clients for r in range(30)]
+    assert drawn == [plan([5] * 20, clients_per_round=6, round_index=r).clients for r in range(30)]
+    assert len(set(drawn)) > 25
+    counts = [sum(client in clients for clients in drawn) for client in range(20)]
+    assert all(2 <= count <= 18 for count in counts)  # 9 expected
+    assert drawn[0] != plan([5] * 20, clients_per_round=6, seed=1).clients
