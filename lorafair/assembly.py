@@ -77,7 +77,12 @@ class Federation:
         for name, tensor in self.model.backbone.state_dict().items():
             if name.rpartition(".")[2] not in ("A", "B"):
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return {**settings, "images": self.data.fingerprint, "frozen_weights": digest.hexdigest()}
+        return {
+            **settings,
+            "images": self.data.fingerprint,
+            "classes": self.data.classes,
+            "frozen_weights": digest.hexdigest(),
+        }
 
 
 def assemble(fabric: Fabric, config: Config) -> Federation:

@@ -84,7 +84,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path} has checkpoint format {meta.get('format')}; this version reads {FORMAT}")
         if _sha256(path / "state.safetensors") != meta["sha256"]:
             raise CheckpointError(f"{path} is damaged: state.safetensors does not match its checksum")
-        tensors = load_file(path / "state.safetensors")
+        # Copied, because load_file maps the file into memory: it may be removed, and network file systems then fail.
+        tensors = {name: tensor.clone() for name, tensor in load_file(path / "state.safetensors").items()}
         return Checkpoint(
             completed_rounds=meta["completed_rounds"],
             tensors=tensors,

@@ -1,6 +1,7 @@
 """The command: YAML files and key=value pairs in, a run directory out.
 
     train.py [FILE.yaml ...] [key=value ...]      run, or continue, a federation
+    train.py export RUN_DIR OUT_DIR [--peft]      the trained model for timm alone, or as a PEFT adapter
     train.py --help                               every option with its default
 
 Nothing heavy is imported before the configuration is known to be right.
@@ -12,6 +13,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from lorafair import __version__
 from lorafair.config import Config, describe_options, load_config
@@ -25,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if any(argument in ("-h", "--help") for argument in arguments):
             print_help()
+        elif arguments[:1] == ["export"]:
+            export(arguments[1:])
         else:
             train(load_config(arguments))
     except LorafairError as error:
@@ -54,6 +58,17 @@ def train(config: Config) -> None:
             f"{config.fabric.precision}; run directory {config.folder}"
         )
     run_federation(fabric, config)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write the trained model of a run into a folder and print how to load it."""
+    folders = [argument for argument in arguments if argument != "--peft"]
+    if len(folders) != 2 or any(folder.startswith("-") for folder in folders):
+        raise LorafairError("usage: train.py export RUN_DIR OUT_DIR [--peft]")
+
+    from lorafair.export import export_run
+
+    print(export_run(Path(folders[0]), Path(folders[1]), peft="--peft" in arguments))
 
 
 def print_help() -> None:

@@ -93,9 +93,7 @@ def start_or_resume(federation: Federation) -> ServerState:
     if found is None:
         return ServerState(completed_rounds=0, adapter=adapter, own=own)
     base = {name.removeprefix("base."): t for name, t in found.tensors.items() if name.startswith("base.")}
-    for path, weight in adapters.base_weights().items():
-        if path in base:
-            weight.copy_(base[path])  # frozen, so autograd does not object
+    adapters.load_base_weights(base)
     return ServerState(
         completed_rounds=found.completed_rounds,
         adapter=found.tensors["adapter"].to(fabric.device),

@@ -220,6 +220,12 @@ class AdapterParameters:
             weight = layer.base.weight
             weight.addmm_(factors.B.to(weight), factors.A.to(weight), alpha=layer.scaling)
 
+    @torch.no_grad()
+    def load_base_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the frozen weights (O, I) under some adapters, as `base_weights` gave them."""
+        for path, weight in weights.items():
+            self._layers[path].base.weight.copy_(weight)
+
     def base_weights(self) -> dict[str, Tensor]:
         """The frozen weights (O, I) under the adapters, which folding changes."""
         return {path: layer.base.weight.detach() for path, layer in self._layers.items()}

@@ -92,7 +92,9 @@ class AdaptedModel(nn.Module):
         """Names the frozen prefix: equal fingerprints give equal tokens for equal images."""
         backbone: Any = self.backbone
         digest = hashlib.sha256(f"{type(backbone).__name__} {self.prefix_blocks} {image_size}".encode())
-        frozen = {name: p for name, p in backbone.named_parameters() if not p.requires_grad} | dict(self.named_buffers())
+        frozen = {name: p for name, p in backbone.named_parameters() if not p.requires_grad} | dict(
+            self.named_buffers()
+        )
         for name, tensor in frozen.items():
             if not name.startswith("blocks.") or block_of(name) < self.prefix_blocks:
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -104,7 +106,7 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
 
     Raises ConfigError for an unknown model, unusable weights, image size or targets.
     """
-    backbone = _create_backbone(config, classes, seed)
+    backbone = create_backbone(config, classes, seed)
     backbone.requires_grad_(False).eval()
     head_path = _replace_head(backbone, config.name, classes)
     paths = add_lora(
@@ -138,7 +140,8 @@ def image_size_of(config: ModelConfig) -> int:
     return int(_pretrained_cfg(config.name).input_size[-1])
 
 
-def _create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
+def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
+    """The plain timm model with the configured frozen weights and a head for `classes` classes, on the CPU."""
     _check_image_size(config)
     options: dict[str, Any] = {"num_classes": classes}
     if config.image_size is not None:

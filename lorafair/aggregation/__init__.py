@@ -48,12 +48,12 @@ def build_aggregator(options: Mapping[str, Any]) -> Aggregator:
     Raises ConfigError with one line that names method.<option>, what was given and what is possible.
     """
     name = options.get("name")
-    if name not in AGGREGATORS:
+    if not isinstance(name, str) or name not in AGGREGATORS:
         near = difflib.get_close_matches(str(name), AGGREGATORS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"method.name={name} is unknown; {hint}methods: {', '.join(AGGREGATORS)}")
     method = AGGREGATORS[name]
-    given = {key: value for key, value in options.items() if key != "name"}
+    given = {str(key): value for key, value in options.items() if key != "name"}
     for key in given:
         _check_option(key, name)
     defaults = OmegaConf.structured(method)

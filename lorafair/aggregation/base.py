@@ -116,7 +116,7 @@ def _layer_metrics(ideal: IdealUpdate, factors: LoRAFactors, folded: LoRAFactors
         applied = add(new, merged)
     gap = add(*parts)
 
-    bias_square, mean_square = squared_norm(ideal.bias), squared_norm(mean)
+    bias_square, mean_square = ideal.bias_square(), squared_norm(mean)
     ideal_square = square_of_sum(mean_square, inner(mean, ideal.bias), bias_square)
     error_square = square_of_sum(squared_norm(gap), inner(gap, ideal.bias), bias_square)
 

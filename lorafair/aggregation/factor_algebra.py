@@ -1,6 +1,6 @@
 """Means of clients' factors, and inner products and norms of low-rank products B·A; no (O, I) matrix is formed.
 
-Everything is computed in float64: Gram matrices square the condition number. The cost of a norm is what its rank says,
+Results are float64: Gram matrices square the condition number. The cost of a norm is what its rank says,
 so a sum over clients is held as one product of rank N = K·R.
 
 Letters: K clients, R rank of a client's factors, I in_features, O out_features, N rank of a product.
@@ -28,12 +28,23 @@ class IdealUpdate:
 
     mean: LoRAFactors  # A (R, I), B (O, R)
     bias: LoRAFactors  # A (N, I), B (O, N)
+    precision: torch.dtype  # of the clients' factors
+
+    def bias_square(self) -> Tensor:
+        """‖ΔR‖², a scalar tensor: all that is quadratic in the clients, so on a CPU in their own precision.
+
+        It only sets the weight of a correction and the reported error; from float32 factors it is good to 1e-7. A GPU
+        may round float32 products to ten bits and is fast in float64.
+        """
+        if self.bias.A.device.type != "cpu":
+            return squared_norm(self.bias)
+        return squared_norm(self.bias.to(torch.promote_types(self.precision, torch.float32)))
 
 
 def weighted_mean(stack: Tensor, weights: Tensor) -> Tensor:
     """Σ p_k T_k over the leading axis of `stack` (K, ...), in float64 on the device of `stack`."""
     exact = stack.to(torch.float64)
-    return (weights.to(exact) @ exact.flatten(1)).view(stack.shape[1:])
+    return (weights.to(exact) @ exact.reshape(len(exact), -1)).view(stack.shape[1:])
 
 
 def mean_factors(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
@@ -57,7 +68,8 @@ def split_ideal_update(clients: LoRAFactors, weights: Tensor) -> IdealUpdate:
     # In place: for many clients, fresh memory costs more than the arithmetic.
     A.sub_(mean.A).mul_(weights.to(A)[:, None, None])
     B.sub_(mean.B)
-    return IdealUpdate(mean=mean, bias=LoRAFactors(A=A.flatten(0, 1), B=B.permute(1, 0, 2).flatten(1)))
+    bias = LoRAFactors(A=A.flatten(0, 1), B=B.permute(1, 0, 2).flatten(1))
+    return IdealUpdate(mean=mean, bias=bias, precision=clients.A.dtype)
 
 
 def add(*products: LoRAFactors) -> LoRAFactors:
@@ -72,15 +84,15 @@ def transpose(product: LoRAFactors) -> LoRAFactors:
 
 def inner(left: LoRAFactors, right: LoRAFactors) -> Tensor:
     """⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), a scalar tensor; for one small rank at least."""
-    return ((left.B.mT @ right.B) * (left.A @ right.A.mT)).sum()
+    return ((left.B.mT @ right.B).to(torch.float64) * (left.A @ right.A.mT)).sum()
 
 
 def squared_norm(product: LoRAFactors) -> Tensor:
-    """‖B·A‖² (Frobenius), a scalar tensor, in N²(O + I) or 2NOI operations and a block of the intermediate at a time."""
+    """‖B·A‖² (Frobenius), a scalar tensor: N²(O + I) or 2NOI operations, a block of the intermediate at a time."""
     (outputs, rank), inputs = product.B.shape, product.A.shape[1]
     if rank * (outputs + inputs) > 2 * outputs * inputs:
         return squared_row_norms(product).sum()
-    total = product.A.new_zeros(())
+    total = product.A.new_zeros((), dtype=torch.float64)
     for start in range(0, rank, _BLOCK):
         stop = start + _BLOCK
         # The Gram matrices are symmetric: the part right of the diagonal block counts twice.
@@ -97,7 +109,7 @@ def squared_row_norms(product: LoRAFactors) -> Tensor:
     if rank * (outputs + inputs) < outputs * inputs:
         return ((product.B @ (product.A @ product.A.mT)) * product.B).sum(-1).clamp(min=0)
     # So many clients that rows of the product cost less than the Gram matrix of the factors.
-    return torch.cat([(rows @ product.A).square().sum(-1) for rows in torch.split(product.B, _BLOCK)])
+    return torch.cat([(rows @ product.A).to(torch.float64).square().sum(-1) for rows in torch.split(product.B, _BLOCK)])
 
 
 def square_of_sum(first: Tensor, cross: Tensor, second: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.directions import SCALES, Correction, Problems
-from lorafair.aggregation.factor_algebra import split_ideal_update, squared_norm, squared_row_norms
+from lorafair.aggregation.factor_algebra import split_ideal_update, squared_row_norms
 
 _CHUNK = 2**21  # numbers in the largest temporary of a solver, (SCALES, N, R)
 
@@ -68,7 +68,7 @@ class _Projection:
 
 def _project(clients: LoRAFactors, weights: Tensor, *, by_row: bool) -> _Projection:
     ideal = split_ideal_update(clients, weights)
-    residual = squared_row_norms(ideal.bias) if by_row else squared_norm(ideal.bias)[None]
+    residual = squared_row_norms(ideal.bias) if by_row else ideal.bias_square()[None]
     return _Projection(mean=ideal.mean, pulled=ideal.bias.B @ (ideal.bias.A @ ideal.mean.A.mT), residual=residual)
 
 
