@@ -43,7 +43,8 @@ def random_clients(
 
 def ideal_update(clients: LoRAFactors, weights: Tensor) -> Tensor:
     """ΔW = Σ p_k B_k A_k, (O, I)."""
-    return sum(p * B @ A for p, A, B in zip(weights, clients.A.double(), clients.B.double(), strict=True))  # type: ignore[return-value]
+    products = [p * B @ A for p, A, B in zip(weights, clients.A.double(), clients.B.double(), strict=True)]
+    return torch.stack(products).sum(0)
 
 
 def mean(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
@@ -66,15 +67,14 @@ def objective(
     elif similarity == "cosine":
         distance = 1 - cosine(target.flatten(), product.flatten())
     else:
-        distance = 1 - torch.stack([cosine(t, p) for t, p in zip(target.T, product.T, strict=True)]).mean()
+        distance = 1 - cosine(target, product).mean()
     return distance + penalty_a * (A - start.A).square().sum() + penalty_b * (B - start.B).square().sum()
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """The cosine of two vectors; 0 where one is zero."""
-    if left.norm() == 0 or right.norm() == 0:
-        return (left * right).sum()
-    return (left * right).sum() / (left.norm() * right.norm())
+    """The cosine of two vectors, or of the columns of two matrices; 0 where one is zero."""
+    lengths = (left.square().sum(0) * right.square().sum(0)).sqrt()
+    return (left * right).sum(0) / torch.where(lengths > 0, lengths, 1.0)
 
 
 def descend(
@@ -134,7 +134,7 @@ def minimum(
 
 
 def _best(function: Callable[[np.ndarray], tuple[float, np.ndarray]], size: int, starts: int) -> Any:
-    options = {"maxiter": 5000, "maxfun": 5000, "ftol": 0.0, "gtol": 1e-13, "maxcor": 50}
+    options = {"maxiter": 1500, "maxfun": 2000, "ftol": 0.0, "gtol": 1e-13, "maxcor": 50}
     draws = np.random.default_rng(0).standard_normal((starts, size))
     draws[0] = 0
     found = [minimize(function, z, jac=True, method="L-BFGS-B", options=options) for z in draws]
@@ -145,7 +145,7 @@ class OperationLog(TorchDispatchMode):
     """What tensor operations ran inside: their names, the devices of their results and the largest result."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
         self.devices: set[str] = set()
         self.largest = 0

@@ -46,9 +46,10 @@ class Problems:
         """⟨xB̄u_r + yDu_r, x₂B̄u_r + y₂Du_r⟩ for every direction, (..., N, R)."""
         return x * x2 * self.mean + (x * y2 + y * x2) * self.overlap + y * y2 * self.bias
 
-    def rows(self, start: int, stop: int) -> Problems:
-        """The problems from `start` up to `stop`."""
-        return Problems(*(getattr(self, field.name)[start:stop] for field in dataclasses.fields(self)))
+    def split(self, size: int) -> list[Problems]:
+        """The problems in chunks of `size`."""
+        columns = [torch.split(getattr(self, field.name), size) for field in dataclasses.fields(self)]
+        return [Problems(*chunk) for chunk in zip(*columns, strict=True)]
 
     @staticmethod
     def concatenate(parts: Sequence[Problems]) -> Problems:
@@ -66,7 +67,7 @@ class Correction:
 
 def solve_frobenius(problems: Problems) -> Correction:
     """The minimiser of ‖ΔW − XĀ‖² + μ‖X − B̄‖², ΔB = D(ĀĀᵀ + μI)⁻¹; for μ = 0 the one of least norm."""
-    curvature = problems.eigenvalues + problems.penalty[:, None]
+    curvature = problems.eigenvalues + problems.penalty.unsqueeze(-1)
     solvable = problems.eigenvalues > 0
     along_bias = torch.where(solvable, 1 / torch.where(solvable, curvature, 1.0), 0.0)
     return Correction(torch.zeros_like(along_bias), along_bias)
@@ -86,14 +87,14 @@ def solve_cosine(problems: Problems) -> Correction:
     searched = _search_scales(dataclasses.replace(unit, penalty=torch.where(free, 1.0, unit.penalty)))
     fitted = solve_frobenius(dataclasses.replace(unit, penalty=torch.zeros_like(unit.penalty)))
     best = Correction(
-        torch.where(free[:, None], fitted.along_mean, searched.along_mean),
-        torch.where(free[:, None], fitted.along_bias, searched.along_bias),
+        torch.where(free.unsqueeze(-1), fitted.along_mean, searched.along_mean),
+        torch.where(free.unsqueeze(-1), fitted.along_bias, searched.along_bias),
     )
     nothing = Correction(torch.zeros_like(unit.mean), torch.zeros_like(unit.mean))
     useful = (cosine_loss(unit, best) <= cosine_loss(unit, nothing)) & (unit.ideal_square() > 0)
     return Correction(
-        torch.where(useful[:, None], best.along_mean, 0.0),
-        torch.where(useful[:, None], best.along_bias / largest[:, None], 0.0),
+        torch.where(useful.unsqueeze(-1), best.along_mean, 0.0),
+        torch.where(useful.unsqueeze(-1), best.along_bias / largest.unsqueeze(-1), 0.0),
     )
 
 
@@ -106,7 +107,7 @@ def cosine_loss(problems: Problems, correction: Correction) -> Tensor:
     square = (problems.eigenvalues * problems.product(x, y, x, y)).sum(-1)
     ideal = problems.ideal_square()
     defined = (square > 0) & (ideal > 0)
-    c = torch.where(defined, ideal / torch.where(defined, square, 1.0), 0.0).sqrt()[..., None]
+    c = torch.where(defined, ideal / torch.where(defined, square, 1.0), 0.0).sqrt().unsqueeze(-1)
     u, v = 1 - c * x, -c * y  # B̄ − cX
     gap = (problems.eigenvalues * problems.product(u, v, u, v)).sum(-1)
     gap = gap + 2 * (u * problems.overlap + v * problems.bias).sum(-1) + problems.residual
@@ -121,7 +122,7 @@ def _or_one(value: Tensor) -> Tensor:
 
 def _rescale(problems: Problems, largest: Tensor, size: Tensor) -> Problems:
     """The same problems with ‖B̄‖ = 1, largest eigenvalue 1 and share 1: only λ‖B̄‖² matters."""
-    column, scale = largest[:, None], size[:, None]
+    column, scale = largest.unsqueeze(-1), size.unsqueeze(-1)
     return Problems(
         eigenvalues=problems.eigenvalues / column,
         mean=problems.mean / scale,
@@ -142,11 +143,11 @@ def _search_scales(unit: Problems) -> Correction:
     scales = torch.logspace(
         math.log10(_SMALLEST_SCALE), 0, SCALES, dtype=unit.mean.dtype, device=unit.mean.device
     )  # (S,)
-    tried = _solve_at_scale(unit, scales[:, None])
+    tried = _solve_at_scale(unit, scales.unsqueeze(-1))
     best = cosine_loss(unit, tried).argmin(0)  # (N,)
-    rising = _slope_sign(unit, tried).gather(0, best[None])[0] > 0
-    low = scales[torch.where(rising, best - 1, best).clamp(min=0)]
-    high = scales[torch.where(rising, best, best + 1).clamp(max=SCALES - 1)]
+    rising = _slope_sign(unit, tried).gather(0, best.unsqueeze(0)).squeeze(0) > 0
+    low = scales.take(torch.where(rising, best - 1, best).clamp(min=0))
+    high = scales.take(torch.where(rising, best, best + 1).clamp(max=SCALES - 1))
     for _ in range(_BISECTIONS):
         middle = (low * high).sqrt()
         rising = _slope_sign(unit, _solve_at_scale(unit, middle)) > 0
@@ -168,18 +169,19 @@ def _solve_at_scale(unit: Problems, scale: Tensor) -> Correction:
     side is concave and increasing in q, so Newton's method rises to the root from any lower bound. Here e_r ≤ 1.
     """
     e = unit.eigenvalues
-    alpha = (1 / (2 * unit.penalty * _or_one(unit.ideal_square()).sqrt() * scale))[..., None]
-    target = (1 / scale)[..., None]
+    alpha = (1 / (2 * unit.penalty * _or_one(unit.ideal_square()).sqrt() * scale)).unsqueeze(-1)
+    target = (1 / scale).unsqueeze(-1)
     weight = (e * unit.product(alpha * e + 1, alpha, alpha * e + 1, alpha)).clamp(min=0)  # (..., N, R)
     seen = e > 0
     bound = torch.where(seen, (weight.sqrt() * target - 1 + e) / torch.where(seen, e, 1.0), 0.0)
-    q = bound.amax(-1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)  # each term alone stays below s²
+    tiny = torch.finfo(e.dtype).tiny
+    q, flat = bound.amax(-1, keepdim=True).clamp(min=tiny), 1 - e  # each term alone stays below s²
     for _ in range(_SECULAR_STEPS):
-        spread = 1 - e + q * e
+        spread = flat + q * e
         terms = weight / spread.square()
         total, slope = terms.sum(-1, keepdim=True), (terms * e / spread).sum(-1, keepdim=True)
-        q = q + torch.where(slope > 0, total * (total.sqrt() * target - 1) / _or_one(slope), 0.0)
-    spread = 1 - e + q * e
+        q = q + total * (total.sqrt() * target - 1) / slope.clamp(min=tiny)
+    spread = flat + q * e
     return Correction(
         along_mean=(alpha - (q - 1)) * e / spread,
         along_bias=torch.where(seen, alpha / spread, 0.0),
@@ -191,7 +193,7 @@ def descend(problems: Problems, *, cosine: bool, steps: int, learning_rate: floa
 
     The same numbers, up to rounding, as descending on the dense (O, I) matrices.
     """
-    e, penalty, share = problems.eigenvalues, problems.penalty[:, None], problems.share[:, None]
+    e, penalty, share = problems.eigenvalues, problems.penalty.unsqueeze(-1), problems.share.unsqueeze(-1)
     norm = problems.ideal_square().sqrt()
     x, y = torch.zeros_like(e), torch.zeros_like(e)
     pull = push = torch.full_like(share, 2.0)  # the gradient in X is push·XĀĀᵀ − pull·M
@@ -212,4 +214,4 @@ def _cosine_gradient(problems: Problems, correction: Correction, norm: Tensor) -
     defined = (square > 0) & (norm > 0)
     pull = torch.where(defined, 1 / torch.where(defined, norm * square.sqrt(), 1.0), 0.0)
     push = torch.where(defined, pull * along / torch.where(defined, square, 1.0), 0.0)
-    return pull[:, None], push[:, None]
+    return pull.unsqueeze(-1), push.unsqueeze(-1)

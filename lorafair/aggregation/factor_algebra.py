@@ -1,7 +1,7 @@
 """Means of clients' factors, and inner products and norms of low-rank products B·A; no (O, I) matrix is formed.
 
-Results are float64: Gram matrices square the condition number. The cost of a norm is what its rank says,
-so a sum over clients is held as one product of rank N = K·R.
+Results are float64, because Gram matrices square the condition number. A sum over clients is one product of rank
+N = K·R.
 
 Letters: K clients, R rank of a client's factors, I in_features, O out_features, N rank of a product.
 """
@@ -44,7 +44,7 @@ class IdealUpdate:
 def weighted_mean(stack: Tensor, weights: Tensor) -> Tensor:
     """Σ p_k T_k over the leading axis of `stack` (K, ...), in float64 on the device of `stack`."""
     exact = stack.to(torch.float64)
-    return (weights.to(exact) @ exact.reshape(len(exact), -1)).view(stack.shape[1:])
+    return (weights.to(exact.device, torch.float64) @ exact.reshape(len(exact), -1)).view(stack.shape[1:])
 
 
 def mean_factors(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
@@ -54,7 +54,7 @@ def mean_factors(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
 
 def weighted_sum(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
     """Σ p_k B_k A_k as one product of rank N = K·R, in float64; the weights are in A."""
-    scale = weights.to(clients.A.device, torch.float64)[:, None, None]
+    scale = weights.to(clients.A.device, torch.float64).view(-1, 1, 1)
     return LoRAFactors(
         A=(clients.A.to(torch.float64) * scale).flatten(0, 1),  # (N, I)
         B=clients.B.to(torch.float64).permute(1, 0, 2).flatten(1),  # (O, N)
@@ -66,7 +66,7 @@ def split_ideal_update(clients: LoRAFactors, weights: Tensor) -> IdealUpdate:
     A, B = clients.A.to(torch.float64, copy=True), clients.B.to(torch.float64, copy=True)
     mean = mean_factors(LoRAFactors(A=A, B=B), weights)
     # In place: for many clients, fresh memory costs more than the arithmetic.
-    A.sub_(mean.A).mul_(weights.to(A)[:, None, None])
+    A.sub_(mean.A).mul_(weights.to(A.device, torch.float64).view(-1, 1, 1))
     B.sub_(mean.B)
     bias = LoRAFactors(A=A.flatten(0, 1), B=B.permute(1, 0, 2).flatten(1))
     return IdealUpdate(mean=mean, bias=bias, precision=clients.A.dtype)
@@ -96,11 +96,15 @@ def squared_norm(product: LoRAFactors) -> Tensor:
     for start in range(0, rank, _BLOCK):
         stop = start + _BLOCK
         # The Gram matrices are symmetric: the part right of the diagonal block counts twice.
-        block = LoRAFactors(A=product.A[start:stop], B=product.B[:, start:stop])
+        block = _part(product, start, min(stop, rank))
         total = total + inner(block, block)
         if stop < rank:
-            total = total + 2 * inner(block, LoRAFactors(A=product.A[stop:], B=product.B[:, stop:]))
+            total = total + 2 * inner(block, _part(product, stop, rank))
     return total
+
+
+def _part(product: LoRAFactors, start: int, stop: int) -> LoRAFactors:
+    return LoRAFactors(A=product.A.narrow(0, start, stop - start), B=product.B.narrow(1, start, stop - start))
 
 
 def squared_row_norms(product: LoRAFactors) -> Tensor:

@@ -36,7 +36,7 @@ def correct_b(
     similarity as the mean over the rows of (O, I). Needs one eigendecomposition, which waits for a CUDA device once.
     """
     parts = [_project(factors, weights, by_row=by_row) for factors in layers.values()]
-    width = max((part.mean.rank for part in parts), default=0)
+    width = max(part.mean.rank for part in parts)
     grams = [part.mean.A @ part.mean.A.mT for part in parts]
     grams = [pad(gram, (0, width - len(gram), 0, width - len(gram))) for gram in grams]
     eigenvalues, bases = torch.linalg.eigh(torch.stack(grams))  # (L, R), (L, R, R)
@@ -50,12 +50,14 @@ def correct_b(
     ]
     found = _solve_in_chunks(Problems.concatenate(problems), solve)
 
+    counts = [len(part.residual) for part in parts]
+    along_mean, along_bias = torch.split(found.along_mean, counts), torch.split(found.along_bias, counts)
     corrected = {}
-    offset = 0
-    for path, part, basis, (mean, pulled) in zip(layers, parts, bases, turned, strict=True):
-        here = slice(offset, offset := offset + len(part.residual))
-        change = (found.along_mean[here] * mean + found.along_bias[here] * pulled) @ basis.mT
-        corrected[path] = LoRAFactors(A=part.mean.A, B=part.mean.B + change[:, : part.mean.rank])
+    for path, part, basis, (mean, pulled), x, y in zip(
+        layers, parts, bases, turned, along_mean, along_bias, strict=True
+    ):
+        change = ((x * mean + y * pulled) @ basis.mT).narrow(1, 0, part.mean.rank)
+        corrected[path] = LoRAFactors(A=part.mean.A, B=part.mean.B + change)
     return corrected
 
 
@@ -68,14 +70,14 @@ class _Projection:
 
 def _project(clients: LoRAFactors, weights: Tensor, *, by_row: bool) -> _Projection:
     ideal = split_ideal_update(clients, weights)
-    residual = squared_row_norms(ideal.bias) if by_row else ideal.bias_square()[None]
+    residual = squared_row_norms(ideal.bias) if by_row else ideal.bias_square().unsqueeze(0)
     return _Projection(mean=ideal.mean, pulled=ideal.bias.B @ (ideal.bias.A @ ideal.mean.A.mT), residual=residual)
 
 
 def _pose(eigenvalues: Tensor, mean: Tensor, pulled: Tensor, residual: Tensor, penalty: Tensor) -> Problems:
     """The problems of one layer: one, or as many as `residual` has rows."""
     count, rank = len(residual), len(eigenvalues)
-    seen = eigenvalues > rank * torch.finfo(torch.float64).eps * eigenvalues[-1]
+    seen = eigenvalues > rank * torch.finfo(torch.float64).eps * eigenvalues.amax()
     pulled = torch.where(seen, pulled, 0.0)
 
     def sum_rows(squares: Tensor) -> Tensor:
@@ -93,7 +95,6 @@ def _pose(eigenvalues: Tensor, mean: Tensor, pulled: Tensor, residual: Tensor, p
 
 
 def _solve_in_chunks(problems: Problems, solve: Callable[[Problems], Correction]) -> Correction:
-    count, rank = problems.eigenvalues.shape
-    step = max(1, _CHUNK // (SCALES * max(rank, 1)))
-    parts = [solve(problems.rows(start, start + step)) for start in range(0, count, step)]
+    size = max(1, _CHUNK // (SCALES * problems.eigenvalues.shape[1]))
+    parts = [solve(chunk) for chunk in problems.split(size)]
     return Correction(torch.cat([p.along_mean for p in parts]), torch.cat([p.along_bias for p in parts]))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_NOISE = 10 * torch.finfo(torch.float64).eps  # rounding of a function value of order 1
+_NOISE = 100 * torch.finfo(torch.float64).eps  # rounding of a function value of order 1
 _ACCEPT, _SHRINK, _GROW = 1e-4, 0.25, 0.75  # ratios of actual to predicted decrease
 
 
