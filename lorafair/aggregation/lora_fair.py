@@ -114,7 +114,9 @@ class LoRAFair(Aggregator):
             dataclasses.replace(self, residual=side, rescale=False).combine(clients, weights).factors
             for side in ("B", "A")
         ]
-        return minimize_from(objective, min(one_sided, key=lambda factors: float(objective(factors))), "both")
+        # Several valleys: the one below the mean, where descent would go, and the one below the best single correction.
+        starts = (objective.mean, min(one_sided, key=lambda factors: float(objective(factors))))
+        return min((minimize_from(objective, start, "both") for start in starts), key=lambda f: float(objective(f)))
 
     @property
     def _steps(self) -> int:
