@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lorafair.aggregation import Aggregator, build_aggregator
-from lorafair.config import Config, ConfigError
+from lorafair.config import ClientConfig, Config, ConfigError
 from lorafair.data.images import ImageData, Split
 from lorafair.data.loading import BatchSource, ImageSource
 from lorafair.data.partition import Client, partition, pooled
@@ -40,6 +39,7 @@ class Federation:
     aggregator: Aggregator
     data: ImageData
     clients: tuple[Client, ...]  # (N,)
+    local: ClientConfig  # config.client, with the work of all clients in the one of the centralised reference
     model: AdaptedModel
     train_source: BatchSource
     labels: Tensor  # of all training images, on the device
@@ -47,7 +47,7 @@ class Federation:
 
     def plan(self, round_index: int) -> RoundPlan:
         """The plan of a round; the same on every rank."""
-        local = self.config.client
+        local = self.local
         sizes = [len(client.indices) for client in self.clients]
         visited = [
             local.steps * min(local.batch_size, size) if local.steps is not None else (local.epochs or 1) * size
@@ -73,16 +73,8 @@ class Federation:
         for section, key in NOT_IDENTITY_NESTED:
             del settings[section][key]
         settings["fabric"] = {"precision": self.config.fabric.precision}
-        digest = hashlib.sha256()
-        for name, tensor in self.model.backbone.state_dict().items():
-            if name.rpartition(".")[2] not in ("A", "B"):
-                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return {
-            **settings,
-            "images": self.data.fingerprint,
-            "classes": self.data.classes,
-            "frozen_weights": digest.hexdigest(),
-        }
+        settings |= {"images": self.data.fingerprint, "classes": self.data.classes}
+        return settings | {"frozen_weights": self.model.fingerprint()}
 
 
 def assemble(fabric: Fabric, config: Config) -> Federation:
@@ -95,7 +87,7 @@ def assemble(fabric: Fabric, config: Config) -> Federation:
     for turn in (True, False):  # the first rank of a node builds what the others then find in the cache
         with same_error_on_all_ranks(fabric):
             if turn == (fabric.local_rank == 0):
-                data, clients, model = _load(config, aggregator)
+                data, clients, local, model = _load(config, aggregator)
     model.attach(fabric.device, config.client.cohort)
     if fabric.is_global_zero:
         _introduce(config, data, clients, model, fabric.world_size)
@@ -106,6 +98,7 @@ def assemble(fabric: Fabric, config: Config) -> Federation:
         aggregator=aggregator,
         data=data,
         clients=clients,
+        local=local,
         model=model,
         train_source=train_source,
         labels=torch.from_numpy(data.train.labels).to(fabric.device),
@@ -120,17 +113,17 @@ def assemble(fabric: Fabric, config: Config) -> Federation:
     )
 
 
-def _load(config: Config, aggregator: Aggregator) -> tuple[ImageData, tuple[Client, ...], AdaptedModel]:
-    data = load_images(config.data, config.seed)
-    labels, domains = data.train.labels, data.train.domains
-    if aggregator.pools_data:
-        clients = pooled(labels)
-    else:
-        clients = partition(config.partition, labels, domains, data.domains, config.seed)
+def _load(config: Config, aggregator: Aggregator) -> tuple[ImageData, tuple[Client, ...], ClientConfig, AdaptedModel]:
+    data, local = load_images(config.data, config.seed), config.client
+    clients = partition(config.partition, data.train.labels, data.train.domains, data.domains, config.seed)
     wanted = config.federation.clients_per_round
-    if wanted is not None and wanted > len(clients) and not aggregator.pools_data:
+    if wanted is not None and wanted > len(clients):
         raise ConfigError(f"federation.clients_per_round={wanted}: there are {len(clients)} clients")
-    return data, clients, build_model(config.model, len(data.classes), config.seed)
+    if aggregator.pools_data:
+        if local.steps is not None:  # as many images a round as the clients of a federated round see together
+            local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
+        clients = pooled(data.train.labels)
+    return data, clients, local, build_model(config.model, len(data.classes), config.seed)
 
 
 def _sources(

@@ -110,7 +110,10 @@ def train_clients(federation: Federation, state: ServerState, plan: RoundPlan) -
     seed = config.seed
     steps_of = [
         cohort_steps(
-            [local_batches(federation.clients[c].indices, config.client, seeded(seed, round_index, c)) for c in cohort]
+            [
+                local_batches(federation.clients[c].indices, federation.local, seeded(seed, round_index, c))
+                for c in cohort
+            ]
         )
         for cohort in cohorts
     ]
@@ -124,7 +127,7 @@ def train_clients(federation: Federation, state: ServerState, plan: RoundPlan) -
             steps,
             (batch.to(fabric.device, non_blocking=True) for batch in islice(stream, len(steps))),
             federation.labels,
-            config.client,
+            federation.local,
             generators=[seeded(seed, round_index, c, "dropout", device=fabric.device) for c in cohort],
             autocast=fabric.autocast,
         )

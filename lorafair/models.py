@@ -88,15 +88,12 @@ class AdaptedModel(nn.Module):
             x = block(x)
         return cast(Tensor, x)
 
-    def fingerprint(self, image_size: int) -> str:
-        """Names the frozen prefix: equal fingerprints give equal tokens for equal images."""
-        backbone: Any = self.backbone
-        digest = hashlib.sha256(f"{type(backbone).__name__} {self.prefix_blocks} {image_size}".encode())
-        frozen = {name: p for name, p in backbone.named_parameters() if not p.requires_grad} | dict(
-            self.named_buffers()
-        )
-        for name, tensor in frozen.items():
-            if not name.startswith("blocks.") or block_of(name) < self.prefix_blocks:
+    def fingerprint(self, *, of_embed: bool = False) -> str:
+        """Names the frozen weights and the normalisation; `of_embed`: only those that `embed` uses."""
+        digest = hashlib.sha256(f"{type(self.backbone).__name__} {self.prefix_blocks}".encode())
+        frozen = {name: p for name, p in self.backbone.named_parameters() if not p.requires_grad}
+        for name, tensor in {**frozen, **dict(self.named_buffers())}.items():
+            if not of_embed or not name.startswith("blocks.") or block_of(name) < self.prefix_blocks:
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 

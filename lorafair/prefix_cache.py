@@ -71,7 +71,8 @@ def cached_tokens(
 
     `key` names the images; the model, the arithmetic and the device are added to it. Call on every rank.
     """
-    parts = (key, model.fingerprint(image_size), str(fabric.device.type), _precision(fabric), torch.__version__)
+    weights = model.fingerprint(of_embed=True)
+    parts = (key, weights, str(image_size), fabric.device.type, _precision(fabric), torch.__version__)
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     file = _folder() / f"{name}.npy"
     found = torch.tensor(int(file.exists()), device=fabric.device)

@@ -12,12 +12,16 @@ import pytest
 import torch
 
 import lorafair.federation as federation_module
+from lorafair import assembly
 from lorafair.adapter import LoRAFactors
 from lorafair.aggregation import AGGREGATORS, Aggregator, LayerUpdate
+from lorafair.assembly import assemble
 from lorafair.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.config import Config, load_config
 from lorafair.errors import LorafairError
+from lorafair.exchange import make_fabric
 from lorafair.federation import run_federation
+from lorafair.models import build_model
 from tests.conftest import launched, run_ranks
 
 Tiny = Callable[..., Config]
@@ -219,3 +223,40 @@ def test_initialisations_differ_in_where_clients_start(tiny: Tiny, tmp_path: Pat
     # After round 1 the global model is the same function, whether the update sits in the factors or in W0.
     assert results[1]["mean_loss"] == pytest.approx(results[0]["mean_loss"], rel=1e-5)
     assert results[2]["mean_loss"] == results[0]["mean_loss"]
+
+
+def test_the_centralised_reference_sees_as_many_images_a_round(tiny: Tiny) -> None:
+    work = {}
+    for method in ("centralized", "fedit"):
+        federation = assemble(launched(1), tiny(f"method.name={method}", "client.steps=3"))
+        steps = federation.local.steps
+        assert steps is not None
+        work[method] = steps * len(federation.clients)
+    assert work == {"centralized": 9, "fedit": 9}
+
+
+def test_the_frozen_model_is_built_once_and_stays_where_it_is(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many clients there are, a process has one backbone; nobody copies, sends or saves it."""
+    built = []
+
+    def build_and_count(*arguments: Any) -> Any:
+        built.append(build_model(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(assembly, "build_model", build_and_count)
+    config = tiny("partition.scheme=iid", "partition.clients=7")
+    run_federation(launched(1), config)
+    [model] = built
+    numbers = sum(tensor.numel() for tensor in adapter_of(config.folder).values())
+    assert numbers == model.adapters.layout.length
+    result = json.loads((config.folder / "result.json").read_text())
+    assert result["totals"]["bytes"] == 2 * config.rounds * 7 * 4 * numbers  # up and down, float32
+
+
+def test_mixed_precision_trains_too(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("fabric.precision=bf16-mixed", "rounds=8", "data.train_images=120", f"run_dir={tmp_path}")
+    fabric = make_fabric(config.fabric)
+    fabric.launch()
+    run_federation(fabric, config)
+    assert json.loads((tmp_path / "result.json").read_text())["mean_accuracy"] > 0.5
+    assert adapter_of(tmp_path)["adapter"].dtype == torch.float32

@@ -90,18 +90,19 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
     before = torch.random.get_rng_state()
     one, same, other = build(VIT), build(VIT), build(VIT, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert one.fingerprint(32) == same.fingerprint(32) != other.fingerprint(32)
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
-def test_the_fingerprint_is_that_of_the_frozen_prefix() -> None:
+def test_the_fingerprint_names_the_frozen_weights() -> None:
     model = build(VIT)
-    name = model.fingerprint(32)
-    model.adapters.write(torch.randn(model.adapters.layout.length))
+    whole, prefix = model.fingerprint(), model.fingerprint(of_embed=True)
+    model.adapters.write(torch.randn(model.adapters.layout.length))  # trained, not frozen
+    assert (model.fingerprint(), model.fingerprint(of_embed=True)) == (whole, prefix)
     model.backbone.blocks[5].mlp.fc1.weight.data.add_(1)
-    assert model.fingerprint(32) == name
-    assert model.fingerprint(64) != name
+    assert model.fingerprint() != whole
+    assert model.fingerprint(of_embed=True) == prefix
     model.backbone.blocks[3].mlp.fc1.weight.data[0, 0] += 1
-    assert model.fingerprint(32) != name
+    assert model.fingerprint(of_embed=True) != prefix
 
 
 def test_image_size_is_the_models_own_unless_given() -> None:
