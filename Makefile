@@ -53,4 +53,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	fi; \
 	echo "installing $${torch:-torch} and the package into $(VENV)"; \
 	$(BIN)/pip install -q $${torch:-torch} && $(BIN)/pip install -q -e '.[dev]'
+	@# lorafair itself copes with a torchvision made for another torch; this lets `import timm` alone do so, too
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
+	  echo 'import lorafair' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lorafair_start.pth"
 	@touch $@

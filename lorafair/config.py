@@ -108,7 +108,7 @@ class ModelConfig:
     """Compute the tokens below the first adapted block once per image and reuse them. auto: where the model allows it,
     at least one block is saved and the tokens fit into prefix_cache_gb."""
     prefix_cache_gb: float = 8.0
-    """Largest size of the cached tokens of a node, in gigabytes of disk."""
+    """Largest size of the cached tokens of a run, in gigabytes of disk; tokens unused for a month are removed."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 

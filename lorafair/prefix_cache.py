@@ -8,12 +8,14 @@ Letters: N images of a split, T tokens, D features, S side of the image.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import socket
+import time
+import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +32,19 @@ from lorafair.offline import cache_dir
 # Fixed, because the last bits of a token can depend on the size of the batch it is computed in.
 EMBED_BATCH = 64
 GIGABYTE = 1e9
+UNUSED_DAYS = 30
 
 
-@dataclass(frozen=True)
 class TokenSource:
     """Tokens (N, T, D) float32 of one split in a memory-mapped file."""
 
-    file: Path
+    def __init__(self, file: Path) -> None:
+        os.utime(file)  # in use: not to be removed
+        self._tokens = np.load(file, mmap_mode="r")
 
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
         """One tensor (len(i), T, D) for each index array i, in order."""
-        tokens = np.load(self.file, mmap_mode="r")
-        return (torch.from_numpy(tokens[batch]) for batch in indices)
+        return (torch.from_numpy(self._tokens[batch]) for batch in indices)
 
 
 def reason_against_cache(config: ModelConfig, model: AdaptedModel, images: int, image_size: int) -> str:
@@ -77,12 +80,18 @@ def cached_tokens(
     file = _folder() / f"{name}.npy"
     found = torch.tensor(int(file.exists()), device=fabric.device)
     if not bool(fabric.all_reduce(found, reduce_op="min")):  # all ranks act alike: the computation has barriers
-        partial = _folder() / f"{name}.{socket.gethostname()}.partial"
+        unique = fabric.broadcast(uuid.uuid4().hex)  # another run may compute the same tokens on this node
+        partial = _folder() / f"{name}.{socket.gethostname()}.{unique}.partial"
+        if fabric.local_rank == 0:
+            _remove_unused()
         _compute(fabric, model, images, count, partial, image_size)
         if fabric.local_rank == 0:
             with partial.open("rb") as written:
                 os.fsync(written.fileno())
-            os.replace(partial, file)
+            if file.exists():  # another run may read it already; on a network file system a replaced file is lost to it
+                partial.unlink()
+            else:
+                os.replace(partial, file)
         fabric.barrier()
     return TokenSource(file)
 
@@ -110,6 +119,15 @@ def _compute(
 def _token_shape(model: AdaptedModel, image_size: int) -> torch.Size:
     """(1, T, D)."""
     return model.embed(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=model.mean.device)).shape
+
+
+def _remove_unused() -> None:
+    """Late enough for no running job to lose its tokens: being open protects no file on a network file system."""
+    for file in _folder().iterdir():
+        days = 1 if file.suffix == ".partial" else UNUSED_DAYS
+        with contextlib.suppress(FileNotFoundError):  # another run removes it too
+            if time.time() - file.stat().st_mtime > days * 86400:
+                file.unlink()
 
 
 def _folder() -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +59,39 @@ def test_ranks_share_the_work_and_get_the_same_bits() -> None:
     assert sorted(read for _, read in shared) == [64, 86]  # of 150 images in batches of 64
     for found, _ in shared:
         assert np.array_equal(found, alone)
+
+
+def test_tokens_unused_for_a_month_are_removed() -> None:
+    folder = prefix_cache._folder()
+    before = set(folder.iterdir())
+    tokens(launched(1), "old")
+    [old] = set(folder.iterdir()) - before
+    os.utime(old, times=(0, time.time() - 29 * 86400))
+    tokens(launched(1), "second")
+    assert old.exists()
+    assert tokens(launched(1), "old") == (pytest.approx(np.load(old)), 0)  # used: starts its month again
+    assert time.time() - old.stat().st_mtime < 86400
+    os.utime(old, times=(0, time.time() - 31 * 86400))
+    tokens(launched(1), "third")
+    assert not old.exists()
+
+
+def test_two_runs_compute_the_same_tokens_at_once() -> None:
+    """As two tasks of a job array on one node do: neither disturbs the other."""
+
+    class Meanwhile(Source):
+        def batches(self, indices: list[Indices]) -> Any:
+            for number, batch in enumerate(super().batches(indices)):
+                if number == 1:
+                    self.other = tokens(launched(1), "at once")
+                yield batch
+
+    source = Meanwhile()
+    cached = cached_tokens(launched(1), build_model(CONFIG, 4, 0).attach("cpu"), source, len(IMAGES), "at once", 32)
+    [found] = list(cached.batches([np.arange(len(IMAGES))]))
+    assert (source.read, source.other[1]) == (150, 150)
+    assert np.array_equal(found.numpy(), source.other[0])
+    assert not list(prefix_cache._folder().glob("*.partial*"))
 
 
 def reason(config: ModelConfig, images: int = 10) -> str:
