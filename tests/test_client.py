@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafair.client import client_losses, make_optimizer, train_cohort, train_step
 from lorafair.config import ClientConfig, LoRAConfig, ModelConfig
@@ -158,5 +158,5 @@ def test_the_forward_pass_and_loss_of_a_cohort_stay_on_a_gpu() -> None:
         losses = client_losses(m(images), targets, weights)
         assert losses.device.type == "cuda"
         m.mean = torch.zeros(1, 3, 1, 1)  # the test can fail: one tensor left on the CPU
-        with pytest.raises(FakeTensorDeviceMismatchError):
+        with pytest.raises(RuntimeError, match="two (different )?devices"):
             m(images)
