@@ -158,5 +158,5 @@ def test_the_forward_pass_and_loss_of_a_cohort_stay_on_a_gpu() -> None:
         losses = client_losses(m(images), targets, weights)
         assert losses.device.type == "cuda"
         m.mean = torch.zeros(1, 3, 1, 1)  # the test can fail: one tensor left on the CPU
-        with pytest.raises(RuntimeError, match="two (different )?devices"):
+        with pytest.raises(RuntimeError, match=r"two (different )?devices"):
             m(images)
