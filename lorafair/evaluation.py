@@ -54,7 +54,7 @@ class Evaluator:
         self._batches: list[Indices] = []
         self._domain_of_batch: list[int] = []
         self._images: list[int] = []  # (D,)
-        for domain in range(int(domains.max()) + 1):
+        for domain in range(int(np.max(domains)) + 1):
             members = np.flatnonzero(domains == domain)
             cut = [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
             self._batches += cut
