@@ -23,7 +23,7 @@ from lorafair.exchange import same_error_on_all_ranks
 from lorafair.models import AdaptedModel, build_model, image_size_of
 from lorafair.prefix_cache import cached_tokens, reason_against_cache
 from lorafair.schedule import RoundPlan, plan_round
-from lorafair.tracking import say
+from lorafair.tracking import make_run_dir, say
 
 # What may differ between a run and its continuation: it changes no number, or only how many rounds there are.
 NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabric")
@@ -83,6 +83,9 @@ def assemble(fabric: Fabric, config: Config) -> Federation:
     Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
     """
     aggregator = build_aggregator(config.method)
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero:
+            make_run_dir(config.folder)
     size = image_size_of(config.model)
     for turn in (True, False):  # the first rank of a node builds what the others then find in the cache
         with same_error_on_all_ranks(fabric):

@@ -30,7 +30,6 @@ class Report:
     def __init__(self, federation: Federation, completed_rounds: int) -> None:
         self._federation = federation
         config = federation.config
-        config.folder.mkdir(parents=True, exist_ok=True)
         (config.folder / "config.yaml").write_text(to_yaml(config))
         self._tracker = Tracker(config.folder, completed_rounds=completed_rounds, rounds=config.rounds)
         if completed_rounds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from lorafair.config import ConfigError
+
 
 class Tracker:
     """Writes the scalars of each round to TensorBoard and to run_dir/metrics.csv (round, name, value)."""
 
     def __init__(self, run_dir: Path, *, completed_rounds: int, rounds: int) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self._rounds = rounds
         self._started, self._first_round = time.monotonic(), completed_rounds
@@ -67,6 +69,16 @@ class Tracker:
         """Flush and close the files."""
         self._writer.close()
         self._csv_file.close()
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Create run_dir and see that files can be made in it. Raises ConfigError where they cannot."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written to ({error.strerror}); choose another one") from error
 
 
 class Clock:

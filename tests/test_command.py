@@ -98,6 +98,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["federation.clients_per_round=4"], r"federation\.clients_per_round=4: there are 3 clients"),
         (["partition.scheme=dirichlet", "partition.min_images=500"], r"too few for partition\.clients_per_domain=5"),
         (["resume=/nowhere"], r"/nowhere is not a readable checkpoint"),
+        ([f"run_dir={__file__}"], r"run_dir=.*test_command\.py cannot be written to \(File exists\)"),
     ],
 )
 def test_a_mistake_ends_with_one_clear_line(
