@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lorafair.aggregation import Aggregator, build_aggregator
+from lorafair.checkpoint import Checkpoint, find_checkpoint
 from lorafair.config import ClientConfig, Config, ConfigError
 from lorafair.data.images import ImageData, Split
 from lorafair.data.loading import BatchSource, ImageSource
@@ -44,6 +44,7 @@ class Federation:
     train_source: BatchSource
     labels: Tensor  # of all training images, on the device
     evaluator: Evaluator
+    identity: dict[str, Any]  # what a checkpoint must agree with
 
     def plan(self, round_index: int) -> RoundPlan:
         """The plan of a round; the same on every rank."""
@@ -64,21 +65,11 @@ class Federation:
             world_size=self.fabric.world_size,
         )
 
-    @cached_property  # computed before the first round: folding changes the frozen weights
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: the settings that change numbers, the images and the frozen weights."""
-        settings = dataclasses.asdict(self.config)
-        for key in NOT_IDENTITY:
-            del settings[key]
-        for section, key in NOT_IDENTITY_NESTED:
-            del settings[section][key]
-        settings["fabric"] = {"precision": self.config.fabric.precision}
-        settings |= {"images": self.data.fingerprint, "classes": self.data.classes}
-        return settings | {"frozen_weights": self.model.fingerprint()}
 
+def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | None]:
+    """Build everything, on every rank of a launched Fabric, and find the checkpoint to continue from.
 
-def assemble(fabric: Fabric, config: Config) -> Federation:
-    """Build everything, on every rank of a launched Fabric. What has to be fetched is fetched once a node.
+    What has to be fetched is fetched once a node.
 
     Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
     """
@@ -94,8 +85,14 @@ def assemble(fabric: Fabric, config: Config) -> Federation:
     model.attach(fabric.device, config.client.cohort)
     if fabric.is_global_zero:
         _introduce(config, data, clients, model, fabric.world_size)
+    identity = _identity(config, data, model)
+    found = None
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero:  # before minutes are spent on tokens
+            found = find_checkpoint(config.folder, config.resume, identity)
+    found = fabric.broadcast(found)
     train_source, test_source = _sources(fabric, config, model, data, size)
-    return Federation(
+    federation = Federation(
         fabric=fabric,
         config=config,
         aggregator=aggregator,
@@ -113,7 +110,21 @@ def assemble(fabric: Fabric, config: Config) -> Federation:
             classes=len(data.classes),
             batch_size=config.evaluation.batch_size,
         ),
+        identity=identity,
     )
+    return federation, found
+
+
+def _identity(config: Config, data: ImageData, model: AdaptedModel) -> dict[str, Any]:
+    """The settings that change numbers, the images and the frozen weights as they are before any folding."""
+    settings = dataclasses.asdict(config)
+    for key in NOT_IDENTITY:
+        del settings[key]
+    for section, key in NOT_IDENTITY_NESTED:
+        del settings[section][key]
+    settings["fabric"] = {"precision": config.fabric.precision}
+    settings |= {"images": data.fingerprint, "classes": data.classes}
+    return settings | {"frozen_weights": model.fingerprint()}
 
 
 def _load(config: Config, aggregator: Aggregator) -> tuple[ImageData, tuple[Client, ...], ClientConfig, AdaptedModel]:

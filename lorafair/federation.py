@@ -18,7 +18,7 @@ from torch import Tensor
 from lorafair.adapter import AdapterState, LoRAFactors
 from lorafair.aggregation import ServerUpdate, aggregate
 from lorafair.assembly import Federation, assemble
-from lorafair.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
+from lorafair.checkpoint import Checkpoint, save_checkpoint
 from lorafair.client import train_cohort
 from lorafair.config import Config
 from lorafair.data.loading import cohort_steps, local_batches
@@ -28,7 +28,6 @@ from lorafair.exchange import (
     broadcast_update,
     finite_clients,
     gather_clients,
-    same_error_on_all_ranks,
     stop_all_ranks,
 )
 from lorafair.report import Report
@@ -50,8 +49,8 @@ class ServerState:
 
 def run_federation(fabric: Fabric, config: Config) -> None:
     """Run the rounds that are not done yet and leave the results in config.run_dir. Call on every rank."""
-    federation = assemble(fabric, config)
-    state = start_or_resume(federation)
+    federation, found = assemble(fabric, config)
+    state = start_or_resume(federation, found)
     report = Report(federation, state.completed_rounds) if fabric.is_global_zero else None
     evaluation = None
     while state.completed_rounds < config.rounds:
@@ -79,17 +78,12 @@ def run_federation(fabric: Fabric, config: Config) -> None:
         report.finish(state.totals, evaluation)
 
 
-def start_or_resume(federation: Federation) -> ServerState:
-    """The state after the last checkpoint, or that before the first round. Call on every rank."""
+def start_or_resume(federation: Federation, found: Checkpoint | None) -> ServerState:
+    """The state after a checkpoint, or that before the first round."""
     fabric, config, adapters = federation.fabric, federation.config, federation.model.adapters
     adapter = adapters.draw(config.seed, 0).to(fabric.device)
     keeps_own = federation.aggregator.personal or config.federation.initialization == "local"
     own = adapter.repeat(len(federation.clients), 1) if keeps_own else None
-    found = None
-    with same_error_on_all_ranks(fabric):
-        if fabric.is_global_zero:
-            found = find_checkpoint(config.folder, config.resume, federation.identity)
-    found = fabric.broadcast(found)
     if found is None:
         return ServerState(completed_rounds=0, adapter=adapter, own=own)
     base = {name.removeprefix("base."): t for name, t in found.tensors.items() if name.startswith("base.")}

@@ -30,6 +30,7 @@ class Report:
     def __init__(self, federation: Federation, completed_rounds: int) -> None:
         self._federation = federation
         config = federation.config
+        config.folder.mkdir(exist_ok=True)  # resume=never has put an earlier run aside
         (config.folder / "config.yaml").write_text(to_yaml(config))
         self._tracker = Tracker(config.folder, completed_rounds=completed_rounds, rounds=config.rounds)
         if completed_rounds:

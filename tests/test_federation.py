@@ -228,7 +228,7 @@ def test_initialisations_differ_in_where_clients_start(tiny: Tiny, tmp_path: Pat
 def test_the_centralised_reference_sees_as_many_images_a_round(tiny: Tiny) -> None:
     work = {}
     for method in ("centralized", "fedit"):
-        federation = assemble(launched(1), tiny(f"method.name={method}", "client.steps=3"))
+        federation, _ = assemble(launched(1), tiny(f"method.name={method}", "client.steps=3"))
         steps = federation.local.steps
         assert steps is not None
         work[method] = steps * len(federation.clients)
