@@ -156,11 +156,10 @@ def _sources(
         return images(data.train), images(data.test)
     if fabric.is_global_zero:
         say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: computed once for {count:,} images")
-    with same_error_on_all_ranks(fabric):
-        train, test = (
-            cached_tokens(fabric, model, images(split), len(split), f"{data.fingerprint} {name}", size)
-            for name, split in (("train", data.train), ("test", data.test))
-        )
+    train, test = (
+        cached_tokens(fabric, model, images(split), len(split), f"{data.fingerprint} {name}", size)
+        for name, split in (("train", data.train), ("test", data.test))
+    )
     return train, test
 
 

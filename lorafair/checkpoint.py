@@ -87,12 +87,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         # Copied, because load_file maps the file into memory: it may be removed, and network file systems then fail.
         tensors = {name: tensor.clone() for name, tensor in load_file(path / "state.safetensors").items()}
         return Checkpoint(
-            completed_rounds=meta["completed_rounds"],
+            completed_rounds=int(meta["completed_rounds"]),
             tensors=tensors,
-            identity=meta["identity"],
-            totals=meta["totals"],
+            identity=dict(meta["identity"]),
+            totals={str(name): float(total) for name, total in meta["totals"].items()},
         )
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
 
 
@@ -123,6 +123,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def _move_aside(run_dir: Path) -> None:
+    run_dir = run_dir.resolve()
     if run_dir.exists() and any(run_dir.iterdir()):
         number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))

@@ -397,6 +397,7 @@ def _check_ranges(config: DictConfig) -> None:
     check(NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "0 or more")
     check(["model.lora.dropout", "client.momentum"], lambda v: 0 <= v < 1, "from 0 up to but not including 1")
     check(["data.test_fraction"], lambda v: 0 < v < 1, "between 0 and 1")
+    check(["fabric.timeout_minutes"], lambda v: v <= 525600, "at most a year")
     check(["checkpoint.keep"], lambda v: v >= 2, "at least 2 (one survives while the other is written)")
     for key in ("data.domains", "model.lora.targets"):
         value = OmegaConf.select(config, key)

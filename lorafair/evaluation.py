@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from lorafair.data.loading import BatchSource, Indices
-from lorafair.exchange import sum_over_ranks
+from lorafair.exchange import same_error_on_all_ranks, sum_over_ranks
 from lorafair.models import AdaptedModel
 
 
@@ -69,17 +69,18 @@ class Evaluator:
         right = torch.zeros(len(adapters), domains, dtype=torch.int64, device=fabric.device)
         confusion = torch.zeros(domains, self._classes, self._classes, dtype=torch.int64, device=fabric.device)
         losses = torch.zeros(len(adapters), units, dtype=torch.float64, device=fabric.device)  # (M, U)
-        for index, adapter in enumerate(adapters):
-            mine = range((fabric.global_rank - index * units) % fabric.world_size, units, fabric.world_size)
-            model.adapters.write(adapter)
-            for u, inputs in zip(mine, self._source.batches([self._batches[u] for u in mine]), strict=True):
-                labels = self._labels[torch.from_numpy(self._batches[u])]
-                with fabric.autocast():
-                    logits = model(inputs.to(fabric.device, non_blocking=True))
-                losses[index, u] = F.cross_entropy(logits.double(), labels, reduction="sum")
-                counts = multiclass_confusion_matrix(logits, labels, self._classes, validate_args=False)
-                right[index, self._domain_of_batch[u]] += counts.trace()
-                confusion[self._domain_of_batch[u]] += counts
+        with same_error_on_all_ranks(fabric):
+            for index, adapter in enumerate(adapters):
+                mine = range((fabric.global_rank - index * units) % fabric.world_size, units, fabric.world_size)
+                model.adapters.write(adapter)
+                for u, inputs in zip(mine, self._source.batches([self._batches[u] for u in mine]), strict=True):
+                    labels = self._labels[torch.from_numpy(self._batches[u])]
+                    with fabric.autocast():
+                        logits = model(inputs.to(fabric.device, non_blocking=True))
+                    losses[index, u] = F.cross_entropy(logits.double(), labels, reduction="sum")
+                    counts = multiclass_confusion_matrix(logits, labels, self._classes, validate_args=False)
+                    right[index, self._domain_of_batch[u]] += counts.trace()
+                    confusion[self._domain_of_batch[u]] += counts
         for partial in (right, confusion, losses):
             sum_over_ranks(fabric, partial)
         by_domain = torch.zeros(len(adapters), domains, dtype=torch.float64)

@@ -28,6 +28,7 @@ from lorafair.exchange import (
     broadcast_update,
     finite_clients,
     gather_clients,
+    same_error_on_all_ranks,
     stop_all_ranks,
 )
 from lorafair.report import Report
@@ -56,22 +57,23 @@ def run_federation(fabric: Fabric, config: Config) -> None:
     while state.completed_rounds < config.rounds:
         clock = Clock(fabric.device)
         plan = federation.plan(state.completed_rounds)
-        with clock("train"):
+        with clock("train"), same_error_on_all_ranks(fabric):
             rows = train_clients(federation, state, plan)
         with clock("gather"):
             returned = finite_clients(gather_clients(fabric, rows, plan), plan)
         if not returned.clients:
             give_up(federation, state)
-        with clock("server"):
+        with clock("server"), same_error_on_all_ranks(fabric):
             update = serve(federation, returned) if fabric.is_global_zero else None
         with clock("broadcast"):
             start, folded = send_update(federation, update, returned)
         apply_update(federation, state, returned, start, folded)
         with clock("evaluate"):
             evaluation = evaluate(federation, state)
-        if report is not None:
-            report.round(state.completed_rounds, state.totals, plan, returned, update, evaluation, clock)
-        save(federation, state)
+        with same_error_on_all_ranks(fabric):
+            if report is not None:
+                report.round(state.completed_rounds, state.totals, plan, returned, update, evaluation, clock)
+            save(federation, state)
     if evaluation is None:  # nothing was left to do
         evaluation = evaluate(federation, state, always=True)
     if report is not None and evaluation is not None:

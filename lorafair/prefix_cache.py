@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lorafair.config import ConfigError, ModelConfig
 from lorafair.data.loading import BatchSource, Indices
+from lorafair.exchange import same_error_on_all_ranks
 from lorafair.models import AdaptedModel
 from lorafair.offline import cache_dir
 
@@ -82,17 +83,14 @@ def cached_tokens(
     if not bool(fabric.all_reduce(found, reduce_op="min")):  # all ranks act alike: the computation has barriers
         unique = fabric.broadcast(uuid.uuid4().hex)  # another run may compute the same tokens on this node
         partial = _folder() / f"{name}.{socket.gethostname()}.{unique}.partial"
-        if fabric.local_rank == 0:
-            _remove_unused()
-        _compute(fabric, model, images, count, partial, image_size)
-        if fabric.local_rank == 0:
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
-            if file.exists():  # another run may read it already; on a network file system a replaced file is lost to it
-                partial.unlink()
-            else:
-                os.replace(partial, file)
-        fabric.barrier()
+        try:
+            _compute(fabric, model, images, count, partial, image_size)
+            with same_error_on_all_ranks(fabric):
+                if fabric.local_rank == 0:
+                    _keep(partial, file)
+        finally:
+            if fabric.local_rank == 0:
+                partial.unlink(missing_ok=True)
     return TokenSource(file)
 
 
@@ -103,22 +101,30 @@ def _compute(
     strategy: Any = fabric.strategy
     batches = [np.arange(i, min(i + EMBED_BATCH, count)) for i in range(0, count, EMBED_BATCH)]
     mine = batches[fabric.local_rank :: strategy.num_processes]
-    if fabric.local_rank == 0:
-        shape = (count, *_token_shape(model, image_size)[1:])
-        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape).flush()
-    fabric.barrier()
-    tokens = np.load(partial, mmap_mode="r+")
-    for batch, pixels in zip(mine, images.batches(mine), strict=True):
-        with fabric.autocast():
-            tokens[batch] = model.embed(pixels.to(fabric.device)).float().cpu().numpy()
-    tokens.flush()
-    fabric.barrier()
+    with same_error_on_all_ranks(fabric):
+        if fabric.local_rank == 0:
+            _remove_unused()
+            shape = (count, *_token_shape(model, image_size)[1:])
+            np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape).flush()
+    with same_error_on_all_ranks(fabric):
+        tokens = np.load(partial, mmap_mode="r+")
+        for batch, pixels in zip(mine, images.batches(mine), strict=True):
+            with fabric.autocast():
+                tokens[batch] = model.embed(pixels.to(fabric.device)).float().cpu().numpy()
+        tokens.flush()
 
 
 @torch.inference_mode()
 def _token_shape(model: AdaptedModel, image_size: int) -> torch.Size:
     """(1, T, D)."""
     return model.embed(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=model.mean.device)).shape
+
+
+def _keep(partial: Path, file: Path) -> None:
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    if not file.exists():  # another run may read it already; on a network file system a replaced file is lost to it
+        os.replace(partial, file)
 
 
 def _remove_unused() -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import lorafair.federation as federation_module
 from lorafair import assembly
@@ -22,6 +24,7 @@ from lorafair.errors import LorafairError
 from lorafair.exchange import make_fabric
 from lorafair.federation import run_federation
 from lorafair.models import build_model
+from lorafair.seeding import seeded_numpy
 from tests.conftest import launched, run_ranks
 
 Tiny = Callable[..., Config]
@@ -260,3 +263,39 @@ def test_mixed_precision_trains_too(tiny: Tiny, tmp_path: Path) -> None:
     run_federation(fabric, config)
     assert json.loads((tmp_path / "result.json").read_text())["mean_accuracy"] > 0.5
     assert adapter_of(tmp_path)["adapter"].dtype == torch.float32
+
+
+def damaged_folder(root: Path) -> Path:
+    """Pictures whose beginnings and ends are right, one of them with a damaged middle, found by decoding only."""
+    pixels = seeded_numpy(0, "noise").integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for domain in ("photo", "sketch"):
+        for name in ("cat", "dog"):
+            (root / domain / name).mkdir(parents=True)
+            for number in range(10):
+                Image.fromarray(pixels).save(root / domain / name / f"{number}.png")
+    for number in range(10):  # in the training and in the test images of one domain
+        path = root / "photo" / "cat" / f"{number}.png"
+        content = bytearray(path.read_bytes())
+        content[1000:1200] = bytes(200)
+        path.write_bytes(content)
+    return root
+
+
+def outcome(fabric: Any, arguments: list[str]) -> str:
+    try:
+        run(fabric, arguments)
+    except LorafairError as error:
+        return str(error)
+    except SystemExit as leaving:
+        return f"left with {leaving.code}"
+    return "went on"
+
+
+@pytest.mark.parametrize("cache", ["auto", "never"])
+def test_an_image_that_breaks_on_one_rank_ends_all_of_them_with_its_name(cache: str, tmp_path: Path) -> None:
+    root = damaged_folder(tmp_path / "pictures")
+    arguments = [*TINY, "data.source=folder", f"data.root={root}", f"model.prefix_cache={cache}"]
+    ended = run_ranks(2, outcome, [*arguments, f"run_dir={tmp_path / 'run'}"])
+    assert "photo/cat" in ended[0]
+    assert "cannot be decoded" in ended[0]
+    assert ended[1] == "left with 2"

@@ -116,6 +116,7 @@ def test_image_size_is_the_models_own_unless_given() -> None:
         ({"name": "vit_bse_patch16_224"}, r"model\.name=vit_bse_patch16_224 is no timm .* model; similar: vit_base_"),
         ({"name": "no_such_model"}, r"model\.name=no_such_model is no timm"),
         ({"name": "vit_base_patch16_224", "image_size": 30}, r"model\.image_size=30: .* needs a multiple of 16"),
+        ({"image_size": 33}, r"model\.image_size=33 does not fit test_vit: .*divisible by patch size"),
         (
             {"lora": LoRAConfig(targets=("attn.qk",))},
             r"model\.lora\.targets: attn\.qk matches no .*attn\.qkv",
