@@ -90,6 +90,11 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:  # before minutes are spent on tokens
             found = find_checkpoint(config.folder, config.resume, identity)
+            if found is not None and found.completed_rounds > config.rounds:
+                raise ConfigError(
+                    f"rounds={config.rounds}: {config.folder} has {found.completed_rounds} rounds already; set more "
+                    "rounds, or choose another run_dir"
+                )
     found = fabric.broadcast(found)
     train_source, test_source = _sources(fabric, config, model, data, size)
     federation = Federation(

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +60,8 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "identity": checkpoint.identity,
             "totals": checkpoint.totals,
         }
-        (partial / "state.json").write_text(json.dumps(meta, indent=1, default=str))
+        meta = json.loads(json.dumps(meta, default=str))
+        (partial / "state.json").write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=1))
         for path in (tensors, partial / "state.json", partial):
             _fsync(path)
         shutil.rmtree(target, ignore_errors=True)  # only left from a run that was continued from an earlier round
@@ -82,6 +82,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         meta = json.loads((path / "state.json").read_text())
         if meta.get("format") != FORMAT:
             raise CheckpointError(f"{path} has checkpoint format {meta.get('format')}; this version reads {FORMAT}")
+        if meta.pop("checksum", None) != _checksum(meta):
+            raise CheckpointError(f"{path} is damaged: state.json does not match its checksum")
         if _sha256(path / "state.safetensors") != meta["sha256"]:
             raise CheckpointError(f"{path} is damaged: state.safetensors does not match its checksum")
         # Copied, because load_file maps the file into memory: it may be removed, and network file systems then fail.
@@ -106,14 +108,24 @@ def find_checkpoint(run_dir: Path, resume: str, identity: Mapping[str, Any]) -> 
         _move_aside(run_dir)
         return None
     if resume != "auto":
-        return _check_identity(load_checkpoint(Path(resume)), identity, resume)
-    for path in reversed(list_checkpoints(run_dir)):
+        found = list_checkpoints(Path(resume))  # of a run directory, the newest
+        try:
+            checkpoint = load_checkpoint(found[-1] if found else Path(resume))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"resume={resume}: {error}; give a run directory or one of its {FOLDER}/round_<n>"
+            ) from error
+        return _check_identity(checkpoint, identity, resume)
+    paths = list_checkpoints(run_dir)
+    for path in reversed(paths):
         try:
             checkpoint = load_checkpoint(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+            print(f"warning: {error}; trying the one before", flush=True)
             continue
         return _check_identity(checkpoint, identity, str(path))
+    if paths:
+        print(f"warning: no readable checkpoint is left in {run_dir}; starting anew", flush=True)
     return None
 
 
@@ -125,6 +137,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def _move_aside(run_dir: Path) -> None:
     run_dir = run_dir.resolve()
     if run_dir.exists() and any(run_dir.iterdir()):
+        used = any((run_dir / name).exists() for name in (FOLDER, "config.yaml", "metrics.csv"))
+        if not used or Path.cwd().resolve().is_relative_to(run_dir):
+            raise CheckpointError(
+                f"resume=never would move {run_dir} aside, which is not the directory of an earlier run alone; "
+                "choose another run_dir"
+            )
         number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
 
@@ -132,9 +150,14 @@ def _move_aside(run_dir: Path) -> None:
 def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], origin: str) -> Checkpoint:
     # Through JSON, as the checkpoint's own went: paths are strings there and tuples are lists.
     theirs, mine = _flatten(checkpoint.identity), _flatten(json.loads(json.dumps(identity, default=str)))
+
+    def short(value: object) -> str:
+        return text if len(text := str(value)) <= 40 else f"{text[:40]}…"
+
+    derived = ("images", "classes", "frozen_weights")  # follow from settings, which say more
     differences = [
-        f"{key} is {theirs.get(key, 'not set')} there and {mine.get(key, 'not set')} here"
-        for key in sorted(theirs.keys() | mine.keys())
+        f"{key} is {short(theirs.get(key, 'not set'))} there and {short(mine.get(key, 'not set'))} here"
+        for key in sorted(theirs.keys() | mine.keys(), key=lambda key: (key in derived, key))
         if theirs.get(key) != mine.get(key)
     ]
     if differences:
@@ -150,6 +173,10 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

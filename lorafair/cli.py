@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LorafairError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues after the last checkpoint", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

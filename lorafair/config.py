@@ -15,6 +15,7 @@ import functools
 import inspect
 import itertools
 import math
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,6 +250,7 @@ CONDITIONAL_OPTIONS = (
     ConditionalOption("client.epochs", "no client.steps", lambda c: c.client.steps is None, 1),
 )
 
+_LISTS = ("data.domains", "model.lora.targets")
 AT_LEAST_ONE = (
     "rounds", "data.classes", "data.train_images", "data.test_images", "partition.clients_per_domain",
     "partition.min_images", "partition.clients", "model.image_size", "model.lora.rank", "model.lora.last_blocks",
@@ -277,7 +279,9 @@ def load_config(arguments: Sequence[str]) -> Config:
         config = _merge(config, _read_yaml(Path(file)), f"{file}: ")
     config = _merge(config, _read_pairs([a for a in arguments if "=" in a]), "")
     if not isinstance(config.method.get("name"), str):
-        raise ConfigError("method.name is missing; for example method.name=lora_fair")
+        given = config.method.get("name")
+        problem = "method.name is missing" if given is None else f"method.name={given} is no name"
+        raise ConfigError(f"{problem}; for example method.name=lora_fair")
     if config.run_dir is None:
         stem = Path(files[0]).stem if files else "default"
         config = _with(config, "run_dir", Path("runs", stem, f"{config.method.name}-seed{config.seed}"))
@@ -307,6 +311,10 @@ def _read_yaml(file: Path) -> DictConfig:
 
 def _read_pairs(pairs: Sequence[str]) -> DictConfig:
     try:
+        for pair in pairs:  # one by one: of data=3 and data.source=folder together, the first would vanish
+            alone = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))
+            for key, value in _entries_of(cast(dict[str, Any], alone)):
+                _check_key(key, value, "")
         return OmegaConf.from_dotlist(list(pairs))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(pairs)}: {_one_line(error)}") from error
@@ -351,12 +359,20 @@ def _check_key(key: str, value: Any, origin: str) -> None:
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         if part not in known:
             where = ".".join(parts[:depth])
+            if not known:
+                raise ConfigError(f"{origin}there is no option {key}: {where} is a value, not a group of options")
             near = difflib.get_close_matches(part, known, n=1)
             hint = f"did you mean {'.'.join([*parts[:depth], near[0]])}? " if near else ""
             raise ConfigError(
                 f"{origin}there is no option {key}; {hint}options{f' of {where}' if where else ''}: {', '.join(known)}"
             )
         owner = _section_types(owner).get(part)
+    if value == "???":
+        raise ConfigError(f"{origin}{key}=??? has no value")
+    if key == "method" and not isinstance(value, dict):
+        raise ConfigError(f"{origin}method={value}: method is a group of options; set method.name={value}")
+    if key in _LISTS and not isinstance(value, list | types.NoneType):
+        raise ConfigError(f"{origin}{key}={value} must be a list: {key}=[{value}]")
     if owner is not None and not isinstance(value, dict):
         names = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(owner))
         raise ConfigError(f"{origin}{key}={value}: {key} is a group of options; set {names}")
@@ -399,8 +415,10 @@ def _check_ranges(config: DictConfig) -> None:
     check(["data.test_fraction"], lambda v: 0 < v < 1, "between 0 and 1")
     check(["fabric.timeout_minutes"], lambda v: v <= 525600, "at most a year")
     check(["checkpoint.keep"], lambda v: v >= 2, "at least 2 (one survives while the other is written)")
-    for key in ("data.domains", "model.lora.targets"):
+    for key in _LISTS:
         value = OmegaConf.select(config, key)
+        if value is not None and not all(isinstance(entry, str) for entry in value):
+            raise ConfigError(f"{key}={list(value)}: give names")
         if value is not None and (len(value) == 0 or len(set(value)) < len(value)):
             raise ConfigError(f"{key}={list(value)}: name each one once, and at least one")
 

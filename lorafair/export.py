@@ -13,6 +13,7 @@ from torch import Tensor
 from lorafair.adapter import LoRAFactors
 from lorafair.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from lorafair.config import Config, ConfigError, load_config
+from lorafair.errors import LorafairError
 from lorafair.models import AdaptedModel, build_model, create_backbone
 
 
@@ -30,7 +31,10 @@ def export_run(run_dir: Path, out: Path, *, peft: bool) -> str:
         raise ConfigError(
             f"{run_dir} merged updates into the frozen weights, which an adapter cannot hold; leave --peft"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LorafairError(f"{out} cannot be made a folder ({error.strerror}); name another one") from error
     options = f"num_classes={classes}" + (f", img_size={config.model.image_size}" if config.model.image_size else "")
     mean, std = ((tensor / 255).flatten().tolist() for tensor in (model.mean, model.std))
     if peft:

@@ -159,7 +159,8 @@ def give_up(federation: Federation, state: ServerState) -> NoReturn:
 def serve(federation: Federation, returned: Returned) -> ServerUpdate:
     """The server step, on rank 0."""
     clients = federation.model.adapters.layout.unpack(returned.rows)
-    return aggregate(federation.aggregator, clients, torch.tensor(returned.weights, device=returned.rows.device))
+    weights = torch.tensor(returned.weights, dtype=torch.float64, device=returned.rows.device)
+    return aggregate(federation.aggregator, clients, weights)
 
 
 def send_update(

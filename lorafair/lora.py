@@ -121,11 +121,12 @@ def add_lora(
             raise ConfigError(
                 f"model.lora.targets: {target} matches no linear layer of this backbone; there are {_kinds_of(linear)}"
             )
-        chosen |= {path: linear[path] for path in matches if block_of(path) >= first}
-    if not chosen:
-        raise ConfigError(
-            f"model.lora.last_blocks={last_blocks} leaves no layer of model.lora.targets={list(targets)} to adapt"
-        )
+        kept = {path: linear[path] for path in matches if block_of(path) >= first}
+        if not kept:
+            raise ConfigError(
+                f"model.lora.last_blocks={last_blocks} leaves no layer of {target} in model.lora.targets to adapt"
+            )
+        chosen |= kept
     for path in chosen:  # in the order of the model, so that the packed order does not depend on the order of targets
         parent, _, name = path.rpartition(".")
         wrapped = LoRALinear(chosen[path], rank, alpha, dropout)

@@ -138,7 +138,13 @@ def _remove_unused() -> None:
 
 def _folder() -> Path:
     folder = cache_dir() / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder that can be written, or "
+            "model.prefix_cache=never"
+        ) from error
     return folder
 
 

@@ -76,6 +76,8 @@ def _plain_state_dict(content: object, path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"model.weights={path} holds no state dict: names and tensors, or those in state_dict or model"
         )
+    if not all(isinstance(name, str) for name in content):
+        raise WeightsError(f"model.weights={path} holds tensors without names")
     wrapped = all(name.startswith("module.") for name in content)
     return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in content.items()}
 

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lorafair.config import Config, load_config
 from lorafair.exchange import make_fabric
+from lorafair.seeding import seeded_numpy
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -111,3 +114,19 @@ def launched(world_size: int) -> Fabric:
     fabric = make_fabric(load_config(["fabric.accelerator=cpu", f"fabric.devices={world_size}"]).fabric)
     fabric.launch()
     return fabric
+
+
+def damaged_folder(root: Path) -> Path:
+    """Pictures whose beginnings and ends are right, one of them with a damaged middle, found by decoding only."""
+    pixels = seeded_numpy(0, "noise").integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for domain in ("photo", "sketch"):
+        for name in ("cat", "dog"):
+            (root / domain / name).mkdir(parents=True)
+            for number in range(10):
+                Image.fromarray(pixels).save(root / domain / name / f"{number}.png")
+    for number in range(10):  # in the training and in the test images of one domain
+        path = root / "photo" / "cat" / f"{number}.png"
+        content = bytearray(path.read_bytes())
+        content[1000:1200] = bytes(200)
+        path.write_bytes(content)
+    return root

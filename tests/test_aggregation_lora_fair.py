@@ -362,6 +362,21 @@ def test_rank_deficient_factors(similarity: str, residual: str, penalty: float) 
     assert value(found, clients, weights, similarity, penalty) <= before + 1e-12
 
 
+@pytest.mark.parametrize(("similarity", "residual"), EVERY_KIND)
+@pytest.mark.parametrize("size", [(30, 20, 4, 4), (9, 4, 6, 2)], ids=["dependent rows", "more factors than columns"])
+def test_no_inflation_where_nothing_is_penalised_or_seen(
+    similarity: str, residual: str, size: tuple[int, int, int, int]
+) -> None:
+    clients, weights = references.random_clients(*size)
+    clients = LoRAFactors(A=clients.A.clone(), B=0.1 * clients.B)
+    clients.A[:, -1] = clients.A[:, 0]
+    found = combine(clients, weights, similarity=similarity, residual=residual, regularization=0.0)
+    mean = references.mean(clients, weights)
+    for new, old in ((found.A, mean.A), (found.B, mean.B)):
+        assert new.norm() < 10 * old.norm()
+    assert value(found, clients, weights, similarity, 0.0) <= value(mean, clients, weights, similarity, 0.0) + 1e-12
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "frobenius"])
 @pytest.mark.parametrize("penalty", [0.0, 1e-8, 0.01])
 def test_b_keeps_what_the_averaged_a_does_not_see(similarity: str, penalty: float) -> None:

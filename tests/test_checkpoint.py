@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +53,40 @@ def damage_json(path: Path) -> None:
     (path / "state.json").write_text('{"format": 1')
 
 
+def flip_a_digit(path: Path) -> None:
+    file = path / "state.json"
+    file.write_text(file.read_text().replace('"completed_rounds": 5', '"completed_rounds": 7'))
+
+
 def remove_json(path: Path) -> None:
     (path / "state.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_tensors, damage_json, remove_json])
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, damage: Any) -> None:
+@pytest.mark.parametrize("damage", [damage_tensors, damage_json, flip_a_digit, remove_json])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     for rounds in (4, 5):
         path = save_checkpoint(tmp_path, checkpoint(rounds), keep=2)
     damage(path)
-    with pytest.warns(UserWarning, match=r"round_000005.*trying the one before"):
-        found = find(tmp_path)
+    found = find(tmp_path)
     assert found is not None
     assert found.completed_rounds == 4
-    with pytest.raises(CheckpointError, match="round_000005"):
+    assert re.search(r"warning: .*round_000005.*trying the one before", capsys.readouterr().out)
+    with pytest.raises(CheckpointError, match=r"resume=.*round_000005.*give a run directory or one of its"):
         find(tmp_path, str(path))
+    for checkpoint_folder in list_checkpoints(tmp_path):
+        damage_json(checkpoint_folder)
+    assert find(tmp_path) is None
+    assert "no readable checkpoint is left" in capsys.readouterr().out
+
+
+def test_resuming_from_a_run_directory_takes_its_newest_checkpoint(tmp_path: Path) -> None:
+    for rounds in (4, 5):
+        save_checkpoint(tmp_path / "run", checkpoint(rounds), keep=2)
+    found = find(tmp_path / "other", str(tmp_path / "run"))
+    assert found is not None
+    assert found.completed_rounds == 5
 
 
 def test_a_damaged_later_checkpoint_does_not_outlive_the_rounds_done_again(tmp_path: Path) -> None:
@@ -107,6 +127,18 @@ def test_never_moves_the_earlier_run_aside(tmp_path: Path) -> None:
         assert find(run_dir, "never") is None
         assert len(list_checkpoints(tmp_path / f"run.{number}")) == 1
     assert not run_dir.exists()
+
+
+def test_never_moves_no_directory_that_holds_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="resume=never would move"):
+        find(tmp_path, "never")
+    save_checkpoint(tmp_path, checkpoint(1), keep=2)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    with pytest.raises(CheckpointError, match="choose another run_dir"):
+        find(Path(".."), "never")
+    assert (tmp_path / "precious.txt").exists()
 
 
 def test_an_empty_or_missing_directory_starts_anew(tmp_path: Path) -> None:

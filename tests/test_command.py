@@ -22,6 +22,7 @@ from lorafair.aggregation import AGGREGATORS
 from lorafair.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.cli import main
 from lorafair.config import describe_options, load_config
+from tests.conftest import damaged_folder
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -88,6 +89,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["method.name=lora_fare"], r"method\.name=lora_fare is unknown; did you mean lora_fair\?"),
         (["method.name=fedit", "method.solver=sgd"], r"method\.solver is no option of fedit; it belongs to lora_fair"),
+        (["method.rescale=3"], r"method\.rescale=3 must be true or false"),
         (["method.regularization=-1"], r"method\.regularization"),
         (["model.lora.targets=[attn.qk]"], r"model\.lora\.targets: attn\.qk matches no linear layer"),
         (
@@ -135,13 +137,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, capsys: pytest
     assert "model.name is test_vit there and test_vit2 here" in message
 
 
-def test_a_truncated_checkpoint_is_skipped(tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, f"run_dir={tmp_path}", "rounds=2"]) == 0
     expected = adapter(tmp_path)
     file = list_checkpoints(tmp_path)[-1] / "state.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.warns(UserWarning, match="round_000002 is damaged"):
-        assert main([*TINY, f"run_dir={tmp_path}", "rounds=2"]) == 0
+    assert main([*TINY, f"run_dir={tmp_path}", "rounds=2"]) == 0
+    assert "round_000002 is damaged" in capsys.readouterr().out
+    assert "has 2 rounds already" in fails(capsys, *TINY, f"run_dir={tmp_path}", "rounds=1")
     assert torch.equal(adapter(tmp_path), expected)
 
 
@@ -175,3 +178,16 @@ def test_the_commands_of_the_readme_are_right() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     used: Any = set(re.findall(r"`?make ([a-z]+)", readme))
     assert {"demo", "test"} <= used <= targets
+
+
+def test_a_damaged_image_ends_the_command_and_its_workers(tmp_path: Path) -> None:
+    """Only decoding finds it, in a worker process, and these ignore the signals of a scheduler."""
+    root = damaged_folder(tmp_path / "pictures")
+    process = start(
+        [*TINY, "data.source=folder", f"data.root={root}", "data.workers=2", "model.prefix_cache=never",
+         "fabric.devices=2", f"run_dir={tmp_path / 'run'}"]
+    )  # fmt: skip
+    status, _, errors = finish(process)
+    assert status == 2
+    assert len([line for line in errors.splitlines() if "cannot be decoded" in line]) == 1
+    assert "Traceback" not in errors

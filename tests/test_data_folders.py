@@ -112,11 +112,12 @@ def test_a_wrong_line_is_named_by_file_and_number(domainnet, line, complaint):
         load(domainnet)
 
 
-def test_a_missing_list_is_named_when_its_domain_is_asked_for(domainnet):
+def test_a_missing_list_is_named_unless_its_domain_is_left_out(domainnet):
     (domainnet / "sketch_test.txt").unlink()
-    assert load(domainnet).domains == ("clipart",)
-    with pytest.raises(DataError, match=r"sketch_test\.txt is missing; change data\.domains"):
-        load(domainnet, domains=("clipart", "sketch"))
+    assert load(domainnet, domains=("clipart",)).domains == ("clipart",)
+    for domains in (None, ("clipart", "sketch")):
+        with pytest.raises(DataError, match=r"sketch_test\.txt is missing; name the domains to use in data\.domains"):
+            load(domainnet, domains=domains)
 
 
 def test_a_folder_without_lists_says_what_it_holds(tmp_path):

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import lorafair.federation as federation_module
 from lorafair import assembly
@@ -24,8 +22,7 @@ from lorafair.errors import LorafairError
 from lorafair.exchange import make_fabric
 from lorafair.federation import run_federation
 from lorafair.models import build_model
-from lorafair.seeding import seeded_numpy
-from tests.conftest import launched, run_ranks
+from tests.conftest import damaged_folder, launched, run_ranks
 
 Tiny = Callable[..., Config]
 
@@ -263,22 +260,6 @@ def test_mixed_precision_trains_too(tiny: Tiny, tmp_path: Path) -> None:
     run_federation(fabric, config)
     assert json.loads((tmp_path / "result.json").read_text())["mean_accuracy"] > 0.5
     assert adapter_of(tmp_path)["adapter"].dtype == torch.float32
-
-
-def damaged_folder(root: Path) -> Path:
-    """Pictures whose beginnings and ends are right, one of them with a damaged middle, found by decoding only."""
-    pixels = seeded_numpy(0, "noise").integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    for domain in ("photo", "sketch"):
-        for name in ("cat", "dog"):
-            (root / domain / name).mkdir(parents=True)
-            for number in range(10):
-                Image.fromarray(pixels).save(root / domain / name / f"{number}.png")
-    for number in range(10):  # in the training and in the test images of one domain
-        path = root / "photo" / "cat" / f"{number}.png"
-        content = bytearray(path.read_bytes())
-        content[1000:1200] = bytes(200)
-        path.write_bytes(content)
-    return root
 
 
 def outcome(fabric: Any, arguments: list[str]) -> str:

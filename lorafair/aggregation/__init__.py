@@ -57,6 +57,9 @@ def build_aggregator(options: Mapping[str, Any]) -> Aggregator:
     for key in given:
         _check_option(key, name)
     defaults = OmegaConf.structured(method)
+    for key, value in given.items():
+        if isinstance(defaults[key], bool) and not isinstance(value, bool):
+            raise ConfigError(f"method.{key}={value} must be true or false")
     try:
         # The dataclasses are frozen, and OmegaConf would not let values be merged into a read-only node.
         with flag_override(defaults, "readonly", False):

@@ -93,8 +93,8 @@ def bias_metrics(clients: AdapterState, weights: Tensor, update: ServerUpdate) -
     error_before, cosine_before: ‖ΔW − X‖/‖ΔW‖ and the cosine of ΔW and X, for X = B̄Ā (plain averaging of the factors).
     error_after, cosine_after: the same for what the method leaves the clients with, folded part included.
     norm_ratio, correction_ratio: ‖B'‖/‖B̄‖ and ‖B' − B̄‖/‖B̄‖; cosine alone does not show an inflated B.
-    A ratio is 0 where its denominator is. Errors of float64 factors below about 1e-8 may be rounding. Stays on the
-    clients' device. Empty for a personal method, which has no common update.
+    A ratio is 0 where its denominator is. Errors below about 1e-8, of float32 factors below 3e-4, may be rounding.
+    Stays on the clients' device. Empty for a personal method, which has no common update.
     """
     if any(factors.A.ndim > 2 for factors in update.factors.values()):
         return {}

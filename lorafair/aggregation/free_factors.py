@@ -142,5 +142,6 @@ class _Scaling:
 
 
 def _inverse_root(curvature: Tensor) -> Tensor:
-    floor = torch.finfo(curvature.dtype).eps * curvature.amax()
-    return torch.where(floor > 0, curvature.clamp(min=floor), 1.0).rsqrt()
+    """1/√c, and 0 where the objective does not see the direction: a step there would be amplified rounding."""
+    floor = 1e-13 * len(curvature) * curvature.amax()
+    return torch.where(curvature > floor, curvature, torch.inf).rsqrt()

@@ -104,12 +104,12 @@ def _find_lists(root: Path, wanted: Sequence[str]) -> tuple[Path, tuple[str, ...
         lists = root / below
         train, test = ({file.name.removesuffix(f"_{s}.txt") for file in lists.glob(f"*_{s}.txt")} for s in _SPLITS)
         halved |= {name: lists / f"{name}_{'test' if name in train else 'train'}.txt" for name in sorted(train ^ test)}
-        missing = [halved[name] for name in wanted if name in train ^ test]
+        missing = [halved[name] for name in wanted or sorted(train ^ test) if name in train ^ test]
         if train & test and not missing:
             return lists, tuple(sorted(train & test))
     if halved:
         file = next((halved[name] for name in wanted if name in halved), next(iter(halved.values())))
-        raise DataError(f"{file} is missing; change data.domains, or data.root if the lists are elsewhere")
+        raise DataError(f"{file} is missing; name the domains to use in data.domains, or another data.root")
     raise DataError(
         f"data.root={root} has no lists named <domain>_train.txt and <domain>_test.txt, neither itself nor in "
         f"{' or '.join(_LIST_FOLDERS[1:])}; it holds {', '.join(sorted(os.listdir(root))[:8]) or 'nothing'}"

@@ -5,8 +5,10 @@ Letters: C clients in the cohort, N images of the largest batch, S side of the i
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -87,6 +89,9 @@ class ImageSource:
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
         )
+        if workers:
+            # Before multiprocessing ends its children at exit, by a SIGTERM that they ignore, and waits for them.
+            atexit.register(_end_workers, weakref.ref(self._loader))
 
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
         """One tensor (len(i), 3, S, S) uint8 for each index array i, in order; DataError names an unreadable image."""
@@ -129,6 +134,12 @@ def _name(kind: type) -> str:
 
 def _as_is(batch: Any) -> Tensor:
     return cast(Tensor, batch)
+
+
+def _end_workers(reference: weakref.ref[DataLoader[Tensor]]) -> None:
+    loader: Any = reference()
+    if loader is not None and loader._iterator is not None:  # PyTorch has no public name for it
+        loader._iterator._shutdown_workers()
 
 
 def _ignore_signals(_worker: int) -> None:
