@@ -8,9 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+Part: TypeAlias = Literal["A", "B", "head"]
+"""What of an adapter a method trains, sends or keeps: all A factors, all B factors, the head."""
+PARTS: tuple[Part, ...] = ("A", "B", "head")
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,8 @@ class AdapterState:
 class AdapterLayout:
     """Where each trained tensor of a model lies in the packed row of P numbers.
 
-    The order is the model's own; A before B in a layer, the head last. All ranks build the same layout from the same
-    model, so rows can be exchanged without names or shapes.
+    First A of all layers in the order of the model, then B of all layers, the head last: every part is one slice. All
+    ranks build the same layout from the same model, so rows can be exchanged without names or shapes.
     """
 
     factors: dict[str, tuple[tuple[int, int], tuple[int, int]]]  # path -> ((R, I), (O, R))
@@ -59,15 +65,51 @@ class AdapterLayout:
             head={name: tuple(shape) for name, shape in head.items()},
         )
 
+    @cached_property
+    def slices(self) -> dict[Part, slice]:
+        """Where each part lies in a packed row."""
+        a = sum(math.prod(shape) for shape, _ in self.factors.values())
+        b = a + sum(math.prod(shape) for _, shape in self.factors.values())
+        return {"A": slice(0, a), "B": slice(a, b), "head": slice(b, b + sum(map(math.prod, self.head.values())))}
+
     @property
     def adapter_length(self) -> int:
         """Numbers in all LoRA factors."""
-        return sum(math.prod(shape) for shapes in self.factors.values() for shape in shapes)
+        return int(self.slices["B"].stop)
 
     @property
     def length(self) -> int:
         """P: numbers in all factors and the head."""
-        return self.adapter_length + sum(math.prod(shape) for shape in self.head.values())
+        return int(self.slices["head"].stop)
+
+    def select(self, flat: Tensor, parts: Sequence[Part]) -> Tensor:
+        """The numbers of some parts of `flat` (..., P), in the order of the row; a view where they are neighbours."""
+        wanted = [part for part in PARTS if part in parts]
+        if not wanted:
+            return flat[..., :0]
+        first, last = self.slices[wanted[0]], self.slices[wanted[-1]]
+        if sum(self.slices[part].stop - self.slices[part].start for part in wanted) == last.stop - first.start:
+            return flat[..., first.start : last.stop]
+        return torch.cat([flat[..., self.slices[part]] for part in wanted], dim=-1)
+
+    def replaced(self, flat: Tensor, parts: Sequence[Part], values: Tensor) -> Tensor:
+        """A copy of `flat` (..., P) with some parts taken from `values`, as `select` gives them."""
+        result, offset = flat.expand(*values.shape[:-1], self.length).clone(), 0
+        for part in PARTS:
+            if part in parts:
+                span = self.slices[part]
+                result[..., span] = values[..., offset : offset + span.stop - span.start]
+                offset += span.stop - span.start
+        return result
+
+    def truncated(self, flat: Tensor, ranks: Tensor) -> Tensor:
+        """Copies of packed adapters `flat` (C, P) of ranks (C,): zero beyond, which local training leaves zero."""
+        result = flat.clone()
+        for factors in self.unpack(result).factors.values():
+            beyond = torch.arange(factors.rank, device=flat.device) >= ranks.unsqueeze(1)  # (C, R)
+            factors.A.masked_fill_(beyond.unsqueeze(2), 0)
+            factors.B.masked_fill_(beyond.unsqueeze(1), 0)
+        return result
 
     def unpack(self, flat: Tensor) -> AdapterState:
         """Views into `flat` (..., P), no copy; writing to them writes to `flat`."""
@@ -80,7 +122,8 @@ class AdapterLayout:
             start, offset = offset, offset + math.prod(shape)
             return flat.narrow(-1, start, offset - start).view(*flat.shape[:-1], *shape)
 
-        factors = {path: LoRAFactors(A=take(a), B=take(b)) for path, (a, b) in self.factors.items()}
+        of_a = {path: take(a) for path, (a, _) in self.factors.items()}
+        factors = {path: LoRAFactors(A=of_a[path], B=take(b)) for path, (_, b) in self.factors.items()}
         return AdapterState(factors=factors, head={name: take(shape) for name, shape in self.head.items()})
 
     def pack(self, state: AdapterState) -> Tensor:
@@ -91,7 +134,8 @@ class AdapterLayout:
             or {n: t.shape[t.ndim - len(self.head[n]) :] for n, t in state.head.items()} != self.head
         ):
             raise ValueError("the adapter does not have this model's layers and shapes")
-        parts = [t.flatten(-2) for path in self.factors for t in (state.factors[path].A, state.factors[path].B)]
+        parts = [state.factors[path].A.flatten(-2) for path in self.factors]
+        parts += [state.factors[path].B.flatten(-2) for path in self.factors]
         parts += [state.head[name].flatten(-len(shape)) for name, shape in self.head.items()]
         return torch.cat(parts, dim=-1)
 

@@ -11,7 +11,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lorafair.aggregation import Aggregator, build_aggregator
+from lorafair.adapter import Part
+from lorafair.aggregation import AGGREGATORS, Aggregator, build_aggregator
 from lorafair.checkpoint import Checkpoint, find_checkpoint
 from lorafair.config import ClientConfig, Config, ConfigError
 from lorafair.data.images import ImageData, Split
@@ -23,6 +24,7 @@ from lorafair.exchange import same_error_on_all_ranks
 from lorafair.models import AdaptedModel, build_model, image_size_of
 from lorafair.prefix_cache import cached_tokens, reason_against_cache
 from lorafair.schedule import RoundPlan, plan_round
+from lorafair.seeding import seeded
 from lorafair.tracking import make_run_dir, say
 
 # What may differ between a run and its continuation: it changes no number, or only how many rounds there are.
@@ -39,6 +41,7 @@ class Federation:
     aggregator: Aggregator
     data: ImageData
     clients: tuple[Client, ...]  # (N,)
+    ranks: tuple[int, ...]  # (N,) of the clients' factors
     local: ClientConfig  # config.client, with the work of all clients in the one of the centralised reference
     model: AdaptedModel
     train_source: BatchSource
@@ -65,6 +68,12 @@ class Federation:
             world_size=self.fabric.world_size,
         )
 
+    @property
+    def kept_parts(self) -> tuple[Part, ...]:
+        """What of its own row each client starts from; the rest comes from the server."""
+        local: tuple[Part, ...] = ("A", "B")
+        return local if self.config.federation.initialization == "local" else self.aggregator.keeps
+
 
 def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | None]:
     """Build everything, on every rank of a launched Fabric, and find the checkpoint to continue from.
@@ -74,6 +83,12 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
     Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
     """
     aggregator = build_aggregator(config.method)
+    start = config.federation.initialization
+    if start not in aggregator.initializations:
+        raise ConfigError(
+            f"federation.initialization={start} does not fit method.name={config.method['name']}; "
+            f"possible: {', '.join(aggregator.initializations)}"
+        )
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
             make_run_dir(config.folder)
@@ -103,6 +118,7 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
         aggregator=aggregator,
         data=data,
         clients=clients,
+        ranks=ranks_of_clients(config, aggregator, len(clients)),
         local=local,
         model=model,
         train_source=train_source,
@@ -143,6 +159,32 @@ def _load(config: Config, aggregator: Aggregator) -> tuple[ImageData, tuple[Clie
             local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
         clients = pooled(data.train.labels)
     return data, clients, local, build_model(config.model, len(data.classes), config.seed)
+
+
+def ranks_of_clients(config: Config, aggregator: Aggregator, clients: int) -> tuple[int, ...]:
+    """The LoRA rank of each client: given one by one, or drawn from levels with the seed.
+
+    Raises ConfigError if they do not fit the clients or the method.
+    """
+    lora = config.model.lora
+    if lora.client_ranks is None:
+        return (lora.rank,) * clients
+    if not aggregator.mixed_ranks or aggregator.pools_data:
+        able = [name for name, method in AGGREGATORS.items() if method.mixed_ranks and not method.pools_data]
+        raise ConfigError(
+            f"model.lora.client_ranks: method.name={config.method['name']} needs the same rank everywhere; "
+            f"methods for mixed ranks: {', '.join(able)}"
+        )
+    if lora.client_rank_shares is None:
+        if len(lora.client_ranks) != clients:
+            raise ConfigError(
+                f"model.lora.client_ranks has {len(lora.client_ranks)} ranks for {clients} clients; give one a client, "
+                "or levels with their model.lora.client_rank_shares"
+            )
+        return lora.client_ranks
+    shares = torch.tensor(lora.client_rank_shares, dtype=torch.float64)
+    drawn = torch.multinomial(shares, clients, replacement=True, generator=seeded(config.seed, "ranks"))
+    return tuple(lora.client_ranks[level] for level in drawn.tolist())
 
 
 def _sources(

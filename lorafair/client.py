@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
+from lorafair.adapter import PARTS, Part
 from lorafair.config import ClientConfig
 from lorafair.data.loading import CohortStep
 from lorafair.lora import DropoutStreams
@@ -38,8 +39,9 @@ def train_cohort(
     *,
     generators: Sequence[torch.Generator],
     autocast: Callable[[], AbstractContextManager[object]],
+    parts: Sequence[Part] = PARTS,
 ) -> CohortResult:
-    """Train C clients from the packed adapters `start` (C, P), each on its own batches.
+    """Train `parts` of C clients from the packed adapters `start` (C, P), each on its own batches.
 
     `inputs` yields one (C*N, ...) tensor a step; `labels` are those of all training images, on the device;
     `generators` (C,) are the clients' own, for dropout. A client whose batches end earlier leaves the cohort: its row
@@ -48,7 +50,7 @@ def train_cohort(
     adapters = model.adapters
     adapters.resize(len(start))
     adapters.write(start)
-    optimizer = make_optimizer(adapters.flat, config)
+    optimizer = make_optimizer(adapters.train_only(parts), config)
     trained = adapters.flat.data  # (C, P) all rows, also those that leave
     losses = torch.zeros(len(start), device=trained.device)  # (C,)
     taken = torch.tensor([sum(c < len(step.counts) for step in steps) for c in range(len(start))])
@@ -100,13 +102,14 @@ def client_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (of_images.view_as(weights) * weights).sum(1)
 
 
-def make_optimizer(flat: Tensor, config: ClientConfig) -> Optimizer:
-    """A fresh optimiser over the (C, P) parameters; every operation is element-wise, so clients do not mix."""
-    fused = flat.device.type in ("cpu", "cuda")
+def make_optimizer(trained: Sequence[Tensor], config: ClientConfig) -> Optimizer:
+    """A fresh optimiser over parameters (C, n); every operation is element-wise, so clients do not mix."""
+    # PyTorch's fused steps take every tensor for contiguous, which some columns of several clients' rows are not.
+    fused = trained[0].device.type in ("cpu", "cuda") and all(parameter.is_contiguous() for parameter in trained)
     if config.optimizer == "adamw":
-        return AdamW([flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+        return AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     momentum = config.momentum or 0.0
-    return SGD([flat], lr=config.learning_rate, momentum=momentum, weight_decay=config.weight_decay, fused=fused)
+    return SGD(trained, lr=config.learning_rate, momentum=momentum, weight_decay=config.weight_decay, fused=fused)
 
 
 def _keep_rows(optimizer: Optimizer, rows: int) -> None:

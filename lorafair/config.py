@@ -81,7 +81,11 @@ class LoRAConfig:
     rank: int = 16
     """R, the inner dimension of B·A."""
     alpha: float = 16.0
-    """The update is scaled by s = alpha / rank."""
+    """The update is scaled by s = alpha / rank, for clients of smaller rank, too."""
+    client_ranks: tuple[int, ...] | None = None
+    """Smaller ranks for some clients: one a client in their order, or levels to draw from (rank, for all)."""
+    client_rank_shares: tuple[float, ...] | None = None
+    """With them model.lora.client_ranks are levels, and each client draws one with these probabilities."""
     dropout: float = 0.0
     """Dropout on the input of A during local training."""
     targets: tuple[str, ...] | None = None
@@ -246,6 +250,9 @@ CONDITIONAL_OPTIONS = (
     ConditionalOption("partition.alpha", "partition.scheme=dirichlet", _scheme_is("dirichlet"), 0.5),
     ConditionalOption("partition.min_images", "partition.scheme=dirichlet", _scheme_is("dirichlet"), 10),
     ConditionalOption("partition.clients", "partition.scheme=iid", _scheme_is("iid"), 10),
+    ConditionalOption(
+        "model.lora.client_rank_shares", "model.lora.client_ranks", lambda c: c.model.lora.client_ranks is not None
+    ),
     ConditionalOption("client.momentum", "client.optimizer=sgd", lambda c: c.client.optimizer == "sgd", 0.9),
     ConditionalOption("client.epochs", "no client.steps", lambda c: c.client.steps is None, 1),
 )
@@ -401,7 +408,25 @@ def _settle_conditional_options(config: DictConfig) -> DictConfig:
     return config
 
 
+def _check_ranks(config: DictConfig) -> None:
+    lora = config.model.lora
+    if lora.client_ranks is None:
+        return
+    ranks, shares = list(lora.client_ranks), lora.client_rank_shares
+    if not ranks or min(ranks) < 1 or max(ranks) > lora.rank:
+        raise ConfigError(
+            f"model.lora.client_ranks={ranks} is out of range: ranks go from 1 to model.lora.rank={lora.rank}"
+        )
+    if shares is not None and (len(shares) != len(ranks) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+        raise ConfigError(
+            f"model.lora.client_rank_shares={list(shares)} must be one probability for each of the {len(ranks)} "
+            "model.lora.client_ranks, and sum to 1"
+        )
+
+
 def _check_ranges(config: DictConfig) -> None:
+    _check_ranks(config)
+
     def check(keys: Sequence[str], allowed: Callable[[float], bool], wanted: str) -> None:
         for key in keys:
             value = OmegaConf.select(config, key)

@@ -6,7 +6,7 @@ Letters: W ranks, K clients of the round, n clients of this rank, L adapted laye
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 
-from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors
+from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors, Part
 from lorafair.aggregation import ServerUpdate
 from lorafair.config import ConfigError, FabricConfig
 from lorafair.errors import LorafairError
@@ -93,7 +93,7 @@ class Returned:
 
     clients: tuple[int, ...]  # ascending
     weights: tuple[float, ...]  # (K,) renormalised to sum 1
-    rows: Tensor  # (K, P)
+    trained: Tensor  # (K, p) the numbers the round trained
     losses: tuple[float, ...]  # (K,) mean training loss
     seconds: tuple[float, ...]  # of all clients of the plan, in plan order: training time
     dropped: tuple[int, ...]  # clients left out
@@ -102,7 +102,7 @@ class Returned:
 def finite_clients(rows: Tensor, plan: RoundPlan) -> Returned:
     """Leave out clients whose adapter holds NaN or infinity and renormalise the weights of the others.
 
-    `rows` (K, P + 2) are packed adapter, mean loss and seconds, in plan order.
+    `rows` (K, p + 2) are the numbers trained, mean loss and seconds, in plan order.
     """
     adapters, losses, seconds = rows[:, :-2], rows[:, -2], rows[:, -1]
     finite = adapters.isfinite().all(dim=1).tolist()
@@ -111,7 +111,7 @@ def finite_clients(rows: Tensor, plan: RoundPlan) -> Returned:
     return Returned(
         clients=tuple(plan.clients[index] for index in kept),
         weights=tuple(plan.weights[index] / total for index in kept),
-        rows=adapters if all(finite) else adapters[kept],
+        trained=adapters if all(finite) else adapters[kept],
         losses=tuple(losses[kept].tolist()),
         seconds=tuple(seconds.tolist()),
         dropped=tuple(client for client, ok in zip(plan.clients, finite, strict=True) if not ok),
@@ -119,23 +119,24 @@ def finite_clients(rows: Tensor, plan: RoundPlan) -> Returned:
 
 
 def broadcast_update(
-    fabric: Fabric, update: ServerUpdate | None, layout: AdapterLayout, *, rows: int | None, folds: bool
+    fabric: Fabric, update: ServerUpdate | None, layout: AdapterLayout, *, parts: Sequence[Part], folds: bool
 ) -> tuple[Tensor, dict[str, LoRAFactors]]:
     """The server's update on every rank; `update` is given on rank 0. Call on every rank.
 
-    Returns the packed start of the next round, (P,) or (rows, P) where each client has its own, and the factors to fold
-    into the frozen weights. One broadcast of one tensor; where the method folds (`folds`), the ranks of the folded
-    factors go ahead, because nobody else knows them.
+    Returns the numbers of `parts` in the order of a packed row, and the factors to fold into the frozen weights. One
+    broadcast of one tensor; where the method folds (`folds`), the ranks of the folded factors go ahead, because nobody
+    else knows them.
     """
     device = fabric.device
     ranks = torch.zeros(len(layout.factors), dtype=torch.int64, device=device)  # (L,)
-    parts: list[Tensor] = []
+    numbers: list[Tensor] = []
     if update is not None:
-        parts.append(layout.pack(AdapterState(factors=update.factors, head=update.head)).flatten())
+        numbers.append(layout.select(layout.pack(AdapterState(factors=update.factors, head=update.head)), parts))
         for index, path in enumerate(layout.factors):
             if path in update.folded:
                 ranks[index] = update.folded[path].rank
-                parts += [update.folded[path].A.flatten(), update.folded[path].B.flatten()]
+        numbers += [update.folded[path].A.flatten() for path in layout.factors if path in update.folded]
+        numbers += [update.folded[path].B.flatten() for path in layout.factors if path in update.folded]
     if folds and fabric.world_size > 1:
         dist.broadcast(ranks, src=0)
     folded_shapes = {
@@ -146,16 +147,14 @@ def broadcast_update(
         if rank
     }
     folded_layout = AdapterLayout(factors=folded_shapes, head={})
-    start_length = layout.length * (1 if rows is None else rows)
+    start_length = layout.select(torch.empty(layout.length, device="meta"), parts).numel()
     if update is not None:
-        message = torch.cat(parts).float()
+        message = torch.cat(numbers).float()
     else:
         message = torch.empty(start_length + folded_layout.length, device=device)
-    if fabric.world_size > 1:
+    if fabric.world_size > 1 and message.numel():
         dist.broadcast(message, src=0)
-    start = message[:start_length]
-    folded = folded_layout.unpack(message[start_length:]).factors
-    return (start if rows is None else start.view(rows, layout.length)), folded
+    return message[:start_length], folded_layout.unpack(message[start_length:]).factors
 
 
 def sum_over_ranks(fabric: Fabric, tensor: Tensor) -> Tensor:

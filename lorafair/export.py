@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafair.adapter import LoRAFactors
+from lorafair.aggregation import build_aggregator
 from lorafair.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from lorafair.config import Config, ConfigError, load_config
 from lorafair.errors import LorafairError
@@ -51,8 +52,9 @@ def _load_run(run_dir: Path) -> tuple[Config, AdaptedModel, int, bool]:
     if not checkpoints or not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir} is no run directory with a checkpoint")
     config, checkpoint = load_config([str(run_dir / "config.yaml")]), load_checkpoint(checkpoints[-1])
-    if config.method["name"] == "local_only":
-        raise ConfigError(f"{run_dir} has no global model: with method.name=local_only every client has its own")
+    if build_aggregator(config.method).keeps:
+        name = config.method["name"]
+        raise ConfigError(f"{run_dir} has no global model: with method.name={name} every client has its own")
     classes = len(checkpoint.identity["classes"])
     model = build_model(config.model, classes, config.seed).attach()
     model.adapters.write(checkpoint.tensors["adapter"])

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lorafair.adapter import AdapterState, LoRAFactors
+from lorafair.adapter import LoRAFactors
 from lorafair.aggregation import ServerUpdate, aggregate
 from lorafair.assembly import Federation, assemble
 from lorafair.checkpoint import Checkpoint, save_checkpoint
@@ -43,7 +43,7 @@ class ServerState:
 
     completed_rounds: int
     adapter: Tensor  # (P,) where clients start
-    own: Tensor | None  # (N, P) what each client keeps: initialization=local, and personal methods
+    own: Tensor | None  # (N, P) what each client keeps: `kept_parts` of its row
     folded: bool = False  # the frozen weights have changed
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
 
@@ -58,21 +58,22 @@ def run_federation(fabric: Fabric, config: Config) -> None:
         clock = Clock(fabric.device)
         plan = federation.plan(state.completed_rounds)
         with clock("train"), same_error_on_all_ranks(fabric):
-            rows = train_clients(federation, state, plan)
+            trained = train_clients(federation, state, plan)
         with clock("gather"):
-            returned = finite_clients(gather_clients(fabric, rows, plan), plan)
+            returned = finite_clients(gather_clients(fabric, trained, plan), plan)
         if not returned.clients:
             give_up(federation, state)
+        rows = rows_of(federation, state, returned)
         with clock("server"), same_error_on_all_ranks(fabric):
-            update = serve(federation, returned) if fabric.is_global_zero else None
+            update = serve(federation, state, returned, rows) if fabric.is_global_zero else None
         with clock("broadcast"):
-            start, folded = send_update(federation, update, returned)
-        apply_update(federation, state, returned, start, folded)
+            received, folded = send_update(federation, state, update)
+        apply_update(federation, state, returned, rows, received, folded)
         with clock("evaluate"):
             evaluation = evaluate(federation, state)
         with same_error_on_all_ranks(fabric):
             if report is not None:
-                report.round(state.completed_rounds, state.totals, plan, returned, update, evaluation, clock)
+                report.round(state.completed_rounds, state.totals, plan, returned, rows, update, evaluation, clock)
             save(federation, state)
     if evaluation is None:  # nothing was left to do
         evaluation = evaluate(federation, state, always=True)
@@ -84,7 +85,7 @@ def start_or_resume(federation: Federation, found: Checkpoint | None) -> ServerS
     """The state after a checkpoint, or that before the first round."""
     fabric, config, adapters = federation.fabric, federation.config, federation.model.adapters
     adapter = adapters.draw(config.seed, 0).to(fabric.device)
-    keeps_own = federation.aggregator.personal or config.federation.initialization == "local"
+    keeps_own = bool(federation.kept_parts)
     own = adapter.repeat(len(federation.clients), 1) if keeps_own else None
     if found is None:
         return ServerState(completed_rounds=0, adapter=adapter, own=own)
@@ -100,8 +101,9 @@ def start_or_resume(federation: Federation, found: Checkpoint | None) -> ServerS
 
 
 def train_clients(federation: Federation, state: ServerState, plan: RoundPlan) -> Tensor:
-    """Train this rank's clients; returns (n, P + 2): packed adapter, mean loss and seconds of each."""
+    """Train this rank's clients; returns (n, p + 2): the numbers trained, mean loss and seconds of each."""
     fabric, config, round_index = federation.fabric, federation.config, state.completed_rounds
+    parts, layout = federation.aggregator.trains(round_index), federation.model.adapters.layout
     cohorts = plan.cohorts_of_rank[fabric.global_rank]
     seed = config.seed
     steps_of = [
@@ -126,22 +128,33 @@ def train_clients(federation: Federation, state: ServerState, plan: RoundPlan) -
             federation.local,
             generators=[seeded(seed, round_index, c, "dropout", device=fabric.device) for c in cohort],
             autocast=fabric.autocast,
+            parts=parts,
         )
         losses = result.losses.cpu()  # waits for the device, so that the seconds are the cohort's
         seconds = torch.full_like(losses, (time.perf_counter() - began) / len(cohort))
-        rows.append(torch.cat([result.rows, torch.stack([losses, seconds], dim=1).to(result.rows)], dim=1))
-    return torch.cat(rows) if rows else torch.empty(0, len(state.adapter) + 2, device=fabric.device)
+        measured = torch.stack([losses, seconds], dim=1).to(result.rows)
+        rows.append(torch.cat([layout.select(result.rows, parts), measured], dim=1))
+    width = layout.select(state.adapter, parts).numel() + 2
+    return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
 
 
 def starts(federation: Federation, state: ServerState, clients: tuple[int, ...]) -> Tensor:
     """Packed adapters (C, P) these clients start the round from."""
+    layout, kept = federation.model.adapters.layout, federation.kept_parts
     if state.own is None:
-        return state.adapter.expand(len(clients), -1)
-    own = state.own[list(clients)]
-    if not federation.aggregator.personal:  # initialization=local: own factors, everybody's head
-        length = federation.model.adapters.layout.adapter_length
-        own[:, length:] = state.adapter[length:]
-    return own
+        rows = state.adapter.expand(len(clients), -1)
+    else:
+        rows = layout.replaced(state.adapter, kept, layout.select(state.own[list(clients)], kept))
+    ranks = torch.tensor([federation.ranks[client] for client in clients], device=rows.device)
+    return rows if bool((ranks == federation.config.model.lora.rank).all()) else layout.truncated(rows, ranks)
+
+
+def rows_of(federation: Federation, state: ServerState, returned: Returned) -> Tensor:
+    """Packed adapters (K, P) after training: what was trained, and the rest as the clients started."""
+    parts = federation.aggregator.trains(state.completed_rounds)
+    return federation.model.adapters.layout.replaced(
+        starts(federation, state, returned.clients), parts, returned.trained
+    )
 
 
 def give_up(federation: Federation, state: ServerState) -> NoReturn:
@@ -156,23 +169,24 @@ def give_up(federation: Federation, state: ServerState) -> NoReturn:
     )
 
 
-def serve(federation: Federation, returned: Returned) -> ServerUpdate:
+def serve(federation: Federation, state: ServerState, returned: Returned, rows: Tensor) -> ServerUpdate:
     """The server step, on rank 0."""
-    clients = federation.model.adapters.layout.unpack(returned.rows)
-    weights = torch.tensor(returned.weights, dtype=torch.float64, device=returned.rows.device)
-    return aggregate(federation.aggregator, clients, weights)
+    layout = federation.model.adapters.layout
+    weights = torch.tensor(returned.weights, dtype=torch.float64, device=rows.device)
+    return aggregate(federation.aggregator, layout.unpack(rows), weights, layout.unpack(state.adapter))
 
 
 def send_update(
-    federation: Federation, update: ServerUpdate | None, returned: Returned
+    federation: Federation, state: ServerState, update: ServerUpdate | None
 ) -> tuple[Tensor, dict[str, LoRAFactors]]:
-    """The update of rank 0 on every rank: packed start (P,), or (K, P) where personal, and what to fold."""
+    """The update of rank 0 on every rank: the numbers of the parts that are sent, and what to fold."""
+    aggregator = federation.aggregator
     return broadcast_update(
         federation.fabric,
         update,
         federation.model.adapters.layout,
-        rows=len(returned.clients) if federation.aggregator.personal else None,
-        folds=federation.aggregator.folds,
+        parts=aggregator.receives(state.completed_rounds),
+        folds=aggregator.folds,
     )
 
 
@@ -180,28 +194,25 @@ def apply_update(
     federation: Federation,
     state: ServerState,
     returned: Returned,
-    start: Tensor,
+    rows: Tensor,
+    received: Tensor,
     folded: Mapping[str, LoRAFactors],
 ) -> None:
     """Move the state to the next round: fold into the frozen weights first, then set where clients start."""
-    adapters, config = federation.model.adapters, federation.config
+    adapters, config, aggregator = federation.model.adapters, federation.config, federation.aggregator
+    layout = adapters.layout
+    state.adapter = layout.replaced(state.adapter, aggregator.receives(state.completed_rounds), received)
     state.completed_rounds += 1
     adapters.fold_into_base(folded)
     state.folded |= bool(folded)
-    if federation.aggregator.personal:
-        assert state.own is not None
-        state.own[list(returned.clients)] = start
-        return
     if config.federation.initialization == "fresh":
-        received = adapters.layout.unpack(start)
-        adapters.fold_into_base(received.factors)
-        fresh = adapters.layout.unpack(adapters.draw(config.seed, state.completed_rounds).to(start.device))
-        start = adapters.layout.pack(AdapterState(factors=fresh.factors, head=received.head))
+        adapters.fold_into_base(layout.unpack(state.adapter).factors)
         state.folded = True
-    elif config.federation.initialization == "local":
-        assert state.own is not None
-        state.own[list(returned.clients)] = returned.rows
-    state.adapter = start
+    if config.federation.initialization == "fresh" or aggregator.restarts:
+        fresh = adapters.draw(config.seed, state.completed_rounds).to(received.device)
+        state.adapter = layout.replaced(state.adapter, ("A", "B"), layout.select(fresh, ("A", "B")))
+    if state.own is not None:
+        state.own[list(returned.clients)] = rows
 
 
 def evaluate(federation: Federation, state: ServerState, *, always: bool = False) -> Evaluation | None:
@@ -210,9 +221,8 @@ def evaluate(federation: Federation, state: ServerState, *, always: bool = False
     due = state.completed_rounds % config.evaluation.every == 0 or state.completed_rounds == config.rounds
     if not (due or always):
         return None
-    personal = federation.aggregator.personal and state.own is not None
-    adapters = state.own if personal else state.adapter.unsqueeze(0)
-    assert adapters is not None
+    everyone = tuple(range(len(federation.clients)))
+    adapters = starts(federation, state, everyone) if federation.aggregator.keeps else state.adapter.unsqueeze(0)
     return federation.evaluator(federation.model, adapters)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors
+from lorafair.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
 from lorafair.config import ConfigError
 from lorafair.seeding import seeded
 
@@ -178,7 +178,27 @@ class AdapterParameters:
         self._values = torch.zeros(max_cohort, self.layout.length, device=device)
         self._gradients = torch.zeros_like(self._values)
         self.flat = nn.Parameter(self._values)  # (C, P)
+        self._trained: list[tuple[slice, nn.Parameter]] = []
         self.resize(1)
+        self.train_only(PARTS)
+
+    def train_only(self, parts: Sequence[Part]) -> list[nn.Parameter]:
+        """Let only these parts have gradients; returns them as views (C, n) of `flat`, for an optimiser."""
+        for module in self._layers.values():
+            module.A.requires_grad_("A" in parts)
+            module.B.requires_grad_("B" in parts)
+        for parameter in self._head_parameters().values():
+            parameter.requires_grad_("head" in parts)
+        self._gradients.zero_()
+        spans: list[slice] = []
+        for span in (self.layout.slices[part] for part in PARTS if part in parts):
+            if spans and spans[-1].stop == span.start:
+                spans[-1] = slice(spans[-1].start, span.stop)
+            else:
+                spans.append(span)
+        self._trained = [(span, nn.Parameter(_columns(self._values, span))) for span in spans]
+        self.resize(len(self.flat))
+        return [parameter for _, parameter in self._trained]
 
     def resize(self, cohort: int) -> None:
         """Let the model hold the first `cohort` rows: 1 for evaluation, C while a cohort trains."""
@@ -186,6 +206,8 @@ class AdapterParameters:
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         flat, gradient = self._values.narrow(0, 0, cohort), self._gradients.narrow(0, 0, cohort)
         _view(self.flat, flat, gradient)
+        for span, parameter in self._trained:
+            _view(parameter, _columns(flat, span), _columns(gradient, span))
         values, gradients = self.layout.unpack(flat), self.layout.unpack(gradient)
         for path, module in self._layers.items():
             _view(module.A, values.factors[path].A, gradients.factors[path].A)
@@ -233,6 +255,10 @@ class AdapterParameters:
 
     def _head_parameters(self) -> dict[str, nn.Parameter]:
         return {f"{path}.{name}": p for path, head in self._heads.items() for name, p in head.named_parameters()}
+
+
+def _columns(rows: Tensor, span: slice) -> Tensor:
+    return rows.narrow(1, span.start, span.stop - span.start)
 
 
 def _view(parameter: nn.Parameter, value: Tensor, gradient: Tensor) -> None:

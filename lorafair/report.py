@@ -10,9 +10,10 @@ from typing import Any
 import lightning
 import timm
 import torch
+from torch import Tensor
 
 import lorafair
-from lorafair.adapter import AdapterState
+from lorafair.adapter import AdapterState, Part
 from lorafair.aggregation import ServerUpdate, bias_metrics
 from lorafair.assembly import Federation
 from lorafair.config import to_yaml
@@ -42,13 +43,14 @@ class Report:
         totals: dict[str, float],
         plan: RoundPlan,
         returned: Returned,
+        rows: Tensor,
         update: ServerUpdate | None,
         evaluation: Evaluation | None,
         clock: Clock,
     ) -> None:
         """Record one round; adds its cost to `totals`."""
         federation = self._federation
-        up, down = self._traffic(update, len(plan.clients))
+        up, down = self._traffic(update, completed_rounds - 1, plan.clients)
         for name, amount in (
             ("seconds", sum(clock.seconds.values())),
             ("bytes", up + down),
@@ -59,7 +61,7 @@ class Report:
         scalars = {"train/loss": train_loss}
         for client, loss in zip(returned.clients, returned.losses, strict=True):
             scalars[f"train/loss/{federation.clients[client].name}"] = loss
-        scalars |= self._server_scalars(returned, update)
+        scalars |= self._server_scalars(returned, rows, update)
         scalars |= {"comm/up_bytes": up, "comm/down_bytes": down, "comm/total_bytes": totals["bytes"]}
         scalars["server/dropped_clients"] = len(returned.dropped)
         scalars |= {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
@@ -103,12 +105,12 @@ class Report:
         say(f"results:  {config.folder / 'result.json'}, {config.folder / 'metrics.csv'}")
         say(f"curves:   tensorboard --logdir {config.folder.parent}")
 
-    def _server_scalars(self, returned: Returned, update: ServerUpdate | None) -> dict[str, float]:
+    def _server_scalars(self, returned: Returned, rows: Tensor, update: ServerUpdate | None) -> dict[str, float]:
         federation = self._federation
-        if update is None or federation.aggregator.personal or federation.aggregator.pools_data:
+        if update is None or federation.aggregator.keeps or federation.aggregator.pools_data:
             return {}
-        clients: AdapterState = federation.model.adapters.layout.unpack(returned.rows)
-        weights = torch.tensor(returned.weights, dtype=torch.float64, device=returned.rows.device)
+        clients: AdapterState = federation.model.adapters.layout.unpack(rows)
+        weights = torch.tensor(returned.weights, dtype=torch.float64, device=rows.device)
         metrics = bias_metrics(clients, weights, update)
         values = torch.stack(list(metrics.values())).cpu()  # (metrics, layers) in one transfer
         scalars: dict[str, float] = {}
@@ -132,7 +134,7 @@ class Report:
     def _own_domain_mask(self, evaluation: Evaluation) -> torch.Tensor | None:
         """(M, D) where a client meets its own domain; None unless every client is evaluated and has one domain."""
         domains = [client.domain for client in self._federation.clients]
-        if not self._federation.aggregator.personal or len(self._federation.data.domains) < 2 or None in domains:
+        if not self._federation.aggregator.keeps or len(self._federation.data.domains) < 2 or None in domains:
             return None
         mask = torch.zeros_like(evaluation.accuracy, dtype=torch.bool)
         mask[torch.arange(len(domains)), torch.tensor(domains)] = True
@@ -160,14 +162,28 @@ class Report:
             rows[-1][2:2] = [f"{100 * accuracy[own].mean():.1f}", f"{100 * accuracy[~own].mean():.1f}"]
         return f"{title}\n{table(header, rows)}"
 
-    def _traffic(self, update: ServerUpdate | None, clients: int) -> tuple[int, int]:
-        """Bytes the federation would send up and down in this round, over all its clients; references send nothing."""
-        aggregator, layout = self._federation.aggregator, self._federation.model.adapters.layout
-        if aggregator.pools_data or aggregator.personal or update is None:
+    def _traffic(self, update: ServerUpdate | None, round_index: int, clients: tuple[int, ...]) -> tuple[int, int]:
+        """Bytes the federation sends up and down in this round, over all its clients; none where data is pooled.
+
+        A client of rank r sends and receives r rows of A and columns of B, and no more than the server has to send.
+        """
+        federation = self._federation
+        aggregator, layout = federation.aggregator, federation.model.adapters.layout
+        if aggregator.pools_data or update is None:
             return 0, 0
+        head = layout.length - layout.adapter_length
         folded = sum(f.A.numel() + f.B.numel() for f in update.folded.values())
-        one_way = clients * layout.length * BYTES_PER_NUMBER
-        return one_way, one_way + clients * folded * BYTES_PER_NUMBER
+        sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
+
+        def numbers(parts: tuple[Part, ...], rank: int, sent_rank: Mapping[str, int]) -> int:
+            total = head if "head" in parts else 0
+            for path, (a, b) in layout.factors.items():
+                total += min(rank, sent_rank.get(path, rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
+            return total
+
+        up = sum(numbers(sends, federation.ranks[c], {}) for c in clients)
+        down = sum(numbers(receives, federation.ranks[c], update.sent_rank) + folded for c in clients)
+        return up * BYTES_PER_NUMBER, down * BYTES_PER_NUMBER
 
 
 def _idle_shares(plan: RoundPlan, returned: Returned) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafair.adapter import AdapterState, LoRAFactors
+from lorafair.adapter import PARTS, AdapterState, LoRAFactors
 from lorafair.aggregation import (
     AGGREGATORS,
     Aggregator,
@@ -68,21 +68,20 @@ def test_centralized_returns_its_only_client() -> None:
     assert torch.equal(update.factors["layer"].A, factors.A[0])
     assert torch.equal(update.factors["layer"].B, factors.B[0])
     assert Centralized.pools_data
-    assert not Centralized.personal
 
 
 def test_local_only_leaves_everything_with_the_clients() -> None:
     clients, weights = two_layers(torch.float32)
-    update = aggregate(LocalOnly(), clients, weights)
-    assert LocalOnly.personal
-    assert torch.equal(update.factors["first"].B, clients.factors["first"].B)
-    assert torch.equal(update.head["head.weight"], clients.head["head.weight"])
-    assert bias_metrics(clients, weights, update) == {}, "there is no common update to compare"
+    method = LocalOnly()
+    assert method.keeps == PARTS
+    assert method.sends(0) == method.receives(0) == ()
+    update = aggregate(method, clients, weights)  # of all clients, for nobody
+    torch.testing.assert_close(update.factors["first"].B, aggregate(FedIT(), clients, weights).factors["first"].B)
 
 
 def test_folded_factors_are_passed_on_in_the_clients_precision() -> None:
     class Folding(FedIT):
-        def combine(self, clients: LoRAFactors, weights: torch.Tensor) -> LayerUpdate:
+        def combine(self, clients: LoRAFactors, weights: torch.Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
             return dataclasses.replace(
                 super().combine(clients, weights), folded=LoRAFactors(clients.A[0], clients.B[0])
             )
@@ -211,7 +210,7 @@ def test_metrics_count_what_is_folded_into_the_weights() -> None:
     clients, mean = AdapterState({"layer": factors}, {}), references.mean(factors, weights)
     left, size, right = torch.linalg.svd(references.ideal_update(factors, weights) - mean.B @ mean.A)
     residual = LoRAFactors(A=size[:, None] * right, B=left[:, : len(size)])
-    update = ServerUpdate(factors={"layer": mean}, folded={"layer": residual}, head={})
+    update = ServerUpdate(factors={"layer": mean}, folded={"layer": residual}, head={}, sent_rank={})
     metrics = bias_metrics(clients, weights, update)
     assert metrics["error_after"] < 1e-7
     assert metrics["cosine_after"] == pytest.approx(1)

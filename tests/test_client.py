@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lorafair.adapter import PARTS, AdapterState, LoRAFactors, Part
+from lorafair.aggregation.factor_algebra import ranks_of
 from lorafair.client import client_losses, make_optimizer, train_cohort, train_step
 from lorafair.config import ClientConfig, LoRAConfig, ModelConfig
 from lorafair.data.loading import Indices, cohort_steps, local_batches
@@ -68,7 +70,12 @@ def test_a_client_is_trained_as_a_plain_loop_would(config: ClientConfig) -> None
             nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         optimizer.step()
         losses.append(loss.item())
-    expected = torch.cat([*(p.detach().flatten() for p in parameters), torch.tensor([np.mean(losses)])])
+    values = iter(parameter.detach() for parameter in parameters)
+    reached = AdapterState(
+        factors={path: LoRAFactors(A=next(values), B=next(values)) for path in state.factors},
+        head={name: next(values) for name in state.head},
+    )
+    expected = torch.cat([m.adapters.layout.pack(reached), torch.tensor([np.mean(losses)])])
     torch.testing.assert_close(trained, expected.float(), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(trained[:-1], start, atol=1e-3)
 
@@ -129,7 +136,7 @@ def test_a_training_step_reads_nothing_back_from_the_device() -> None:
     with torch.device("meta"):
         m = build_model(MODEL, classes=3, seed=0).attach(max_cohort=2)
     m.adapters.resize(2)
-    losses = train_step(m, make_optimizer(m.adapters.flat, SGD), *step_inputs("meta"), 1.0, nullcontext)
+    losses = train_step(m, make_optimizer(m.adapters.train_only(PARTS), SGD), *step_inputs("meta"), 1.0, nullcontext)
     assert (losses.device.type, losses.shape) == ("meta", (2,))
     assert m.adapters.flat.grad is not None
     assert m.adapters.flat.grad.device.type == "meta"
@@ -160,3 +167,34 @@ def test_the_forward_pass_and_loss_of_a_cohort_stay_on_a_gpu() -> None:
         m.mean = torch.zeros(1, 3, 1, 1)  # the test can fail: one tensor left on the CPU
         with pytest.raises(RuntimeError, match=r"two (different )?devices"):
             m(images)
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("parts", [("B", "head"), ("A", "head"), ("A", "B")])
+def test_only_the_chosen_parts_are_trained(config: ClientConfig, parts: tuple[Part, ...]) -> None:
+    """Also with weight decay and momentum, beside another client, and after a round that trained everything."""
+    decaying = replace(config, weight_decay=0.1)
+    m = model(cohort=2)
+    layout, start = m.adapters.layout, m.adapters.draw(0, 0) + 0.01
+    of_clients = batches([np.arange(13), np.arange(20)], decaying)
+    train(m, start.expand(2, -1), sorted(of_clients, key=len, reverse=True), decaying, 1, 0)
+    steps = cohort_steps(sorted(of_clients, key=len, reverse=True))
+    rows = train_cohort(
+        m, start.expand(2, -1), steps, (IMAGES[step.indices.reshape(-1)] for step in steps), LABELS, decaying,
+        generators=[seeded(0, "dropout", name) for name in (1, 0)], autocast=nullcontext, parts=parts,
+    ).rows  # fmt: skip
+    for part, span in layout.slices.items():
+        same = rows[:, span] == start[span]
+        assert not same.all(dim=1).any() if part in parts else same.all()
+
+
+def test_a_client_of_smaller_rank_stays_there() -> None:
+    m = model(cohort=2)
+    layout, start = m.adapters.layout, (m.adapters.draw(0, 0) + 0.01).expand(2, -1)
+    truncated = layout.truncated(start, torch.tensor([1, 2]))
+    of_clients = batches([np.arange(20), np.arange(20)], ADAMW)
+    rows = train(m, truncated, of_clients, replace(ADAMW, weight_decay=0.1), 0, 1)[:, :-1]
+    for factors in layout.unpack(rows).factors.values():
+        assert ranks_of(factors).tolist() == [1, 2]
+        assert not factors.B[0, :, 1:].any()
+        assert not factors.B[1, :, 2:].any()

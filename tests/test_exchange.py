@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from lorafair.adapter import AdapterLayout, LoRAFactors
+from lorafair.adapter import PARTS, AdapterLayout, LoRAFactors, Part
 from lorafair.aggregation import ServerUpdate
 from lorafair.config import ConfigError, load_config
 from lorafair.errors import LorafairError
@@ -45,24 +44,25 @@ def test_rows_arrive_in_plan_order_from_uneven_and_empty_ranks(clients_of_rank: 
         assert rows == [[20, 21], [40, 41], [70, 71]]
 
 
-def update(personal: bool) -> ServerUpdate:
-    start = torch.arange(1.0, 2 * LAYOUT.length + 1).view(2, -1)
-    state = LAYOUT.unpack(start if personal else start[0])
+def update() -> ServerUpdate:
+    state = LAYOUT.unpack(torch.arange(1.0, LAYOUT.length + 1))
     folded = LoRAFactors(A=torch.full((6, 4), 2.0), B=torch.full((5, 6), 3.0))  # of a rank nobody else knows
-    return ServerUpdate(factors=state.factors, folded={} if personal else {"b": folded}, head=state.head)
+    return ServerUpdate(factors=state.factors, folded={"b": folded}, head=state.head, sent_rank={"a": 2, "b": 2})
 
 
-def received(fabric: Any, personal: bool) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    mine = update(personal) if fabric.is_global_zero else None
-    start, folded = broadcast_update(fabric, mine, LAYOUT, rows=2 if personal else None, folds=not personal)
-    return start.tolist(), {path: (f.A.tolist(), f.B.tolist()) for path, f in folded.items()}
+def received(fabric: Any, parts: tuple[Part, ...]) -> tuple[list[float], dict[str, tuple[Any, Any]]]:
+    numbers, folded = broadcast_update(
+        fabric, update() if fabric.is_global_zero else None, LAYOUT, parts=parts, folds=True
+    )
+    return numbers.tolist(), {path: (f.A.tolist(), f.B.tolist()) for path, f in folded.items()}
 
 
-@pytest.mark.parametrize("personal", [False, True])
-def test_every_rank_receives_the_update_of_rank_0(personal: bool) -> None:
-    sent = update(personal)
-    for start, folded in run_ranks(2, received, personal):
-        assert start == LAYOUT.pack(type(LAYOUT.unpack(torch.zeros(LAYOUT.length)))(sent.factors, sent.head)).tolist()
+@pytest.mark.parametrize("parts", [PARTS, ("B", "head"), ("A", "head"), ()])
+def test_every_rank_receives_what_rank_0_sends(parts: tuple[Part, ...]) -> None:
+    sent = update()
+    expected = LAYOUT.select(torch.arange(1.0, LAYOUT.length + 1), parts)
+    for numbers, folded in run_ranks(2, received, parts):
+        assert numbers == expected.tolist()
         assert folded == {path: (f.A.tolist(), f.B.tolist()) for path, f in sent.folded.items()}
 
 
@@ -96,14 +96,14 @@ def test_clients_with_nan_or_infinity_are_left_out_and_weights_renormalised() ->
     returned = finite_clients(rows, made)
     assert (returned.clients, returned.dropped) == ((3, 6), (5, 9))
     assert returned.weights == pytest.approx((0.25, 0.75))
-    assert returned.rows.tolist() == [[1, 2], [3, 4]]
+    assert returned.trained.tolist() == [[1, 2], [3, 4]]
     assert returned.losses == pytest.approx((0.5, 0.7))
     assert returned.seconds == (9, 8, 7, 6)
 
 
 def test_no_client_left_is_for_the_caller_to_handle() -> None:
     returned = finite_clients(torch.full((2, 4), math.nan), plan(((0, 1),)))
-    assert (returned.clients, returned.weights, len(returned.rows)) == ((), (), 0)
+    assert (returned.clients, returned.weights, len(returned.trained)) == ((), (), 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

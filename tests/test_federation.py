@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +31,11 @@ Tiny = Callable[..., Config]
 class Stacking(Aggregator):
     """As in FLoRA (2409.05976): every client's update is merged into the frozen weights, factors start anew."""
 
-    folds: ClassVar[bool] = True
+    @property
+    def folds(self) -> bool:
+        return True
 
-    def combine(self, clients: LoRAFactors, weights: torch.Tensor) -> LayerUpdate:
+    def combine(self, clients: LoRAFactors, weights: torch.Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         A = (clients.A * weights.view(-1, 1, 1).to(clients.A)).flatten(0, 1)  # (K*R, I)
         B = clients.B.transpose(0, 1).flatten(1)  # (O, K*R)
         start = LoRAFactors(A=clients.A.mean(0), B=torch.zeros_like(clients.B[0]))
@@ -82,6 +84,21 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "fedit": ("method.name=fedit",),
     "lora_fair": ("method.name=lora_fair",),
     "lora_fair_sgd": ("method.name=lora_fair", "method.solver=sgd", "method.sgd_steps=20"),
+    "lora_fair_aligned": ("method.name=lora_fair", "method.align=true", "method.fold=true", "method.residual=both"),
+    **{name: (f"method.name={name}",) for name in (
+        "ffa_lora", "ro_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "het_lora", "florist", "raflora",
+        "fedrot_lora", "fedrpca", "fedsa_lora",
+    )},
+    "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
+    "mixed_stack": (
+        "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_shares=[0.5,0.5]",
+        "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=3", "client.cohort=2",
+    ),
+    "fedsa_partial": (
+        "method.name=fedsa_lora", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
+        "partition.min_images=5", "federation.clients_per_round=3", "client.cohort=2", "client.optimizer=sgd",
+    ),
     "centralized": ("method.name=centralized",),
     "local_only": ("method.name=local_only",),
     "folding": ("method.name=stacking",),
@@ -280,3 +297,57 @@ def test_an_image_that_breaks_on_one_rank_ends_all_of_them_with_its_name(cache: 
     assert "photo/cat" in ended[0]
     assert "cannot be decoded" in ended[0]
     assert ended[1] == "left with 2"
+
+
+BYTES_OF = {  # in units of A, B and head of one client: what the papers charge, K clients
+    "fedit": ("A+B+head", "A+B+head"),
+    "lora_fair": ("A+B+head", "A+B+head"),
+    "flex_lora": ("A+B+head", "A+B+head"),
+    "ffa_lora": ("B+head", "B+head"),
+    "ro_lora": ("B+head", "B+head"),  # in the first round
+    "fedsvd": ("B+head", "A+B+head"),
+    "fedsa_lora": ("A", "A"),
+    "flora": ("A+B+head", "K*(A+B)+head"),
+    "fedex_lora": ("A+B+head", "K*(A+B)+head"),  # mean, and a residual of rank (K − 1)·R
+    "local_only": ("0", "0"),
+    "centralized": ("0", "0"),
+}
+
+
+@pytest.mark.parametrize("method", BYTES_OF)
+def test_bytes_are_those_that_the_papers_charge(method: str, tiny: Tiny) -> None:
+    config = tiny(f"method.name={method}", "rounds=1")
+    run_federation(launched(1), config)
+    layout = build_model(config.model, 4, 0).attach().adapters.layout
+    sizes: dict[str, int] = {part: span.stop - span.start for part, span in layout.slices.items()}
+    values = {
+        name: float(value)
+        for _, name, value in (line.split(",") for line in (config.folder / "metrics.csv").read_text().splitlines()[1:])
+    }
+    for name, formula in zip(("up", "down"), BYTES_OF[method], strict=True):
+        assert values[f"comm/{name}_bytes"] == 3 * 4 * eval(formula, {**sizes, "K": 3}), name
+
+
+def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:
+    config = tiny("method.name=flex_lora", "rounds=1", "model.lora.client_ranks=[4,2,1]")
+    run_federation(launched(1), config)
+    layout = build_model(config.model, 4, 0).attach().adapters.layout
+    head = layout.length - layout.adapter_length
+    text = (config.folder / "metrics.csv").read_text()
+    assert f"comm/up_bytes,{4.0 * (layout.adapter_length * 7 // 4 + 3 * head)}" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["method.name=fedrpca", "model.lora.client_ranks=[4,2,1]"],
+            r"needs the same rank everywhere; methods .*flora",
+        ),
+        (["model.lora.client_ranks=[4,2]"], r"has 2 ranks for 3 clients"),
+        (["method.name=ffa_lora", "federation.initialization=fresh"], r"does not fit .*ffa_lora; possible: average"),
+    ],
+)
+def test_what_does_not_fit_the_method_is_refused(tiny: Tiny, changes: list[str], message: str) -> None:
+    with pytest.raises(LorafairError, match=message):
+        run_federation(launched(1), tiny(*changes))

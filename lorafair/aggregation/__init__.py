@@ -19,8 +19,20 @@ from lorafair.aggregation.base import (
     aggregate,
     bias_metrics,
 )
+from lorafair.aggregation.fedex_lora import FedExLoRA
+from lorafair.aggregation.fedrot_lora import FedRotLoRA
+from lorafair.aggregation.fedrpca import FedRPCA
+from lorafair.aggregation.fedsa_lora import FedSALoRA
+from lorafair.aggregation.fedsvd import FedSVD
+from lorafair.aggregation.ffa_lora import FFALoRA
+from lorafair.aggregation.flex_lora import FlexLoRA
+from lorafair.aggregation.flora import FLoRA
+from lorafair.aggregation.florist import FLoRIST
+from lorafair.aggregation.het_lora import HETLoRA
 from lorafair.aggregation.lora_fair import LoRAFair
+from lorafair.aggregation.raflora import RaFLoRA
 from lorafair.aggregation.references import Centralized, LocalOnly
+from lorafair.aggregation.ro_lora import RoLoRA
 from lorafair.config import ConfigError
 
 __all__ = [
@@ -37,6 +49,18 @@ __all__ = [
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "fedit": FedIT,
     "lora_fair": LoRAFair,
+    "fedex_lora": FedExLoRA,
+    "fedrot_lora": FedRotLoRA,
+    "fedrpca": FedRPCA,
+    "fedsa_lora": FedSALoRA,
+    "fedsvd": FedSVD,
+    "ffa_lora": FFALoRA,
+    "flex_lora": FlexLoRA,
+    "flora": FLoRA,
+    "florist": FLoRIST,
+    "het_lora": HETLoRA,
+    "raflora": RaFLoRA,
+    "ro_lora": RoLoRA,
     "centralized": Centralized,
     "local_only": LocalOnly,
 }

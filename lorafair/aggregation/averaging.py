@@ -18,6 +18,6 @@ from lorafair.aggregation.factor_algebra import mean_factors
 class FedIT(Aggregator):
     """FedAvg on the factors (arXiv 2305.05644)."""
 
-    def combine(self, clients: LoRAFactors, weights: Tensor) -> LayerUpdate:
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Ā = Σ p_k A_k and B̄ = Σ p_k B_k, from A (K, R, I), B (K, O, R) and weights (K,)."""
         return LayerUpdate(factors=mean_factors(clients, weights))

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lorafair.adapter import AdapterState, LoRAFactors
+from lorafair.adapter import PARTS, AdapterState, LoRAFactors, Part
 from lorafair.aggregation.factor_algebra import (
     IdealUpdate,
     add,
@@ -28,8 +28,9 @@ from lorafair.aggregation.factor_algebra import (
 class LayerUpdate:
     """What the server makes of one layer."""
 
-    factors: LoRAFactors  # where every client starts the next round; a leading K where each has its own
+    factors: LoRAFactors  # (R, I) and (O, R): where every client starts the next round
     folded: LoRAFactors | None = None  # first merged into the frozen weight as s·B·A; its rank may be anything
+    sent_rank: int | None = None  # beyond it B is zero and A is known to the clients: neither is sent (all R)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ServerUpdate:
     factors: dict[str, LoRAFactors]
     folded: dict[str, LoRAFactors]  # only the layers that have any
     head: dict[str, Tensor]
+    sent_rank: dict[str, int]  # rows of A and columns of B the clients are sent
 
 
 class Aggregator(Protocol):
@@ -46,15 +48,37 @@ class Aggregator(Protocol):
 
     pools_data: ClassVar[bool] = False
     """One client trains on everybody's images."""
-    folds: ClassVar[bool] = False
-    """Updates of `combine` may have a folded part."""
-    personal: ClassVar[bool] = False
-    """Each client keeps its own adapter and head; the update's factors have a leading K."""
+    restarts: ClassVar[bool] = False
+    """Every round starts from fresh factors; what was learned is in the folded part."""
+    mixed_ranks: ClassVar[bool] = True
+    """Clients may have factors of smaller rank, padded with zeros to R."""
+    initializations: ClassVar[tuple[str, ...]] = ("average", "fresh", "local")
+    """Values of federation.initialization that fit the method; the first leaves it as published."""
+    keeps: ClassVar[tuple[Part, ...]] = ()
+    """What each client keeps to itself from round to round. Where it is not empty, every client is evaluated."""
 
-    def combine(self, clients: LoRAFactors, weights: Tensor) -> LayerUpdate:
+    @property
+    def folds(self) -> bool:
+        """Whether updates of `combine` may have a folded part."""
+        return False
+
+    def trains(self, round_index: int) -> tuple[Part, ...]:
+        """What clients train in this round (from 0); the rest stays as it was sent."""
+        return PARTS
+
+    def receives(self, round_index: int) -> tuple[Part, ...]:
+        """What the server sends down after this round, folded parts aside."""
+        return self.sends(round_index)
+
+    def sends(self, round_index: int) -> tuple[Part, ...]:
+        """What clients send up after this round."""
+        return tuple(part for part in self.trains(round_index) if part not in self.keeps)
+
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """One layer of the next round, from A (K, R, I), B (K, O, R) and weights (K,) that sum to 1.
 
-        To be computed in float64, as the functions of `factor_algebra` do; `aggregate` casts the result back.
+        `start` (R, I), (O, R) is what the clients of this round were sent. To be computed in float64, as the functions
+        of `factor_algebra` do; `aggregate` casts the result back.
         """
         ...
 
@@ -63,27 +87,40 @@ class Aggregator(Protocol):
 class JointAggregator(Protocol):
     """An aggregator that handles all layers at once, because it is faster or because they depend on one another."""
 
-    def combine_layers(self, layers: Mapping[str, LoRAFactors], weights: Tensor) -> dict[str, LayerUpdate]:
+    def combine_layers(
+        self, layers: Mapping[str, LoRAFactors], weights: Tensor, start: Mapping[str, LoRAFactors] | None = None
+    ) -> dict[str, LayerUpdate]:
         """As `Aggregator.combine`, for every layer by its path."""
         ...
 
 
-def aggregate(aggregator: Aggregator, clients: AdapterState, weights: Tensor) -> ServerUpdate:
-    """The server step: every layer by the method, the head by its weighted mean (the clients' own where personal).
+def aggregate(
+    aggregator: Aggregator, clients: AdapterState, weights: Tensor, start: AdapterState | None = None
+) -> ServerUpdate:
+    """The server step: every layer by the method, the head by its weighted mean.
 
-    `clients` holds tensors with a leading K, `weights` (K,) sums to 1. Computed in float64 on the clients' device and
-    returned in the clients' dtype; the order of the clients matters up to rounding only.
+    `clients` holds tensors with a leading K, `weights` (K,) sums to 1, `start` is what the clients were sent. Computed
+    in float64 on the clients' device and returned in the clients' dtype; the order of the clients matters up to
+    rounding only.
     """
+    starts = None if start is None else start.factors
     if isinstance(aggregator, JointAggregator):
-        updates = aggregator.combine_layers(clients.factors, weights)
+        updates = aggregator.combine_layers(clients.factors, weights, starts)
     else:
-        updates = {path: aggregator.combine(factors, weights) for path, factors in clients.factors.items()}
+        updates = {
+            path: aggregator.combine(factors, weights, None if starts is None else starts[path])
+            for path, factors in clients.factors.items()
+        }
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
-    head = clients.head if aggregator.personal else {n: weighted_mean(t, weights) for n, t in clients.head.items()}
+    head = {name: weighted_mean(tensor, weights) for name, tensor in clients.head.items()}
     return ServerUpdate(
         factors={path: update.factors.to(dtypes[path]) for path, update in updates.items()},
         folded={path: update.folded.to(dtypes[path]) for path, update in updates.items() if update.folded is not None},
         head={name: tensor.to(clients.head[name].dtype) for name, tensor in head.items()},
+        sent_rank={
+            path: update.factors.rank if update.sent_rank is None else update.sent_rank
+            for path, update in updates.items()
+        },
     )
 
 
@@ -94,10 +131,8 @@ def bias_metrics(clients: AdapterState, weights: Tensor, update: ServerUpdate) -
     error_after, cosine_after: the same for what the method leaves the clients with, folded part included.
     norm_ratio, correction_ratio: ‖B'‖/‖B̄‖ and ‖B' − B̄‖/‖B̄‖; cosine alone does not show an inflated B.
     A ratio is 0 where its denominator is. Errors below about 1e-8, of float32 factors below 3e-4, may be rounding.
-    Stays on the clients' device. Empty for a personal method, which has no common update.
+    Stays on the clients' device.
     """
-    if any(factors.A.ndim > 2 for factors in update.factors.values()):
-        return {}
     layers = [
         _layer_metrics(split_ideal_update(factors, weights), update.factors[path], update.folded.get(path))
         for path, factors in clients.factors.items()

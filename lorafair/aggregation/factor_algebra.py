@@ -120,3 +120,48 @@ def square_of_sum(first: Tensor, cross: Tensor, second: Tensor) -> Tensor:
     """‖u + v‖² from ‖u‖², ⟨u, v⟩ and ‖v‖²; exactly 0 where nothing but rounding is left."""
     total = first + 2 * cross + second
     return torch.where(total > _ROUNDING * (first + second), total, 0.0)
+
+
+def svd(product: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of B·A: U (O, M), descending singular values (M,), Vᵀ (M, I), where M is at most N, O and I.
+
+    From the QR decompositions of the factors, N²(O + I) operations; dense where the rank is not below O or I.
+    """
+    (outputs, rank), inputs = product.B.shape, product.A.shape[1]
+    if rank >= min(outputs, inputs):
+        U, values, Vt = torch.linalg.svd(product.B @ product.A, full_matrices=False)
+        return U, values, Vt
+    left, left_core = torch.linalg.qr(product.B)  # (O, N), (N, N)
+    right, right_core = torch.linalg.qr(product.A.mT)  # (I, N), (N, N)
+    U, values, Vt = torch.linalg.svd(left_core @ right_core.mT)
+    return left @ U, values, Vt @ right.mT
+
+
+def truncated_svd(product: LoRAFactors, rank: int) -> LoRAFactors:
+    """The best approximation of B·A of rank R: B = UΣ (O, R), A = Vᵀ (R, I), padded with zeros beyond its own rank."""
+    U, values, Vt = svd(product)
+    found = min(rank, len(values))
+    A, B = product.A.new_zeros(rank, product.A.shape[1]), product.B.new_zeros(product.B.shape[0], rank)
+    A[:found], B[:, :found] = Vt[:found], U[:, :found] * values[:found]
+    return LoRAFactors(A=A, B=B)
+
+
+def aggregation_bias(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+    """The aggregation bias ΔR = ΔW − B̄Ā as a product of rank (K − 1)·R, in float64.
+
+    ΔR = Σ p_k (B_k − B̄)(A_k − Ā), and since Σ p_k (B_k − B̄) = 0, Ā may be replaced by the last client's A.
+    """
+    A, B = clients.A.to(torch.float64), clients.B.to(torch.float64)
+    scale = weights.to(A.device, torch.float64).view(-1, 1, 1)
+    mean_b = weighted_mean(B, weights)
+    return LoRAFactors(
+        A=((A[:-1] - A[-1]) * scale[:-1]).flatten(0, 1),
+        B=(B[:-1] - mean_b).permute(1, 0, 2).flatten(1),
+    )
+
+
+def ranks_of(clients: LoRAFactors) -> Tensor:
+    """The rank (K,) of each client's factors: rows of A that are zero at its end are padding. A (K, R, I)."""
+    used = (clients.A != 0).any(-1)  # (K, R)
+    positions = torch.arange(1, used.shape[1] + 1, device=used.device)
+    return (used * positions).amax(1)

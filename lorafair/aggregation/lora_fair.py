@@ -18,9 +18,18 @@ import torch
 from torch import Tensor
 
 from lorafair.adapter import LoRAFactors
+from lorafair.aggregation.alignment import aligned
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.directions import Correction, Problems, descend, solve_cosine, solve_frobenius
-from lorafair.aggregation.factor_algebra import inner, squared_norm, transpose, weighted_sum
+from lorafair.aggregation.factor_algebra import (
+    add,
+    aggregation_bias,
+    inner,
+    mean_factors,
+    squared_norm,
+    transpose,
+    weighted_sum,
+)
 from lorafair.aggregation.fixed_factor import correct_b
 from lorafair.aggregation.free_factors import descend_from_mean, minimize_from
 from lorafair.aggregation.layer_objective import LayerObjective, layer_objective, penalty_of_b
@@ -44,6 +53,11 @@ class LoRAFair(Aggregator):
     from zero, which inflates B where B is small and stops short where λ is."""
     rescale: bool = False
     """Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale."""
+    align: bool = False
+    """First turn every client's factors towards those it was sent (orthogonal Procrustes); the products stay as they
+    are. Done by the server, at no extra communication."""
+    fold: bool = False
+    """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost."""
     sgd_steps: int | None = None
     """Gradient steps; for solver=sgd (1000)."""
     sgd_learning_rate: float | None = None
@@ -59,15 +73,24 @@ class LoRAFair(Aggregator):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"method.{option}={value} is out of range: it must be above 0")
 
-    def combine(self, clients: LoRAFactors, weights: Tensor) -> LayerUpdate:
-        """One layer, from A (K, R, I), B (K, O, R) and weights (K,); see `combine_layers`."""
-        return self.combine_layers({"layer": clients}, weights)["layer"]
+    @property
+    def folds(self) -> bool:
+        """With method.fold."""
+        return self.fold
 
-    def combine_layers(self, layers: Mapping[str, LoRAFactors], weights: Tensor) -> dict[str, LayerUpdate]:
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
+        """One layer, from A (K, R, I), B (K, O, R) and weights (K,); see `combine_layers`."""
+        return self.combine_layers({"layer": clients}, weights, None if start is None else {"layer": start})["layer"]
+
+    def combine_layers(
+        self, layers: Mapping[str, LoRAFactors], weights: Tensor, start: Mapping[str, LoRAFactors] | None = None
+    ) -> dict[str, LayerUpdate]:
         """All layers: in one batch where a factor is fixed, which never waits for the device but in `eigh`.
 
         Raises LorafairError where sgd diverges.
         """
+        if self.align and start is not None:
+            layers = {path: aligned(clients, start[path]) for path, clients in layers.items()}
         if self._has_fixed_factor:
             corrected = self._correct_one_factor(layers, weights)
         else:
@@ -76,7 +99,10 @@ class LoRAFair(Aggregator):
             self._require_finite(corrected)
         if self.rescale:
             corrected = {path: self._rescaled(corrected[path], layers[path], weights) for path in layers}
-        return {path: LayerUpdate(factors=factors) for path, factors in corrected.items()}
+        return {
+            path: LayerUpdate(factors, self._left_over(factors, layers[path], weights) if self.fold else None)
+            for path, factors in corrected.items()
+        }
 
     def objective(self, clients: LoRAFactors, weights: Tensor) -> LayerObjective:
         """What this method minimises for one layer, a function of A (R, I) and B (O, R) in float64."""
@@ -111,12 +137,22 @@ class LoRAFair(Aggregator):
         if self.residual == "B":
             return minimize_from(objective, objective.mean, "B")
         one_sided = [
-            dataclasses.replace(self, residual=side, rescale=False).combine(clients, weights).factors
+            dataclasses.replace(self, residual=side, rescale=False, fold=False).combine(clients, weights).factors
             for side in ("B", "A")
         ]
         # Several valleys: the one below the mean, where descent would go, and the one below the best single correction.
         starts = (objective.mean, min(one_sided, key=lambda factors: float(objective(factors))))
         return min((minimize_from(objective, start, "both") for start in starts), key=lambda f: float(objective(f)))
+
+    def _left_over(self, corrected: LoRAFactors, clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+        """ΔW − B'A' = ΔR + (B̄ − B')Ā + B'(Ā − A'), of the ranks that differ from zero."""
+        mean = mean_factors(clients, weights)
+        parts = [aggregation_bias(clients, weights)]
+        if self.residual != "A" or self.rescale:
+            parts.append(LoRAFactors(A=mean.A, B=mean.B - corrected.B))
+        if self.residual != "B":
+            parts.append(LoRAFactors(A=mean.A - corrected.A, B=corrected.B))
+        return add(*parts)
 
     @property
     def _steps(self) -> int:

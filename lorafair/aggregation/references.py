@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
+from lorafair.adapter import PARTS, LoRAFactors, Part
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import mean_factors
 
@@ -21,7 +21,7 @@ class Centralized(Aggregator):
 
     pools_data: ClassVar[bool] = True
 
-    def combine(self, clients: LoRAFactors, weights: Tensor) -> LayerUpdate:
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """The only client's factors, A (1, R, I) and B (1, O, R), without the leading axis."""
         return LayerUpdate(factors=mean_factors(clients, weights))
 
@@ -30,8 +30,8 @@ class Centralized(Aggregator):
 class LocalOnly(Aggregator):
     """Clients never exchange anything: what taking part has to beat."""
 
-    personal: ClassVar[bool] = True
+    keeps: ClassVar[tuple[Part, ...]] = PARTS
 
-    def combine(self, clients: LoRAFactors, weights: Tensor) -> LayerUpdate:
-        """Every client's own factors, A (K, R, I) and B (K, O, R), unchanged."""
-        return LayerUpdate(factors=clients)
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
+        """The mean, which nobody is sent."""
+        return LayerUpdate(factors=mean_factors(clients, weights))

@@ -1,0 +1,40 @@
+"""Choosing, among the factors of the same update, those next to given ones.
+
+(B_k Q)(QᵀA_k) is the same product for every orthogonal Q, but what averaging makes of such factors depends on Q.
+
+Letters: K clients, R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors
+
+
+def aligned(clients: LoRAFactors, start: LoRAFactors, strength: float = 1.0) -> LoRAFactors:
+    """Clients' factors (B_k Q_k, Q_kᵀA_k) in float64, turned towards `start` (R, I), (O, R).
+
+    Q_k is the rotation that minimises ‖Q_kᵀA_k − A‖² + c‖B_k Q_k − B‖² (orthogonal Procrustes), where c makes the two
+    factors of `start` count the same; B counts nothing while it is zero. Below `strength` 1 the rotation is the one
+    next to (1 − strength)·I + strength·Q_k.
+    """
+    A, B, target = clients.A.to(torch.float64), clients.B.to(torch.float64), start.to(torch.float64)
+    target_a, target_b = target.A.to(A.device), target.B.to(A.device)
+    square_b = target_b.square().sum()
+    balance = torch.where(square_b > 0, target_a.square().sum() / square_b, 0.0)
+    turn = nearest_rotation(A @ target_a.mT + balance * (B.mT @ target_b))  # (K, R, R)
+    if strength < 1:
+        identity = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+        turn = nearest_rotation((1 - strength) * identity + strength * turn)
+    return LoRAFactors(A=turn.mT @ A, B=B @ turn)
+
+
+def nearest_rotation(matrices: Tensor) -> Tensor:
+    """The rotation Q (determinant 1) of the largest tr(QᵀM) for each M (..., R, R)."""
+    U, _, Vt = torch.linalg.svd(matrices)
+    signs: Tensor = torch.ones_like(matrices[..., 0])
+    signs[..., -1] = torch.linalg.det(U @ Vt).sign()
+    turn: Tensor = (U * signs.unsqueeze(-2)) @ Vt
+    return turn

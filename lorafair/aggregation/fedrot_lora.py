@@ -1,0 +1,41 @@
+"""FedRot-LoRA: turn every client's factors towards the global ones before averaging.
+
+(B_k Q)(QᵀA_k) is the same update for every orthogonal Q, but other factors to average.
+
+Letters: K clients, R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors
+from lorafair.aggregation.alignment import aligned
+from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.factor_algebra import mean_factors
+from lorafair.config import ConfigError
+
+
+@dataclass(frozen=True)
+class FedRotLoRA(Aggregator):
+    """FedIT on factors that each client has turned towards those it was sent (arXiv 2602.23638).
+
+    The authors align A and B in turns, round by round; here one rotation aligns both.
+    """
+
+    mixed_ranks: ClassVar[bool] = False
+
+    strength: float = 0.5
+    """How far to turn: 1 aligns, 0 is FedIT."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(f"method.strength={self.strength} is out of range: it must be from 0 to 1")
+
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
+        """Ā and B̄ of the turned factors; without `start` those of the factors as they are."""
+        turned = clients if start is None else aligned(clients, start, self.strength)
+        return LayerUpdate(factors=mean_factors(turned, weights))

@@ -1,0 +1,27 @@
+"""FedSA-LoRA: share what A learns, keep B and the head with the client.
+
+Letters: K clients, R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors, Part
+from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.factor_algebra import mean_factors
+
+
+@dataclass(frozen=True)
+class FedSALoRA(Aggregator):
+    """A is averaged; every client has its own B and head and is evaluated with them (arXiv 2410.01463)."""
+
+    keeps: ClassVar[tuple[Part, ...]] = ("B", "head")
+    initializations: ClassVar[tuple[str, ...]] = ("average",)
+
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
+        """Ā; of the mean, B̄ is sent to nobody."""
+        return LayerUpdate(factors=mean_factors(clients, weights))

@@ -1,0 +1,30 @@
+"""FFA-LoRA: train B only; all clients share one A, so that averaging B is averaging the products.
+
+Letters: K clients, R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors, Part
+from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.factor_algebra import mean_factors
+
+
+@dataclass(frozen=True)
+class FFALoRA(Aggregator):
+    """B is trained and averaged, A is drawn once and never changes (arXiv 2403.12313)."""
+
+    initializations: ClassVar[tuple[str, ...]] = ("average",)
+
+    def trains(self, round_index: int) -> tuple[Part, ...]:
+        """B and the head."""
+        return ("B", "head")
+
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
+        """(A0, B̄); Ā is the A0 that all clients hold."""
+        return LayerUpdate(factors=mean_factors(clients, weights))

@@ -1,0 +1,43 @@
+"""FLoRIST: the SVD of the average of the products, with as many directions a layer as its energy asks for.
+
+Letters: K clients, R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors
+from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.factor_algebra import svd, weighted_sum
+from lorafair.config import ConfigError
+
+
+@dataclass(frozen=True)
+class FLoRIST(Aggregator):
+    """The fewest singular triples of ΔW that hold a share of its squared norm, at most R (arXiv 2506.09199)."""
+
+    energy: float = 0.95
+    """Share of ‖ΔW‖² to keep."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy <= 1:
+            raise ConfigError(f"method.energy={self.energy} is out of range: it must be above 0 and at most 1")
+
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
+        """B = UΣ, A = Vᵀ of the kept triples.
+
+        The other columns of B are zero, and the other rows of A those of `start`, which the clients have already: with
+        zero rows these directions could never be trained again.
+        """
+        U, values, Vt = svd(weighted_sum(clients, weights))
+        energies = values.square().cumsum(0)
+        enough = int((energies < self.energy * energies[-1]).sum()) + 1
+        kept = min(enough, clients.rank, len(values))
+        A = Vt.new_zeros(clients.rank, Vt.shape[1]) if start is None else start.A.to(Vt, copy=True)
+        B = torch.zeros(U.shape[0], clients.rank, dtype=U.dtype, device=U.device)
+        A[:kept], B[:, :kept] = Vt[:kept], U[:, :kept] * values[:kept]
+        return LayerUpdate(factors=LoRAFactors(A=A, B=B), sent_rank=kept)

@@ -1,0 +1,32 @@
+"""raFLoRA: with mixed ranks, average every range of ranks over the clients that have it.
+
+Letters: K clients, R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors
+from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.factor_algebra import add, ranks_of, truncated_svd, weighted_sum
+
+
+@dataclass(frozen=True)
+class RaFLoRA(Aggregator):
+    """Zero padding would shrink the directions that few clients have, round by round (arXiv 2602.13486)."""
+
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
+        """The truncated SVD of Σ over ranges (l, h] of Σ_{k: r_k ≥ h} p_k B_k[:, l:h] A_k[l:h] / Σ_{k: r_k ≥ h} p_k."""
+        ranks, parts, low = ranks_of(clients), [], 0
+        for high in sorted({rank for rank in ranks.tolist() if rank > 0}):
+            have = ranks >= high
+            shares = weights.to(have.device, torch.float64)[have]
+            part = LoRAFactors(A=clients.A[have][:, low:high], B=clients.B[have][:, :, low:high])
+            parts.append(weighted_sum(part, shares / shares.sum()))
+            low = high
+        whole = add(*parts) if parts else weighted_sum(clients, weights)
+        return LayerUpdate(factors=truncated_svd(whole, clients.rank))
