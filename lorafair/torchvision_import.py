@@ -30,18 +30,14 @@ class TorchvisionFinder(MetaPathFinder):
         return None
 
 
-_DECLARED: list[Any] = []  # the declarations vanish with the library object
-
-
 def _declare_missing_operators(torchvision: Path) -> None:
     import torch
+    from torch import library
 
     try:
         for compiled in torchvision.glob("_C*.so"):
             torch.ops.load_library(compiled)
     except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
         source = (torchvision / "_meta_registrations.py").read_text()
         for operator in re.findall(r'register_fake\("torchvision::(\w+)"', source):
-            library.define(f"{operator}(Tensor unused) -> Tensor")
-        _DECLARED.append(library)
+            library.define(f"torchvision::{operator}", "(Tensor unused) -> Tensor")
