@@ -72,6 +72,20 @@ class AdapterLayout:
         b = a + sum(math.prod(shape) for _, shape in self.factors.values())
         return {"A": slice(0, a), "B": slice(a, b), "head": slice(b, b + sum(map(math.prod, self.head.values())))}
 
+    def spans(self, parts: Sequence[Part]) -> list[slice]:
+        """The columns of some parts, neighbours in one slice."""
+        spans: list[slice] = []
+        for span in (self.slices[part] for part in PARTS if part in parts):
+            if spans and spans[-1].stop == span.start:
+                spans[-1] = slice(spans[-1].start, span.stop)
+            else:
+                spans.append(span)
+        return spans
+
+    def length_of(self, parts: Sequence[Part]) -> int:
+        """Numbers in some parts."""
+        return sum(span.stop - span.start for span in self.spans(parts))
+
     @property
     def adapter_length(self) -> int:
         """Numbers in all LoRA factors."""
@@ -84,22 +98,15 @@ class AdapterLayout:
 
     def select(self, flat: Tensor, parts: Sequence[Part]) -> Tensor:
         """The numbers of some parts of `flat` (..., P), in the order of the row; a view where they are neighbours."""
-        wanted = [part for part in PARTS if part in parts]
-        if not wanted:
-            return flat[..., :0]
-        first, last = self.slices[wanted[0]], self.slices[wanted[-1]]
-        if sum(self.slices[part].stop - self.slices[part].start for part in wanted) == last.stop - first.start:
-            return flat[..., first.start : last.stop]
-        return torch.cat([flat[..., self.slices[part]] for part in wanted], dim=-1)
+        chosen = [flat[..., span] for span in self.spans(parts)]
+        return chosen[0] if len(chosen) == 1 else torch.cat([flat[..., :0], *chosen], dim=-1)
 
     def replaced(self, flat: Tensor, parts: Sequence[Part], values: Tensor) -> Tensor:
         """A copy of `flat` (..., P) with some parts taken from `values`, as `select` gives them."""
         result, offset = flat.expand(*values.shape[:-1], self.length).clone(), 0
-        for part in PARTS:
-            if part in parts:
-                span = self.slices[part]
-                result[..., span] = values[..., offset : offset + span.stop - span.start]
-                offset += span.stop - span.start
+        for span in self.spans(parts):
+            result[..., span] = values[..., offset : offset + span.stop - span.start]
+            offset += span.stop - span.start
         return result
 
     def truncated(self, flat: Tensor, ranks: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lorafair.adapter import Part
-from lorafair.aggregation import AGGREGATORS, Aggregator, build_aggregator
+from lorafair.aggregation import Aggregator, method_of
 from lorafair.checkpoint import Checkpoint, find_checkpoint
 from lorafair.config import ClientConfig, Config, ConfigError
 from lorafair.data.images import ImageData, Split
@@ -82,13 +82,7 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
 
     Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
     """
-    aggregator = build_aggregator(config.method)
-    start = config.federation.initialization
-    if start not in aggregator.initializations:
-        raise ConfigError(
-            f"federation.initialization={start} does not fit method.name={config.method['name']}; "
-            f"possible: {', '.join(aggregator.initializations)}"
-        )
+    aggregator = method_of(config)
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
             make_run_dir(config.folder)
@@ -97,6 +91,7 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
         with same_error_on_all_ranks(fabric):
             if turn == (fabric.local_rank == 0):
                 data, clients, local, model = _load(config, aggregator)
+                ranks = ranks_of_clients(config, len(clients))
     model.attach(fabric.device, config.client.cohort)
     if fabric.is_global_zero:
         _introduce(config, data, clients, model, fabric.world_size)
@@ -118,7 +113,7 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
         aggregator=aggregator,
         data=data,
         clients=clients,
-        ranks=ranks_of_clients(config, aggregator, len(clients)),
+        ranks=ranks,
         local=local,
         model=model,
         train_source=train_source,
@@ -161,20 +156,14 @@ def _load(config: Config, aggregator: Aggregator) -> tuple[ImageData, tuple[Clie
     return data, clients, local, build_model(config.model, len(data.classes), config.seed)
 
 
-def ranks_of_clients(config: Config, aggregator: Aggregator, clients: int) -> tuple[int, ...]:
+def ranks_of_clients(config: Config, clients: int) -> tuple[int, ...]:
     """The LoRA rank of each client: given one by one, or drawn from levels with the seed.
 
-    Raises ConfigError if they do not fit the clients or the method.
+    Raises ConfigError if they do not fit the number of clients.
     """
     lora = config.model.lora
     if lora.client_ranks is None:
         return (lora.rank,) * clients
-    if not aggregator.mixed_ranks or aggregator.pools_data:
-        able = [name for name, method in AGGREGATORS.items() if method.mixed_ranks and not method.pools_data]
-        raise ConfigError(
-            f"model.lora.client_ranks: method.name={config.method['name']} needs the same rank everywhere; "
-            f"methods for mixed ranks: {', '.join(able)}"
-        )
     if lora.client_rank_shares is None:
         if len(lora.client_ranks) != clients:
             raise ConfigError(

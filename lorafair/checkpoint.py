@@ -37,7 +37,7 @@ class Checkpoint:
     """The state between two rounds, on the CPU."""
 
     completed_rounds: int
-    tensors: dict[str, Tensor]  # adapter (P,), clients (N, P) where they keep their own, base.<path> where folded
+    tensors: dict[str, Tensor]  # adapter (P,), base.<path> where folded, and whatever else the rounds hand on
     identity: dict[str, Any]  # must be equal for a run to continue from it
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1: seconds, bytes, ...
 

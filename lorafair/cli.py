@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> None:
     """Check what can be checked without data, launch the processes and run the federation on each."""
-    from lorafair.aggregation import build_aggregator
+    from lorafair.aggregation import method_of
 
-    build_aggregator(config.method)
+    method_of(config)
 
     from lorafair.exchange import make_fabric, set_threads
     from lorafair.federation import run_federation

@@ -5,9 +5,10 @@ Letters: C clients in the cohort, N images of the largest batch, P packed length
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from torch.optim import SGD, AdamW, Optimizer
 from lorafair.adapter import PARTS, Part
 from lorafair.config import ClientConfig
 from lorafair.data.loading import CohortStep
-from lorafair.lora import DropoutStreams
+from lorafair.lora import DropoutStreams, TrainedColumns
 from lorafair.models import AdaptedModel
 
 
 @dataclass(frozen=True)
 class CohortResult:
-    """What a cohort sends to the server, on the training device."""
+    """What a cohort leaves, on the training device."""
 
     rows: Tensor  # (C, P) packed adapters
     losses: Tensor  # (C,) mean training loss over a client's steps
@@ -40,17 +41,19 @@ def train_cohort(
     generators: Sequence[torch.Generator],
     autocast: Callable[[], AbstractContextManager[object]],
     parts: Sequence[Part] = PARTS,
+    corrections: Tensor | None = None,
 ) -> CohortResult:
     """Train `parts` of C clients from the packed adapters `start` (C, P), each on its own batches.
 
     `inputs` yields one (C*N, ...) tensor a step; `labels` are those of all training images, on the device;
-    `generators` (C,) are the clients' own, for dropout. A client whose batches end earlier leaves the cohort: its row
-    stays as it is. No step waits for the device.
+    `generators` (C,) are the clients' own, for dropout; `corrections` (C, P) are added to every gradient (SCAFFOLD). A
+    client whose batches end earlier leaves the cohort: its row stays as it is. No step waits for the device.
     """
     adapters = model.adapters
     adapters.resize(len(start))
     adapters.write(start)
-    optimizer = make_optimizer(adapters.train_only(parts), config)
+    optimizer = make_optimizer(adapters.train_only(parts, separately=config.b_learning_rate_ratio != 1), config)
+    rule = GradientRule(config.clip_norm, config.proximal, start, corrections)
     trained = adapters.flat.data  # (C, P) all rows, also those that leave
     losses = torch.zeros(len(start), device=trained.device)  # (C,)
     taken = torch.tensor([sum(c < len(step.counts) for step in steps) for c in range(len(start))])
@@ -62,11 +65,33 @@ def train_cohort(
         adapters.use_dropout(DropoutStreams(generators[:active], step.counts))
         targets = labels[torch.from_numpy(step.indices).to(labels.device, non_blocking=True)]  # (C, N)
         weights = _sample_weights(step, targets.device)
-        losses[:active] += train_step(model, optimizer, batch, targets, weights, config.clip_norm, autocast)
+        losses[:active] += train_step(model, optimizer, batch, targets, weights, rule, autocast)
     adapters.use_dropout(None)
     result = CohortResult(rows=trained.clone(), losses=losses / taken.to(losses.device))
     adapters.resize(1)
     return result
+
+
+@dataclass(frozen=True)
+class GradientRule:
+    """What clients make of the gradient of their loss before the optimiser's step."""
+
+    clip_norm: float | None = None  # largest norm of a client's whole gradient
+    proximal: float = 0.0  # μ of FedProx, whose objective adds μ/2·‖w − start‖² (arXiv 1812.06127, equation 2)
+    start: Tensor | None = None  # (C, P) where the clients started
+    corrections: Tensor | None = None  # (C, P) c − c_k of SCAFFOLD (arXiv 1910.06378, equation 3), not clipped
+
+    def apply(self, gradient: Tensor, values: Tensor) -> None:
+        """Change `gradient` (c, P) at the parameters `values` (c, P) in place; the first c clients are at work."""
+        active = len(gradient)
+        if self.proximal:
+            assert self.start is not None
+            gradient.add_(values - self.start[:active], alpha=self.proximal)
+        if self.clip_norm is not None:
+            norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)  # (c, 1): each client is clipped by itself
+            gradient.mul_((self.clip_norm / (norms + 1e-6)).clamp(max=1.0))
+        if self.corrections is not None:
+            gradient.add_(self.corrections[:active])
 
 
 def train_step(
@@ -75,7 +100,7 @@ def train_step(
     inputs: Tensor,
     targets: Tensor,
     weights: Tensor,
-    clip_norm: float | None,
+    rule: GradientRule,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Tensor:
     """One optimiser step of every client of the cohort; returns their losses (C,) without waiting for the device.
@@ -89,9 +114,7 @@ def train_step(
         logits = model(inputs)  # (C*N, classes)
     losses = client_losses(logits, targets, weights)
     losses.sum().backward()
-    if clip_norm is not None:
-        norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)  # (C, 1): each client is clipped by itself
-        gradient.mul_((clip_norm / (norms + 1e-6)).clamp(max=1.0))
+    rule.apply(gradient, model.adapters.flat.data)
     optimizer.step()
     return losses.detach()
 
@@ -102,14 +125,41 @@ def client_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (of_images.view_as(weights) * weights).sum(1)
 
 
-def make_optimizer(trained: Sequence[Tensor], config: ClientConfig) -> Optimizer:
-    """A fresh optimiser over parameters (C, n); every operation is element-wise, so clients do not mix."""
+def make_optimizer(trained: Sequence[TrainedColumns], config: ClientConfig) -> Optimizer:
+    """A fresh optimiser over columns (C, n); every operation is element-wise, so clients do not mix."""
     # PyTorch's fused steps take every tensor for contiguous, which some columns of several clients' rows are not.
-    fused = trained[0].device.type in ("cpu", "cuda") and all(parameter.is_contiguous() for parameter in trained)
+    fused = all(t.parameter.device.type in ("cpu", "cuda") and t.parameter.is_contiguous() for t in trained)
+    groups = [{"params": [t.parameter], "lr": part_learning_rate(config, t.parts[0])} for t in trained]
     if config.optimizer == "adamw":
-        return AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+        return AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+    return SGD(groups, lr=0.0, momentum=config.momentum or 0.0, weight_decay=config.weight_decay, fused=fused)
+
+
+def part_learning_rate(config: ClientConfig, part: Part) -> float:
+    """The learning rate of a part: LoRA+ trains B faster than A (arXiv 2402.12354)."""
+    return config.learning_rate * (config.b_learning_rate_ratio if part == "B" else 1.0)
+
+
+def in_round(config: ClientConfig, round_index: int) -> ClientConfig:
+    """The local training of one round (from 0): its learning rate follows the schedule."""
+    share = 1.0
+    if config.schedule == "exponential":
+        assert config.decay is not None
+        share = config.decay**round_index
+    elif config.schedule != "constant":
+        assert config.schedule_rounds is not None
+        assert config.final_share is not None
+        done = min(round_index / config.schedule_rounds, 1.0)
+        left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        share = config.final_share + (1 - config.final_share) * left
+    return replace(config, learning_rate=share * config.learning_rate)
+
+
+def reach(config: ClientConfig, part: Part, steps: int) -> float:
+    """How far a constant gradient of 1 moves a parameter in so many SGD steps: Σ_j lr·(1 − m^j)/(1 − m)."""
     momentum = config.momentum or 0.0
-    return SGD(trained, lr=config.learning_rate, momentum=momentum, weight_decay=config.weight_decay, fused=fused)
+    units = sum((1 - momentum**step) / (1 - momentum) for step in range(1, steps + 1))
+    return part_learning_rate(config, part) * units
 
 
 def _keep_rows(optimizer: Optimizer, rows: int) -> None:

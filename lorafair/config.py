@@ -129,6 +129,21 @@ class ClientConfig:
     """For sgd (0.9)."""
     weight_decay: float = 1e-5
     """L2 for sgd, decoupled for adamw."""
+    b_learning_rate_ratio: float = 1.0
+    """Learning rate of B over that of A and the head (LoRA+, arXiv 2402.12354, proposes 16)."""
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    """How the learning rate falls from round to round: linear and cosine reach final_share of it after
+    schedule_rounds, exponential multiplies it by decay."""
+    schedule_rounds: int | None = None
+    """For linear and cosine (rounds)."""
+    final_share: float | None = None
+    """For linear and cosine (0)."""
+    decay: float | None = None
+    """For exponential (0.99)."""
+    proximal: float = 0.0
+    """FedProx's μ: the local loss gets μ/2·‖w − w_start‖² over factors and head (arXiv 1812.06127)."""
+    scaffold: bool = False
+    """SCAFFOLD: each client corrects its gradients by control variates (arXiv 1910.06378, option II); for sgd."""
     clip_norm: float | None = 10.0
     """Largest norm of a client's whole gradient; null: no clipping."""
     epochs: int | None = None
@@ -152,6 +167,25 @@ class FederationConfig:
     initialization: Literal["average", "fresh", "local"] = "average"
     """Where a client starts the next round. average: from the server's factors. fresh: the server's update is merged
     into the frozen weights, A is drawn anew and B = 0. local: from the client's own last factors."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """A server optimiser that takes the method's change of factors and head as its gradient (arXiv 2003.00295).
+
+    Adam and Yogi scale every number of a factor by itself, so their step depends on how an update is split into B·A.
+    """
+
+    optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    """none: clients start from what the method returns."""
+    learning_rate: float | None = None
+    """For a server optimiser (1 for fedavgm, 0.01 for fedadam and fedyogi)."""
+    momentum: float | None = None
+    """β1, for a server optimiser (0.9)."""
+    second_momentum: float | None = None
+    """β2, for fedadam and fedyogi (0.99)."""
+    adaptivity: float | None = None
+    """τ, added to the root of the second moment; for fedadam and fedyogi (0.001)."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +246,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
@@ -230,7 +265,7 @@ class ConditionalOption:
     key: str
     needs: str  # the choice, as the user would type it
     active: Callable[[DictConfig], bool]
-    default: Any = None  # its value when the choice is made and the option is not given
+    default: Any = None  # its value when the choice is made and the option is not given, or how it follows from others
     required: bool = False
 
 
@@ -239,6 +274,14 @@ _FOLDER_SOURCES = ("domainnet", "nico", "folder")
 
 def _scheme_is(scheme: str) -> Callable[[DictConfig], bool]:
     return lambda c: bool(c.partition.scheme == scheme)
+
+
+def _reaches_an_end(config: DictConfig) -> bool:
+    return config.client.schedule in ("linear", "cosine")
+
+
+def _adapts(config: DictConfig) -> bool:
+    return config.server.optimizer in ("fedadam", "fedyogi")
 
 
 CONDITIONAL_OPTIONS = (
@@ -255,21 +298,38 @@ CONDITIONAL_OPTIONS = (
     ),
     ConditionalOption("client.momentum", "client.optimizer=sgd", lambda c: c.client.optimizer == "sgd", 0.9),
     ConditionalOption("client.epochs", "no client.steps", lambda c: c.client.steps is None, 1),
+    ConditionalOption(
+        "client.schedule_rounds", "client.schedule=linear or cosine", _reaches_an_end, lambda c: c.rounds
+    ),
+    ConditionalOption("client.final_share", "client.schedule=linear or cosine", _reaches_an_end, 0.0),
+    ConditionalOption(
+        "client.decay", "client.schedule=exponential", lambda c: c.client.schedule == "exponential", 0.99
+    ),
+    ConditionalOption(
+        "server.learning_rate",
+        "server.optimizer",
+        lambda c: c.server.optimizer != "none",
+        lambda c: 1.0 if c.server.optimizer == "fedavgm" else 0.01,
+    ),
+    ConditionalOption("server.momentum", "server.optimizer", lambda c: c.server.optimizer != "none", 0.9),
+    ConditionalOption("server.second_momentum", "server.optimizer=fedadam or fedyogi", _adapts, 0.99),
+    ConditionalOption("server.adaptivity", "server.optimizer=fedadam or fedyogi", _adapts, 0.001),
 )
 
 _LISTS = ("data.domains", "model.lora.targets")
 AT_LEAST_ONE = (
     "rounds", "data.classes", "data.train_images", "data.test_images", "partition.clients_per_domain",
     "partition.min_images", "partition.clients", "model.image_size", "model.lora.rank", "model.lora.last_blocks",
-    "client.epochs", "client.steps", "client.batch_size", "client.cohort", "federation.clients_per_round",
-    "evaluation.every", "evaluation.batch_size", "checkpoint.every", "fabric.devices", "fabric.num_nodes",
-    "fabric.threads",
+    "client.epochs", "client.steps", "client.schedule_rounds", "client.batch_size", "client.cohort",
+    "federation.clients_per_round", "evaluation.every", "evaluation.batch_size", "checkpoint.every", "fabric.devices",
+    "fabric.num_nodes", "fabric.threads",
 )  # fmt: skip
 POSITIVE = (
     "partition.alpha", "model.lora.alpha", "model.prefix_cache_gb", "client.learning_rate", "client.clip_norm",
-    "fabric.timeout_minutes",
+    "client.b_learning_rate_ratio", "server.learning_rate", "server.adaptivity", "fabric.timeout_minutes",
 )  # fmt: skip
-NOT_NEGATIVE = ("seed", "data.workers", "client.momentum", "client.weight_decay")
+NOT_NEGATIVE = ("seed", "data.workers", "client.momentum", "client.weight_decay", "client.proximal")
+BELOW_ONE = ("model.lora.dropout", "client.momentum", "server.momentum", "server.second_momentum")
 
 
 def load_config(arguments: Sequence[str]) -> Config:
@@ -404,7 +464,8 @@ def _settle_conditional_options(config: DictConfig) -> DictConfig:
         elif given is None:
             if option.required:
                 raise ConfigError(f"{option.key} is missing: {option.needs} needs it")
-            config = _with(config, option.key, option.default)
+            default = option.default(config) if callable(option.default) else option.default
+            config = _with(config, option.key, default)
     return config
 
 
@@ -436,7 +497,9 @@ def _check_ranges(config: DictConfig) -> None:
     check(AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
     check(POSITIVE, lambda v: v > 0 and math.isfinite(v), "a number above 0")
     check(NOT_NEGATIVE, lambda v: v >= 0 and math.isfinite(v), "0 or more")
-    check(["model.lora.dropout", "client.momentum"], lambda v: 0 <= v < 1, "from 0 up to but not including 1")
+    check(BELOW_ONE, lambda v: 0 <= v < 1, "from 0 up to but not including 1")
+    check(["client.final_share"], lambda v: 0 <= v <= 1, "from 0 to 1")
+    check(["client.decay"], lambda v: 0 < v <= 1, "above 0 and at most 1")
     check(["data.test_fraction"], lambda v: 0 < v < 1, "between 0 and 1")
     check(["fabric.timeout_minutes"], lambda v: v <= 525600, "at most a year")
     check(["checkpoint.keep"], lambda v: v >= 2, "at least 2 (one survives while the other is written)")

@@ -147,7 +147,7 @@ def broadcast_update(
         if rank
     }
     folded_layout = AdapterLayout(factors=folded_shapes, head={})
-    start_length = layout.select(torch.empty(layout.length, device="meta"), parts).numel()
+    start_length = layout.length_of(parts)
     if update is not None:
         message = torch.cat(numbers).float()
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NoReturn
 
@@ -15,13 +15,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
+from lorafair.adapter import AdapterState, LoRAFactors
 from lorafair.aggregation import ServerUpdate, aggregate
 from lorafair.assembly import Federation, assemble
 from lorafair.checkpoint import Checkpoint, save_checkpoint
-from lorafair.client import train_cohort
+from lorafair.client import in_round, reach, train_cohort
 from lorafair.config import Config
-from lorafair.data.loading import cohort_steps, local_batches
+from lorafair.control_variates import ControlVariates
+from lorafair.data.loading import cohort_steps, local_batches, number_of_batches
 from lorafair.evaluation import Evaluation
 from lorafair.exchange import (
     Returned,
@@ -34,6 +35,7 @@ from lorafair.exchange import (
 from lorafair.report import Report
 from lorafair.schedule import RoundPlan
 from lorafair.seeding import seeded
+from lorafair.server_optimizer import Moments, server_step
 from lorafair.tracking import Clock
 
 
@@ -43,7 +45,9 @@ class ServerState:
 
     completed_rounds: int
     adapter: Tensor  # (P,) where clients start
-    own: Tensor | None  # (N, P) what each client keeps: `kept_parts` of its row
+    own: Tensor | None = None  # (N, P) what each client keeps: `kept_parts` of its row
+    moments: Moments | None = None  # of the server optimiser, where there is one; moved on by rank 0 alone
+    controls: ControlVariates | None = None  # of SCAFFOLD
     folded: bool = False  # the frozen weights have changed
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
 
@@ -68,6 +72,7 @@ def run_federation(fabric: Fabric, config: Config) -> None:
             update = serve(federation, state, returned, rows) if fabric.is_global_zero else None
         with clock("broadcast"):
             received, folded = send_update(federation, state, update)
+        update_controls(federation, state, returned, rows)
         apply_update(federation, state, returned, rows, received, folded)
         with clock("evaluate"):
             evaluation = evaluate(federation, state)
@@ -85,33 +90,44 @@ def start_or_resume(federation: Federation, found: Checkpoint | None) -> ServerS
     """The state after a checkpoint, or that before the first round."""
     fabric, config, adapters = federation.fabric, federation.config, federation.model.adapters
     adapter = adapters.draw(config.seed, 0).to(fabric.device)
-    keeps_own = bool(federation.kept_parts)
-    own = adapter.repeat(len(federation.clients), 1) if keeps_own else None
-    if found is None:
-        return ServerState(completed_rounds=0, adapter=adapter, own=own)
-    base = {name.removeprefix("base."): t for name, t in found.tensors.items() if name.startswith("base.")}
-    adapters.load_base_weights(base)
-    return ServerState(
-        completed_rounds=found.completed_rounds,
-        adapter=found.tensors["adapter"].to(fabric.device),
-        own=found.tensors["own"].to(fabric.device) if keeps_own else None,
-        folded=bool(base),
-        totals=dict(found.totals),
+    clients = len(federation.clients)
+    state = ServerState(
+        completed_rounds=0,
+        adapter=adapter,
+        own=adapter.repeat(clients, 1) if federation.kept_parts else None,
+        moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
+        controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
     )
+    if found is not None:
+        base = {name.removeprefix("base."): t for name, t in found.tensors.items() if name.startswith("base.")}
+        adapters.load_base_weights(base)
+        for name, tensor in tensors_of(state).items():
+            tensor.copy_(found.tensors[name])
+        state.completed_rounds, state.totals, state.folded = found.completed_rounds, dict(found.totals), bool(base)
+    return state
+
+
+def tensors_of(state: ServerState) -> dict[str, Tensor]:
+    """The state's own tensors by the names they have in a checkpoint."""
+    tensors = {"adapter": state.adapter}
+    if state.own is not None:
+        tensors["own"] = state.own
+    if state.moments is not None:
+        tensors |= {"moments.first": state.moments.first, "moments.second": state.moments.second}
+    if state.controls is not None:
+        tensors |= {"controls.server": state.controls.server, "controls.clients": state.controls.clients}
+    return tensors
 
 
 def train_clients(federation: Federation, state: ServerState, plan: RoundPlan) -> Tensor:
     """Train this rank's clients; returns (n, p + 2): the numbers trained, mean loss and seconds of each."""
-    fabric, config, round_index = federation.fabric, federation.config, state.completed_rounds
+    fabric, seed, round_index = federation.fabric, federation.config.seed, state.completed_rounds
     parts, layout = federation.aggregator.trains(round_index), federation.model.adapters.layout
+    local = in_round(federation.local, round_index)
     cohorts = plan.cohorts_of_rank[fabric.global_rank]
-    seed = config.seed
     steps_of = [
         cohort_steps(
-            [
-                local_batches(federation.clients[c].indices, federation.local, seeded(seed, round_index, c))
-                for c in cohort
-            ]
+            [local_batches(federation.clients[c].indices, local, seeded(seed, round_index, c)) for c in cohort]
         )
         for cohort in cohorts
     ]
@@ -125,16 +141,17 @@ def train_clients(federation: Federation, state: ServerState, plan: RoundPlan) -
             steps,
             (batch.to(fabric.device, non_blocking=True) for batch in islice(stream, len(steps))),
             federation.labels,
-            federation.local,
+            local,
             generators=[seeded(seed, round_index, c, "dropout", device=fabric.device) for c in cohort],
             autocast=fabric.autocast,
             parts=parts,
+            corrections=None if state.controls is None else state.controls.corrections(cohort),
         )
         losses = result.losses.cpu()  # waits for the device, so that the seconds are the cohort's
         seconds = torch.full_like(losses, (time.perf_counter() - began) / len(cohort))
         measured = torch.stack([losses, seconds], dim=1).to(result.rows)
         rows.append(torch.cat([layout.select(result.rows, parts), measured], dim=1))
-    width = layout.select(state.adapter, parts).numel() + 2
+    width = layout.length_of(parts) + 2
     return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
 
 
@@ -171,9 +188,33 @@ def give_up(federation: Federation, state: ServerState) -> NoReturn:
 
 def serve(federation: Federation, state: ServerState, returned: Returned, rows: Tensor) -> ServerUpdate:
     """The server step, on rank 0."""
-    layout = federation.model.adapters.layout
+    layout, aggregator = federation.model.adapters.layout, federation.aggregator
     weights = torch.tensor(returned.weights, dtype=torch.float64, device=rows.device)
-    return aggregate(federation.aggregator, layout.unpack(rows), weights, layout.unpack(state.adapter))
+    update = aggregate(aggregator, layout.unpack(rows), weights, layout.unpack(state.adapter))
+    if state.moments is None:
+        return update
+    proposed = layout.pack(AdapterState(factors=update.factors, head=update.head))
+    columns = layout.spans(aggregator.receives(state.completed_rounds))
+    moved = layout.unpack(server_step(federation.config.server, state.moments, state.adapter, proposed, columns))
+    return replace(update, factors=moved.factors, head=moved.head)
+
+
+def update_controls(federation: Federation, state: ServerState, returned: Returned, rows: Tensor) -> None:
+    """Move SCAFFOLD's control variates on, from where the clients started and ended; before the state moves on."""
+    if state.controls is None:
+        return
+    local = in_round(federation.local, state.completed_rounds)
+    parts = federation.aggregator.trains(state.completed_rounds)
+    sizes = [len(client.indices) for client in federation.clients]
+    shares = sizes if federation.config.federation.weighting == "size" else [1] * len(sizes)
+    steps = [number_of_batches(sizes[client], local) for client in returned.clients]
+    state.controls.update(
+        returned.clients,
+        [shares[client] / sum(shares) for client in returned.clients],
+        starts(federation, state, returned.clients) - rows,
+        {part: federation.model.adapters.layout.slices[part] for part in parts},
+        {part: [reach(local, part, count) for count in steps] for part in parts},
+    )
 
 
 def send_update(
@@ -232,7 +273,7 @@ def save(federation: Federation, state: ServerState, *, always: bool = False) ->
     due = state.completed_rounds % config.checkpoint.every == 0 or state.completed_rounds == config.rounds
     if not federation.fabric.is_global_zero or not (due or always):
         return
-    tensors = {"adapter": state.adapter} | ({"own": state.own} if state.own is not None else {})
+    tensors = tensors_of(state)
     if state.folded:
         tensors |= {f"base.{path}": w for path, w in federation.model.adapters.base_weights().items()}
     checkpoint = Checkpoint(

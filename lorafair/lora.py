@@ -159,6 +159,15 @@ def _kinds_of(paths: Iterable[str]) -> str:
     return ", ".join(kinds) or "none"
 
 
+@dataclass(frozen=True, eq=False)
+class TrainedColumns:
+    """Neighbouring columns of the packed rows as one parameter (C, n)."""
+
+    parts: tuple[Part, ...]  # those among which the columns lie
+    span: slice
+    parameter: nn.Parameter
+
+
 class AdapterParameters:
     """All trained parameters of a model as views of one (C, P) tensor.
 
@@ -178,27 +187,29 @@ class AdapterParameters:
         self._values = torch.zeros(max_cohort, self.layout.length, device=device)
         self._gradients = torch.zeros_like(self._values)
         self.flat = nn.Parameter(self._values)  # (C, P)
-        self._trained: list[tuple[slice, nn.Parameter]] = []
+        self._trained: list[TrainedColumns] = []
         self.resize(1)
         self.train_only(PARTS)
 
-    def train_only(self, parts: Sequence[Part]) -> list[nn.Parameter]:
-        """Let only these parts have gradients; returns them as views (C, n) of `flat`, for an optimiser."""
+    def train_only(self, parts: Sequence[Part], *, separately: bool = False) -> list[TrainedColumns]:
+        """Let only these parts have gradients; returns them as views (C, n) of `flat`, for an optimiser.
+
+        Neighbouring parts are one view, unless each is to be treated `separately`.
+        """
         for module in self._layers.values():
             module.A.requires_grad_("A" in parts)
             module.B.requires_grad_("B" in parts)
         for parameter in self._head_parameters().values():
             parameter.requires_grad_("head" in parts)
         self._gradients.zero_()
-        spans: list[slice] = []
-        for span in (self.layout.slices[part] for part in PARTS if part in parts):
-            if spans and spans[-1].stop == span.start:
-                spans[-1] = slice(spans[-1].start, span.stop)
-            else:
-                spans.append(span)
-        self._trained = [(span, nn.Parameter(_columns(self._values, span))) for span in spans]
+        groups = [(part,) for part in PARTS if part in parts] if separately else [tuple(parts)]
+        self._trained = [
+            TrainedColumns(group, span, nn.Parameter(_columns(self._values, span)))
+            for group in groups
+            for span in self.layout.spans(group)
+        ]
         self.resize(len(self.flat))
-        return [parameter for _, parameter in self._trained]
+        return self._trained
 
     def resize(self, cohort: int) -> None:
         """Let the model hold the first `cohort` rows: 1 for evaluation, C while a cohort trains."""
@@ -206,8 +217,8 @@ class AdapterParameters:
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         flat, gradient = self._values.narrow(0, 0, cohort), self._gradients.narrow(0, 0, cohort)
         _view(self.flat, flat, gradient)
-        for span, parameter in self._trained:
-            _view(parameter, _columns(flat, span), _columns(gradient, span))
+        for trained in self._trained:
+            _view(trained.parameter, _columns(flat, trained.span), _columns(gradient, trained.span))
         values, gradients = self.layout.unpack(flat), self.layout.unpack(gradient)
         for path, module in self._layers.items():
             _view(module.A, values.factors[path].A, gradients.factors[path].A)

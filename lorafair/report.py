@@ -183,6 +183,8 @@ class Report:
 
         up = sum(numbers(sends, federation.ranks[c], {}) for c in clients)
         down = sum(numbers(receives, federation.ranks[c], update.sent_rank) + folded for c in clients)
+        if federation.config.client.scaffold:  # control variates of what is trained, both ways
+            up, down = 2 * up, down + up
         return up * BYTES_PER_NUMBER, down * BYTES_PER_NUMBER
 
 

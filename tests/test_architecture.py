@@ -15,7 +15,8 @@ PACKAGE = ROOT / "lorafair"
 
 # A part may import what stands before it. A folder is one part.
 ORDER = [
-    "errors", "torchvision_import", "config", "seeding", "adapter", "schedule", "offline", "weights", "data",
+    "errors", "torchvision_import", "config", "seeding", "adapter", "schedule", "server_optimizer", "control_variates",
+    "offline", "weights", "data",
     "aggregation", "lora", "models", "client", "exchange", "prefix_cache", "evaluation", "checkpoint", "tracking",
     "assembly", "report", "federation", "export", "cli",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafair.adapter import PARTS, AdapterState, LoRAFactors, Part
 from lorafair.aggregation.factor_algebra import ranks_of
-from lorafair.client import client_losses, make_optimizer, train_cohort, train_step
+from lorafair.client import (
+    GradientRule,
+    client_losses,
+    in_round,
+    make_optimizer,
+    reach,
+    train_cohort,
+    train_step,
+)
 from lorafair.config import ClientConfig, LoRAConfig, ModelConfig
 from lorafair.data.loading import Indices, cohort_steps, local_batches
 from lorafair.models import AdaptedModel, build_model
@@ -46,7 +55,13 @@ def train(m: AdaptedModel, start: Tensor, of_clients: list[list[Indices]], confi
     return torch.cat([result.rows, result.losses.unsqueeze(1)], dim=1)
 
 
-@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+PROXIMAL = replace(SGD, proximal=3.0)
+FASTER_B = replace(SGD, b_learning_rate_ratio=4.0)
+FASTER_B_ADAMW = replace(ADAMW, b_learning_rate_ratio=4.0)
+LOCAL = {"sgd": SGD, "adamw": ADAMW, "proximal": PROXIMAL, "faster_b": FASTER_B, "faster_b_adamw": FASTER_B_ADAMW}
+
+
+@pytest.mark.parametrize("config", LOCAL.values(), ids=LOCAL)
 def test_a_client_is_trained_as_a_plain_loop_would(config: ClientConfig) -> None:
     """The reference knows nothing of flat parameters or cohorts: autograd, torch.optim and clip_grad_norm_."""
     m = model()
@@ -59,13 +74,20 @@ def test_a_client_is_trained_as_a_plain_loop_would(config: ClientConfig) -> None
     parameters += [nn.Parameter(t.clone()) for t in state.head.values()]
     kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.optimizer]
     extra = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
-    optimizer = kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **extra)
+    pairs = 2 * len(state.factors)
+    groups = [
+        {"params": parameters[0:pairs:2] + parameters[pairs:]},
+        {"params": parameters[1:pairs:2], "lr": config.learning_rate * config.b_learning_rate_ratio},
+    ]
+    optimizer = kind(groups, lr=config.learning_rate, weight_decay=config.weight_decay, **extra)
+    origin = [parameter.detach().clone() for parameter in parameters]
     losses = []
     for batch in plan:
         logits = reference_logits(m, parameters, IMAGES[batch])
         loss = nn.functional.cross_entropy(logits, LABELS[batch])
+        way = sum((p - o).square().sum() for p, o in zip(parameters, origin, strict=True))
         optimizer.zero_grad()
-        loss.backward()
+        (loss + config.proximal / 2 * way).backward()
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         optimizer.step()
@@ -94,7 +116,7 @@ def reference_logits(m: AdaptedModel, parameters: list[nn.Parameter], images: Te
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("config", LOCAL.values(), ids=LOCAL)
 def test_side_by_side_equals_one_by_one_with_unequal_sizes(config: ClientConfig, dropout: float) -> None:
     """13, 7 and 3 images: different numbers of steps, last batches of different size, one smaller than a batch."""
     clients = [np.arange(0, 13), np.arange(13, 20), np.arange(20, 23)]
@@ -105,6 +127,51 @@ def test_side_by_side_equals_one_by_one_with_unequal_sizes(config: ClientConfig,
     for client, plan in enumerate(plans):
         [alone] = train(m, start[client : client + 1], [plan], config, client)
         torch.testing.assert_close(together[client], alone, rtol=1e-4, atol=2e-5)
+
+
+def test_corrections_are_added_to_every_gradient_after_clipping() -> None:
+    """One SGD step without momentum goes lr times the correction further; a client keeps its own one."""
+    config = replace(SGD, momentum=0.0, clip_norm=1e-3, epochs=None, steps=1)
+    m = model(cohort=2)
+    start = torch.stack([m.adapters.draw(0, 0)] * 2)
+    plans = batches([np.arange(5), np.arange(5)], config)
+    corrections = torch.randn(start.shape, generator=seeded(0, "corrections"))
+    steps = cohort_steps(plans)
+
+    def reached(with_corrections: Tensor | None) -> Tensor:
+        return train_cohort(
+            m, start, steps, (IMAGES[step.indices.reshape(-1)] for step in steps), LABELS, config,
+            generators=[seeded(0, name) for name in (0, 1)], autocast=nullcontext, corrections=with_corrections,
+        ).rows  # fmt: skip
+
+    torch.testing.assert_close(reached(None) - reached(corrections), config.learning_rate * corrections)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_reach_is_how_far_a_constant_gradient_moves_a_parameter(momentum: float) -> None:
+    config = replace(SGD, momentum=momentum, weight_decay=0.0, b_learning_rate_ratio=2.0)
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], lr=config.learning_rate, momentum=momentum)
+    for _ in range(7):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert reach(config, "A", 7) == pytest.approx(-parameter.item())
+    assert reach(config, "B", 7) == pytest.approx(-2 * parameter.item())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1, 1, 1, 1]),
+        ({"schedule": "linear", "schedule_rounds": 4, "final_share": 0.2}, [1, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        ({"schedule": "cosine", "schedule_rounds": 4, "final_share": 0.0}, [1, 0.853553, 0.5, 0.146447, 0, 0]),
+        ({"schedule": "exponential", "decay": 0.5}, [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule(schedule: dict[str, Any], expected: list[float]) -> None:
+    config = replace(SGD, learning_rate=0.3, **schedule)
+    rates = [in_round(config, round_index).learning_rate for round_index in range(6)]
+    assert rates == pytest.approx([0.3 * share for share in expected], abs=1e-6)
 
 
 def test_batches_visit_every_image_once_an_epoch() -> None:
@@ -136,7 +203,8 @@ def test_a_training_step_reads_nothing_back_from_the_device() -> None:
     with torch.device("meta"):
         m = build_model(MODEL, classes=3, seed=0).attach(max_cohort=2)
     m.adapters.resize(2)
-    losses = train_step(m, make_optimizer(m.adapters.train_only(PARTS), SGD), *step_inputs("meta"), 1.0, nullcontext)
+    rule = GradientRule(1.0, 0.1, torch.empty_like(m.adapters.flat), torch.empty_like(m.adapters.flat))
+    losses = train_step(m, make_optimizer(m.adapters.train_only(PARTS), SGD), *step_inputs("meta"), rule, nullcontext)
     assert (losses.device.type, losses.shape) == ("meta", (2,))
     assert m.adapters.flat.grad is not None
     assert m.adapters.flat.grad.device.type == "meta"

@@ -99,6 +99,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "method.name=fedsa_lora", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
         "partition.min_images=5", "federation.clients_per_round=3", "client.cohort=2", "client.optimizer=sgd",
     ),
+    "server_adam": ("method.name=lora_fair", "server.optimizer=fedadam", "client.schedule=cosine"),
+    "server_momentum": ("method.name=ro_lora", "server.optimizer=fedavgm", "client.proximal=0.1", "rounds=3"),
+    "scaffold": (
+        "method.name=lora_fair", "client.scaffold=true", "client.optimizer=sgd", "client.b_learning_rate_ratio=4",
+        "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=3", "client.cohort=2", "rounds=3",
+    ),
     "centralized": ("method.name=centralized",),
     "local_only": ("method.name=local_only",),
     "folding": ("method.name=stacking",),
@@ -328,6 +335,29 @@ def test_bytes_are_those_that_the_papers_charge(method: str, tiny: Tiny) -> None
         assert values[f"comm/{name}_bytes"] == 3 * 4 * eval(formula, {**sizes, "K": 3}), name
 
 
+def test_control_variates_are_charged_both_ways(tiny: Tiny) -> None:
+    config = tiny("client.scaffold=true", "client.optimizer=sgd", "rounds=1")
+    run_federation(launched(1), config)
+    numbers = adapter_of(config.folder)["adapter"].numel()
+    text = (config.folder / "metrics.csv").read_text()
+    assert f"comm/up_bytes,{4.0 * 3 * 2 * numbers}" in text
+    assert f"comm/down_bytes,{4.0 * 3 * 2 * numbers}" in text
+
+
+def test_control_variates_change_nothing_in_the_first_round_and_something_later(tiny: Tiny, tmp_path: Path) -> None:
+    found = {}
+    for rounds in (1, 2):
+        for used in (True, False):
+            config = tiny(
+                f"client.scaffold={used}", "client.optimizer=sgd", f"rounds={rounds}", f"run_dir={tmp_path / str(used)}"
+            )
+            run_federation(launched(1), config)
+            found[rounds, used] = adapter_of(config.folder)["adapter"]
+    assert torch.equal(found[1, True], found[1, False])
+    # The corrections of all clients cancel in the mean to first order, so that they change it by little.
+    assert not torch.equal(found[2, True], found[2, False])
+
+
 def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:
     config = tiny("method.name=flex_lora", "rounds=1", "model.lora.client_ranks=[4,2,1]")
     run_federation(launched(1), config)
@@ -346,6 +376,13 @@ def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:
         ),
         (["model.lora.client_ranks=[4,2]"], r"has 2 ranks for 3 clients"),
         (["method.name=ffa_lora", "federation.initialization=fresh"], r"does not fit .*ffa_lora; possible: average"),
+        (["client.scaffold=true"], r"needs client.optimizer=sgd, not adamw"),
+        (
+            ["client.scaffold=true", "client.optimizer=sgd", "method.name=fedsa_lora"],
+            r"client.scaffold=true does not fit method.name=fedsa_lora; possible: fedit, lora_fair",
+        ),
+        (["server.optimizer=fedadam", "method.name=flex_lora"], r"fedadam does not fit .*flex_lora; possible: fedit"),
+        (["server.optimizer=fedadam", "federation.initialization=local"], r"needs federation.initialization=average"),
     ],
 )
 def test_what_does_not_fit_the_method_is_refused(tiny: Tiny, changes: list[str], message: str) -> None:

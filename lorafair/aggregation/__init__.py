@@ -33,7 +33,7 @@ from lorafair.aggregation.lora_fair import LoRAFair
 from lorafair.aggregation.raflora import RaFLoRA
 from lorafair.aggregation.references import Centralized, LocalOnly
 from lorafair.aggregation.ro_lora import RoLoRA
-from lorafair.config import ConfigError
+from lorafair.config import Config, ConfigError
 
 __all__ = [
     "AGGREGATORS",
@@ -44,6 +44,7 @@ __all__ = [
     "aggregate",
     "bias_metrics",
     "build_aggregator",
+    "method_of",
 ]
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
@@ -91,6 +92,50 @@ def build_aggregator(options: Mapping[str, Any]) -> Aggregator:
     except OmegaConfBaseException as error:
         raise ConfigError(f"method.{error.full_key}: {str(error).splitlines()[0]}") from error
     return cast(Aggregator, OmegaConf.to_object(defaults))
+
+
+def method_of(config: Config) -> Aggregator:
+    """The method of a run, checked against the settings that it has to work with.
+
+    Raises ConfigError that names the key to change.
+    """
+    method, name, local = build_aggregator(config.method), config.method["name"], config.client
+    start = config.federation.initialization
+    if start not in method.initializations:
+        raise ConfigError(
+            f"federation.initialization={start} does not fit method.name={name}; "
+            f"possible: {', '.join(method.initializations)}"
+        )
+    if config.model.lora.client_ranks is not None and (method.pools_data or not method.mixed_ranks):
+        able = [name for name, other in AGGREGATORS.items() if other.mixed_ranks and not other.pools_data]
+        raise ConfigError(
+            f"model.lora.client_ranks: method.name={name} needs the same rank everywhere; "
+            f"methods for mixed ranks: {', '.join(able)}"
+        )
+    if local.scaffold and local.optimizer != "sgd":
+        raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {local.optimizer}")
+    if local.scaffold and config.model.lora.client_ranks is not None:
+        raise ConfigError("client.scaffold=true needs clients of the same rank; leave model.lora.client_ranks out")
+    for key, used, fits in (
+        (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _goes_on),
+        ("client.scaffold=true", local.scaffold, _is_shared),
+    ):
+        if used and start != "average":
+            raise ConfigError(f"{key} needs federation.initialization=average, not {start}")
+        if used and not fits(method):
+            able = [name for name, other in AGGREGATORS.items() if fits(other)]
+            raise ConfigError(f"{key} does not fit method.name={name}; possible: {', '.join(able)}")
+    return method
+
+
+def _goes_on(method: Aggregator | type[Aggregator]) -> bool:
+    """Whether the factors the server returns can be compared with those it sent."""
+    return not (method.decomposes or method.restarts or method.pools_data or set(method.keeps) >= {"A", "B"})
+
+
+def _is_shared(method: Aggregator | type[Aggregator]) -> bool:
+    """Whether, beyond that, all clients start from the same numbers, so that their gradients can be compared."""
+    return _goes_on(method) and not method.keeps
 
 
 def _check_option(key: str, name: str) -> None:

@@ -52,6 +52,8 @@ class Aggregator(Protocol):
     """Every round starts from fresh factors; what was learned is in the folded part."""
     mixed_ranks: ClassVar[bool] = True
     """Clients may have factors of smaller rank, padded with zeros to R."""
+    decomposes: ClassVar[bool] = False
+    """The factors that come back are a new decomposition of the update: their difference from the old says nothing."""
     initializations: ClassVar[tuple[str, ...]] = ("average", "fresh", "local")
     """Values of federation.initialization that fit the method; the first leaves it as published."""
     keeps: ClassVar[tuple[Part, ...]] = ()

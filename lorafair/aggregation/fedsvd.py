@@ -19,6 +19,7 @@ from lorafair.aggregation.factor_algebra import mean_factors, truncated_svd
 class FedSVD(Aggregator):
     """B is averaged, then B̄A = UΣVᵀ is rewritten as B = UΣ, A = Vᵀ without loss (arXiv 2505.12805)."""
 
+    decomposes: ClassVar[bool] = True
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 
     def trains(self, round_index: int) -> tuple[Part, ...]:

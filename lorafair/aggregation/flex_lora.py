@@ -6,6 +6,7 @@ Letters: K clients, R rank, I in_features, O out_features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ class FlexLoRA(Aggregator):
     With the singular values in B, a step of A moves the product differently from one of B: the effective learning rates
     are not those of plain averaging.
     """
+
+    decomposes: ClassVar[bool] = True
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """The first R singular triples of ΔW; a client of rank r uses the first r of them."""

@@ -6,6 +6,7 @@ Letters: K clients, R rank, I in_features, O out_features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from lorafair.config import ConfigError
 @dataclass(frozen=True)
 class FLoRIST(Aggregator):
     """The fewest singular triples of ΔW that hold a share of its squared norm, at most R (arXiv 2506.09199)."""
+
+    decomposes: ClassVar[bool] = True
 
     energy: float = 0.95
     """Share of ‖ΔW‖² to keep."""

@@ -6,6 +6,7 @@ Letters: K clients, R rank, I in_features, O out_features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from lorafair.aggregation.factor_algebra import add, ranks_of, truncated_svd, we
 @dataclass(frozen=True)
 class RaFLoRA(Aggregator):
     """Zero padding would shrink the directions that few clients have, round by round (arXiv 2602.13486)."""
+
+    decomposes: ClassVar[bool] = True
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """The truncated SVD of Σ over ranges (l, h] of Σ_{k: r_k ≥ h} p_k B_k[:, l:h] A_k[l:h] / Σ_{k: r_k ≥ h} p_k."""

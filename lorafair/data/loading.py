@@ -46,13 +46,17 @@ def local_batches(images: Indices, config: ClientConfig, generator: torch.Genera
 
     With `steps`, exactly that many batches, over as many epochs as that takes.
     """
-    per_epoch = -(-len(images) // config.batch_size)
-    wanted = config.steps if config.steps is not None else (config.epochs or 1) * per_epoch
+    wanted = number_of_batches(len(images), config)
     batches: list[Indices] = []
     while len(batches) < wanted:
         order = images[torch.randperm(len(images), generator=generator).numpy()]
         batches += [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     return batches[:wanted]
+
+
+def number_of_batches(images: int, config: ClientConfig) -> int:
+    """How many batches a client with so many images trains in a round."""
+    return config.steps if config.steps is not None else (config.epochs or 1) * -(-images // config.batch_size)
 
 
 def cohort_steps(batches: Sequence[Sequence[Indices]]) -> list[CohortStep]:
