@@ -305,14 +305,20 @@ def read_layers(arguments: Sequence[str]) -> list[Layer]:
     return [*files, Layer("", _read_pairs([a for a in arguments if "=" in a]))]
 
 
-def config_of(layers: Sequence[Layer], folder: Path) -> Config:
-    """The configuration that these layers give, later ones winning; runs go below `folder` unless run_dir is set.
-
-    Raises ConfigError with one line that names the key.
-    """
-    config = OmegaConf.structured(Config)
+def merge_layers(layers: Sequence[Layer], base: DictConfig | None = None) -> DictConfig:
+    """The values of these layers, later ones winning, on top of `base` (the defaults). Raises ConfigError."""
+    config = base if base is not None else OmegaConf.structured(Config)
     for layer in layers:
         config = _merge(config, layer.values, layer.origin)
+    return config
+
+
+def config_of(layers: Sequence[Layer], folder: Path, base: DictConfig | None = None) -> Config:
+    """The checked configuration that these layers give; the run goes below `folder` unless run_dir is set.
+
+    `base` is what `merge_layers` returned for layers before these. Raises ConfigError with one line that names the key.
+    """
+    config = merge_layers(layers, base)
     if not isinstance(config.method.get("name"), str):
         given = config.method.get("name")
         problem = "method.name is missing" if given is None else f"method.name={given} is no name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +40,9 @@ class Report:
         if completed_rounds and file.exists():  # the version that trained the first rounds stays on record
             first = file.read_text().partition("\n")[0]
             version = first if first.startswith("# lorafair ") else version
-        file.write_text(f"{version}\n{to_yaml(config)}")
+        partial = file.with_name(".config.yaml.partial")
+        partial.write_text(f"{version}\n{to_yaml(config)}")
+        os.replace(partial, file)  # whole at all times: jobs of a comparison look at each other's
         self._tracker = Tracker(config.folder, completed_rounds=completed_rounds, rounds=config.rounds)
         if completed_rounds:
             say(f"continuing after round {completed_rounds} of {config.rounds}")
