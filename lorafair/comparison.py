@@ -532,7 +532,7 @@ def _check_overlaps(
     file: str,
 ) -> None:
     """Two places that set the same option: one would silently have no effect."""
-    varied: dict[str, str] = {"seed": f"{SECTION}.seeds"}
+    varied: dict[str, str] = {"seed": f"{SECTION}.seeds", "method": f"{SECTION}.methods"}
     places = [(f"{SECTION}.methods.{label}", options) for label, options in methods.items()]
     places += [(f"{SECTION}.settings.{label}", options) for label, options in settings.items()]
     if tuning is not None:
@@ -540,8 +540,8 @@ def _check_overlaps(
         places.append((f"{SECTION}.tune.options", tuning.options))
     for place, options in places:
         for key in options:
-            varied.setdefault(key, place)
-    varied |= {"method": f"{SECTION}.methods"}
+            if not _overlap(key, "method"):
+                varied.setdefault(key, place)
     for layer in layers:
         given = cast(dict[str, Any], OmegaConf.to_container(layer.values))
         for key, value in _leaves(given):
