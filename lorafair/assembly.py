@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafair.adapter import Part
 from lorafair.aggregation import Aggregator, method_of
 from lorafair.checkpoint import Checkpoint, find_checkpoint
-from lorafair.config import ClientConfig, Config, ConfigError
+from lorafair.config import ClientConfig, Config, ConfigError, numeric_settings
 from lorafair.data.images import ImageData, Split
 from lorafair.data.loading import BatchSource, ImageSource
 from lorafair.data.partition import Client, partition, pooled
@@ -26,10 +26,6 @@ from lorafair.prefix_cache import cached_tokens, reason_against_cache
 from lorafair.schedule import RoundPlan, plan_round
 from lorafair.seeding import seeded
 from lorafair.tracking import make_run_dir, say
-
-# What may differ between a run and its continuation: it changes no number, or only how many rounds there are.
-NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabric")
-NOT_IDENTITY_NESTED = (("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"))
 
 
 @dataclass(frozen=True)
@@ -133,14 +129,8 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
 
 def _identity(config: Config, data: ImageData, model: AdaptedModel) -> dict[str, Any]:
     """The settings that change numbers, the images and the frozen weights as they are before any folding."""
-    settings = dataclasses.asdict(config)
-    for key in NOT_IDENTITY:
-        del settings[key]
-    for section, key in NOT_IDENTITY_NESTED:
-        del settings[section][key]
-    settings["fabric"] = {"precision": config.fabric.precision}
-    settings |= {"images": data.fingerprint, "classes": data.classes}
-    return settings | {"frozen_weights": model.fingerprint()}
+    images = {"images": data.fingerprint, "classes": data.classes}
+    return numeric_settings(config) | images | {"frozen_weights": model.fingerprint()}
 
 
 def _load(config: Config, aggregator: Aggregator) -> tuple[ImageData, tuple[Client, ...], ClientConfig, AdaptedModel]:

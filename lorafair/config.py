@@ -53,6 +53,9 @@ class DataConfig:
     """At most n test images a domain, drawn with the seed (all)."""
     test_fraction: float | None = None
     """Share of each class of a domain kept for the test; for folder (0.2)."""
+    validation_fraction: float | None = None
+    """For tuning: hold out this share of every class of a domain's training images, drawn with the seed, and test on
+    them instead of the test images (null: none; data.test_images limits them alike)."""
     workers: int = 0
     """Processes a rank that decode images ahead of training. 0: decode in the training process."""
 
@@ -331,6 +334,18 @@ POSITIVE = (
 NOT_NEGATIVE = ("seed", "data.workers", "client.momentum", "client.weight_decay", "client.proximal")
 BELOW_ONE = ("model.lora.dropout", "client.momentum", "server.momentum", "server.second_momentum")
 
+# What may differ between a run and its continuation: it changes no number, or only how many rounds there are.
+NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabric")
+NOT_IDENTITY_NESTED = (("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values given in one place."""
+
+    origin: str  # what the message about a mistake in it begins with, e.g. "conf/demo.yaml: "
+    values: DictConfig
+
 
 def load_config(arguments: Sequence[str]) -> Config:
     """Read a run's configuration: YAML files and key=value pairs, later files and then the pairs winning.
@@ -341,20 +356,48 @@ def load_config(arguments: Sequence[str]) -> Config:
     Raises ConfigError with one line that names the key.
     """
     files = [a for a in arguments if "=" not in a]
-    config = OmegaConf.structured(Config)
-    for file in files:
-        config = _merge(config, _read_yaml(Path(file)), f"{file}: ")
-    config = _merge(config, _read_pairs([a for a in arguments if "=" in a]), "")
+    return config_of(read_layers(arguments), Path("runs", Path(files[0]).stem if files else "default"))
+
+
+def read_layers(arguments: Sequence[str]) -> list[Layer]:
+    """The YAML files, then the key=value pairs, unmerged; of their keys only those of the pairs are checked."""
+    files = [Layer(f"{file}: ", _read_yaml(Path(file))) for file in arguments if "=" not in file]
+    return [*files, Layer("", _read_pairs([a for a in arguments if "=" in a]))]
+
+
+def merge_layers(layers: Sequence[Layer], base: DictConfig | None = None) -> DictConfig:
+    """The values of these layers, later ones winning, on top of `base` (the defaults). Raises ConfigError."""
+    config = base if base is not None else OmegaConf.structured(Config)
+    for layer in layers:
+        config = _merge(config, layer.values, layer.origin)
+    return config
+
+
+def config_of(layers: Sequence[Layer], folder: Path, base: DictConfig | None = None) -> Config:
+    """The checked configuration that these layers give; the run goes below `folder` unless run_dir is set.
+
+    `base` is what `merge_layers` returned for layers before these. Raises ConfigError with one line that names the key.
+    """
+    config = merge_layers(layers, base)
     if not isinstance(config.method.get("name"), str):
         given = config.method.get("name")
         problem = "method.name is missing" if given is None else f"method.name={given} is no name"
         raise ConfigError(f"{problem}; for example method.name=lora_fair")
     if config.run_dir is None:
-        stem = Path(files[0]).stem if files else "default"
-        config = _with(config, "run_dir", Path("runs", stem, f"{config.method.name}-seed{config.seed}"))
+        config = _with(config, {"run_dir": folder / f"{config.method.name}-seed{config.seed}"})
     config = _settle_conditional_options(config)
     _check_ranges(config)
     return cast(Config, OmegaConf.to_object(config))
+
+
+def numeric_settings(config: Config) -> dict[str, Any]:
+    """The settings that change numbers: what a run and its continuation must agree in."""
+    settings = dataclasses.asdict(config)
+    for key in NOT_IDENTITY:
+        del settings[key]
+    for section, key in NOT_IDENTITY_NESTED:
+        del settings[section][key]
+    return settings | {"fabric": {"precision": config.fabric.precision}}
 
 
 def to_yaml(config: Config) -> str:
@@ -392,7 +435,7 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     for key, value in _entries_of(cast(dict[str, Any], OmegaConf.to_container(layer))):
         _check_key(key, value, origin)
     if OmegaConf.select(layer, "method.name") not in (None, base.method.get("name")):
-        base = _with(base, "method", OmegaConf.create({"name": None}), replace=True)
+        base = _with(base, {"method": OmegaConf.create({"name": None})}, replace=True)
     try:
         merged = cast(DictConfig, OmegaConf.merge(base, layer))
         OmegaConf.to_container(merged, resolve=True)
@@ -401,13 +444,14 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     return merged
 
 
-def _with(config: DictConfig, key: str, value: Any, *, replace: bool = False) -> DictConfig:
-    """A copy with one value changed; the configuration itself is read-only, as its dataclasses are frozen."""
+def _with(config: DictConfig, values: dict[str, Any], *, replace: bool = False) -> DictConfig:
+    """A copy with some values changed; the configuration itself is read-only, as its dataclasses are frozen."""
     changed = copy.deepcopy(config)
     with flag_override(changed, "readonly", False):
-        parent = OmegaConf.select(changed, key.rpartition(".")[0]) if "." in key else changed
-        with flag_override(parent, "readonly", False):
-            OmegaConf.update(changed, key, value, merge=not replace)
+        for key, value in values.items():
+            parent = OmegaConf.select(changed, key.rpartition(".")[0]) if "." in key else changed
+            with flag_override(parent, "readonly", False):
+                OmegaConf.update(changed, key, value, merge=not replace)
     return changed
 
 
@@ -456,6 +500,7 @@ def _section_types(owner: type) -> dict[str, type]:
 
 
 def _settle_conditional_options(config: DictConfig) -> DictConfig:
+    defaults: dict[str, Any] = {}
     for option in CONDITIONAL_OPTIONS:
         given = OmegaConf.select(config, option.key)
         if not option.active(config):
@@ -464,9 +509,8 @@ def _settle_conditional_options(config: DictConfig) -> DictConfig:
         elif given is None:
             if option.required:
                 raise ConfigError(f"{option.key} is missing: {option.needs} needs it")
-            default = option.default(config) if callable(option.default) else option.default
-            config = _with(config, option.key, default)
-    return config
+            defaults[option.key] = option.default(config) if callable(option.default) else option.default
+    return _with(config, defaults) if defaults else config
 
 
 def _check_ranks(config: DictConfig) -> None:
@@ -500,7 +544,7 @@ def _check_ranges(config: DictConfig) -> None:
     check(BELOW_ONE, lambda v: 0 <= v < 1, "from 0 up to but not including 1")
     check(["client.final_share"], lambda v: 0 <= v <= 1, "from 0 to 1")
     check(["client.decay"], lambda v: 0 < v <= 1, "above 0 and at most 1")
-    check(["data.test_fraction"], lambda v: 0 < v < 1, "between 0 and 1")
+    check(["data.test_fraction", "data.validation_fraction"], lambda v: 0 < v < 1, "between 0 and 1")
     check(["fabric.timeout_minutes"], lambda v: v <= 525600, "at most a year")
     check(["checkpoint.keep"], lambda v: v >= 2, "at least 2 (one survives while the other is written)")
     for key in _LISTS:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +18,12 @@ import lorafair
 from lorafair.adapter import AdapterState, Part
 from lorafair.aggregation import ServerUpdate, bias_metrics
 from lorafair.assembly import Federation
-from lorafair.config import to_yaml
+from lorafair.config import numeric_settings, to_yaml
 from lorafair.evaluation import Evaluation
 from lorafair.exchange import Returned
 from lorafair.schedule import RoundPlan
-from lorafair.tracking import Clock, Tracker, say, table
+from lorafair.tables import table
+from lorafair.tracking import Clock, Tracker, say
 
 BYTES_PER_NUMBER = 4  # adapters travel in float32
 
@@ -32,7 +35,14 @@ class Report:
         self._federation = federation
         config = federation.config
         config.folder.mkdir(exist_ok=True)  # resume=never has put an earlier run aside
-        (config.folder / "config.yaml").write_text(to_yaml(config))
+        file = config.folder / "config.yaml"
+        version = f"# lorafair {lorafair.__version__}"
+        if completed_rounds and file.exists():  # the version that trained the first rounds stays on record
+            first = file.read_text().partition("\n")[0]
+            version = first if first.startswith("# lorafair ") else version
+        partial = file.with_name(".config.yaml.partial")
+        partial.write_text(f"{version}\n{to_yaml(config)}")
+        os.replace(partial, file)  # whole at all times: jobs of a comparison look at each other's
         self._tracker = Tracker(config.folder, completed_rounds=completed_rounds, rounds=config.rounds)
         if completed_rounds:
             say(f"continuing after round {completed_rounds} of {config.rounds}")
@@ -96,6 +106,8 @@ class Report:
             "processes": federation.fabric.world_size,
             "data": {"source": config.data.source, "description": federation.data.description,
                      "fingerprint": federation.data.fingerprint},
+            "config": numeric_settings(config),
+            "start": _start(federation),
             "versions": _versions(),
         }  # fmt: skip
         self._tracker.finish(_hyperparameters(config), {"final/accuracy": evaluation.mean_accuracy}, result)
@@ -194,6 +206,20 @@ def _idle_shares(plan: RoundPlan, returned: Returned) -> dict[str, float]:
     busy = [sum(seconds[c] for c in clients) for clients in plan.clients_of_rank]
     longest = max(busy)
     return {f"time/idle_share/rank{rank}": 1 - b / longest if longest else 0.0 for rank, b in enumerate(busy)}
+
+
+def _start(federation: Federation) -> dict[str, str]:
+    """What the run began from, as sha256 sums: methods are compared fairly where these are equal."""
+    initial = federation.model.adapters.draw(federation.config.seed, 0)  # drawn anew, so a continued run tells it too
+    clients = hashlib.sha256()
+    for client in federation.clients:
+        clients.update(f"{client.name} {len(client.indices)}:".encode() + client.indices.astype("<i8").tobytes())
+    return {
+        "initial_adapter": hashlib.sha256(initial.numpy().tobytes()).hexdigest(),
+        "images": federation.data.fingerprint,
+        "frozen_weights": federation.identity["frozen_weights"],
+        "clients": clients.hexdigest(),
+    }
 
 
 def _hyperparameters(config: Any) -> dict[str, Any]:

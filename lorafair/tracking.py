@@ -62,7 +62,7 @@ class Tracker:
         self._writer.add_hparams(plain, dict(metrics), run_name=".")
         self.close()
         partial = self._run_dir / ".result.json.partial"
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.write_text(json.dumps(result, indent=1, default=str) + "\n")
         os.replace(partial, self._run_dir / "result.json")
 
     def close(self) -> None:
@@ -101,19 +101,6 @@ class Clock:
 def say(line: str) -> None:
     """Print a line now: job logs are read while the job runs."""
     print(line, flush=True)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table; the first column left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-
-    rule = "  ".join("-" * w for w in widths)
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
 def confusion_picture(confusion: np.ndarray[Any, Any], classes: Sequence[str], title: str) -> np.ndarray[Any, Any]:

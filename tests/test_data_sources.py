@@ -106,6 +106,34 @@ def test_a_domain_with_one_class_cannot_be_learned(uneven):
         load_images(dataclasses.replace(uneven, classes=1), seed=0)
 
 
+def test_validation_takes_from_every_class_of_the_training_images_and_never_from_the_test_images(uneven):
+    whole = load_images(uneven, seed=0)
+    parts = load_images(dataclasses.replace(uneven, validation_fraction=0.2), seed=0)
+    for domain in (0, 1):
+        assert counts(whole.train, domain) == [50, 5, 20]
+        assert counts(parts.test, domain) == [10, 1, 4]
+        assert counts(parts.train, domain) == [40, 4, 16]
+    trained, tested = sorted(parts.train.images.indices), sorted(parts.test.images.indices)
+    assert sorted(trained + tested) == sorted(whole.train.images.indices)
+    assert not set(tested) & set(whole.test.images.indices)
+    assert parts.fingerprint != whole.fingerprint
+    again, other = (load_images(dataclasses.replace(uneven, validation_fraction=0.2), seed=seed) for seed in (0, 1))
+    assert again.fingerprint == parts.fingerprint
+    assert sorted(other.test.images.indices) != tested
+    limited = load_images(dataclasses.replace(uneven, validation_fraction=0.2, test_images=6), seed=0)
+    assert counts(limited.test, 0) == [3, 1, 2]
+    assert set(limited.test.images.indices) <= set(tested)
+
+
+def test_validation_leaves_an_image_of_every_class_and_needs_one_to_spare(uneven):
+    nearly_all = load_images(dataclasses.replace(uneven, validation_fraction=0.99), seed=0)
+    assert counts(nearly_all.train, 0) == [1, 1, 1]
+    with pytest.raises(
+        DataError, match=r"data\.validation_fraction=0\.005 holds out no image of domain .* 50 training"
+    ):
+        load_images(dataclasses.replace(uneven, validation_fraction=0.005), seed=0)
+
+
 def test_the_fingerprint_changes_with_whatever_is_selected(uneven):
     changes = ({}, {"domains": ("two", "one")}, {"domains": ("one",)}, {"classes": 2}, {"train_images": 9})
     configs = [dataclasses.replace(uneven, **change) for change in changes]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lorafair.tracking import Tracker, confusion_picture, table
+from lorafair.tables import table
+from lorafair.tracking import Tracker, confusion_picture
 
 
 def read_csv(run_dir: Path) -> list[list[str]]:

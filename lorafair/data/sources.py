@@ -37,13 +37,20 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
     gets the same number as far as it has them (a larger number only adds images); they are drawn with the seed. The
     image files that will be used are checked here, and an unusable one is an error now rather than in the tenth hour.
 
+    With data.validation_fraction the test images are left alone and a part of the training images is tested on instead.
+
     Raises DataError (what is there, and the key to change), FetchError or CacheError.
     """
     collection = SOURCES[config.source](config, seed)
     domains = _choose_domains(collection, config)
     classes = _choose_classes(collection, config)
     train = _choose_images(collection, domains, len(classes), "train", config.train_images, seed)
-    test = _choose_images(collection, domains, len(classes), "test", config.test_images, seed)
+    description = collection.description
+    if config.validation_fraction is None:
+        test = _choose_images(collection, domains, len(classes), "test", config.test_images, seed)
+    else:
+        train, test = _hold_out_for_validation(collection, domains, train, config, seed)
+        description += f"; tested on {config.validation_fraction:.0%} of the training images, held out"
     _check_enough(collection, domains, classes, train, test, config)
     digest = hashlib.sha256(json.dumps([config.source, domains, classes]).encode())
     for indices in (train, test):
@@ -56,7 +63,7 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
         classes=classes,
         train=_split(collection, domains, train),
         test=_split(collection, domains, test),
-        description=collection.description,
+        description=description,
         fingerprint=digest.hexdigest(),
     )
 
@@ -84,12 +91,48 @@ def _choose_images(
     chosen = []
     for name in domains:
         members = np.flatnonzero(eligible & (collection.domain_of == collection.domains.index(name)))
-        if limit is not None and limit < len(members):
-            shuffled = seeded_numpy(seed, "draw", split, name).permutation(members)
-            turns = _turns(collection.labels[shuffled])
-            members = np.sort(shuffled[np.argsort(turns, kind="stable")[:limit]])
-        chosen.append(members)
+        chosen.append(_limited(collection, members, limit, split, name, seed))
     return np.concatenate(chosen)
+
+
+def _limited(
+    collection: Collection, members: np.ndarray, limit: int | None, split: str, domain: str, seed: int
+) -> np.ndarray:
+    """At most `limit` of a domain's images `members` (N,), evenly over the classes."""
+    if limit is None or limit >= len(members):
+        return members
+    shuffled = seeded_numpy(seed, "draw", split, domain).permutation(members)
+    turns = _turns(collection.labels[shuffled])
+    return np.asarray(np.sort(shuffled[np.argsort(turns, kind="stable")[:limit]]))
+
+
+def _hold_out_for_validation(
+    collection: Collection, domains: tuple[str, ...], train: np.ndarray, config: DataConfig, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deal the training images `train` (N,) out into those to train on and those to test on, domain by domain.
+
+    Of every class of a domain at least one image stays in training. Raises DataError for a domain that has no image
+    to spare.
+    """
+    assert config.validation_fraction is not None
+    kept, held_out = [], []
+    for name in domains:
+        members = train[collection.domain_of[train] == collection.domains.index(name)]
+        spared = []
+        for label in np.unique(collection.labels[members]):
+            of_class = members[collection.labels[members] == label]
+            count = min(round(config.validation_fraction * len(of_class)), len(of_class) - 1)
+            spared.append(seeded_numpy(seed, "validation", name, int(label)).permutation(of_class)[:count])
+        tested = np.sort(np.concatenate(spared)) if spared else members
+        if len(members) and not len(tested):
+            largest = np.bincount(collection.labels[members]).max()
+            raise DataError(
+                f"data.validation_fraction={config.validation_fraction:g} holds out no image of domain {name}, whose "
+                f"classes have {largest} training images at most; raise it or data.train_images"
+            )
+        kept.append(np.setdiff1d(members, tested))
+        held_out.append(_limited(collection, tested, config.test_images, "validation", name, seed))
+    return np.concatenate(kept), np.concatenate(held_out)
 
 
 def _turns(labels: np.ndarray) -> np.ndarray:
