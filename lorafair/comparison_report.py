@@ -248,6 +248,7 @@ class Findings:
             lines.append(f"Not in this report: {len(self.missing)} of {len(self.comparison.final_runs)} runs: "
                          + ", ".join(self.missing))  # fmt: skip
         tuning = self.comparison.tuning
+        at_edge: dict[str, list[str]] = {}
         for (setting, method), choice in self.choices.items():
             if tuning is None or choice is None or choice.best is None:
                 continue
@@ -255,11 +256,14 @@ class Findings:
                 values = tuning.options[key]
                 numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
                 if numbers and len(values) > 1 and value in (min(values), max(values)):
-                    lines.append(
-                        f"WARNING: {setting} / {method}: the best {key}={value:g} is at the edge of its grid "
-                        f"({', '.join(f'{v:g}' for v in values)}); a wider grid may change the comparison"
+                    grid = ", ".join(f"{v:g}" for v in values)
+                    at_edge.setdefault(f"{key}={value:g}, at the edge of its grid ({grid})", []).append(
+                        f"{setting} / {method}"
                     )
-        return lines
+        return lines + [
+            f"WARNING: tuning chose {what}, for {', '.join(entries)}; a wider grid may change the comparison"
+            for what, entries in at_edge.items()
+        ]
 
     def tuning_text(self) -> str:
         """How the options were chosen; empty without tuning."""
