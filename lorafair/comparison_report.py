@@ -50,10 +50,15 @@ class Finished:
         """The scalars of metrics.csv that are plotted."""
         curves: dict[str, Curve] = {}
         wanted = ("eval/accuracy", "comm/total_bytes", "server/error_before", "server/error_after")
-        with (self.run.folder / "metrics.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["name"] in wanted:
-                    curves.setdefault(row["name"], {})[int(row["round"])] = float(row["value"])
+        try:
+            with (self.run.folder / "metrics.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if row["name"] in wanted:
+                        curves.setdefault(row["name"], {})[int(row["round"])] = float(row["value"])
+        except (OSError, ValueError, KeyError) as error:
+            raise LorafairError(
+                f"{self.run.folder / 'metrics.csv'} cannot be read ({error}); remove {self.run.folder} to repeat the run"
+            ) from error
         return curves
 
     @property
@@ -403,9 +408,14 @@ def _style(findings: Findings, method: str) -> dict[str, Any]:
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "linestyle": _DASHES[number // len(_COLOURS) % len(_DASHES)],
-        "markersize": 4,
+        "markersize": 5,
         "linewidth": 1.4,
     }
+
+
+def _shade(findings: Findings, setting: str) -> float:
+    """Opacity of a band: many of them together would hide the lines."""
+    return min(0.12, 0.6 / len(findings.methods(setting)))
 
 
 def draw_plots(findings: Findings) -> dict[str, Path]:
@@ -435,7 +445,7 @@ def _draw(path: Path, title: str, draw: Callable[[Any], bool]) -> bool:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if not draw(axes):
@@ -445,7 +455,7 @@ def _draw(path: Path, title: str, draw: Callable[[Any], bool]) -> bool:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_xlabel() == "round":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=3.5)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=150, format="png")
     os.replace(partial, path)
@@ -463,9 +473,12 @@ def _over_seeds(curves: Sequence[Curve]) -> tuple[Any, Any, Any]:
 def _accuracy_by_round(findings: Findings, setting: str, axes: Any) -> bool:
     for method in findings.methods(setting):
         style = _style(findings, method)
+        shade = _shade(findings, setting)
         rounds, mean, std = _over_seeds([f.curves.get("eval/accuracy", {}) for f in findings.of(setting, method)])
         axes.plot(rounds, 100 * mean, label=method, **style)
-        axes.fill_between(rounds, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=0.12, linewidth=0)
+        axes.fill_between(
+            rounds, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=shade, linewidth=0
+        )
     axes.set_xlabel("round")
     axes.set_ylabel("mean accuracy in % (band: ± std over seeds)")
     return True
@@ -474,7 +487,7 @@ def _accuracy_by_round(findings: Findings, setting: str, axes: Any) -> bool:
 def _accuracy_by_traffic(findings: Findings, setting: str, axes: Any) -> bool:
     drawn = False
     for method in findings.methods(setting):
-        style, runs = _style(findings, method), findings.of(setting, method)
+        style, runs, shade = _style(findings, method), findings.of(setting, method), _shade(findings, setting)
         rounds, mean, std = _over_seeds([f.curves.get("eval/accuracy", {}) for f in runs])
         sent_rounds, sent, _ = _over_seeds([f.curves.get("comm/total_bytes", {}) for f in runs])
         at = dict(zip(sent_rounds.tolist(), (sent / 1e6).tolist(), strict=True))
@@ -483,7 +496,7 @@ def _accuracy_by_traffic(findings: Findings, setting: str, axes: Any) -> bool:
             continue
         drawn = True
         axes.plot(x, 100 * mean, label=method, **style)
-        axes.fill_between(x, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=0.12, linewidth=0)
+        axes.fill_between(x, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=shade, linewidth=0)
     axes.set_xlabel("megabytes sent up and down by all clients so far")
     axes.set_ylabel("mean accuracy in % (band: ± std over seeds)")
     return drawn
