@@ -56,8 +56,9 @@ class Finished:
                     if row["name"] in wanted:
                         curves.setdefault(row["name"], {})[int(row["round"])] = float(row["value"])
         except (OSError, ValueError, KeyError) as error:
+            folder = self.run.folder
             raise LorafairError(
-                f"{self.run.folder / 'metrics.csv'} cannot be read ({error}); remove {self.run.folder} to repeat the run"
+                f"{folder / 'metrics.csv'} cannot be read ({error}); remove {folder} to repeat the run"
             ) from error
         return curves
 

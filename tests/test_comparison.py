@@ -19,7 +19,7 @@ from scipy import stats
 from lorafair import comparison as comparison_module
 from lorafair.cli import main
 from lorafair.comparison import Comparison, list_runs, load_comparison
-from lorafair.comparison_report import Findings, write_report
+from lorafair.comparison_report import Difference, Findings, write_report
 from lorafair.comparison_run import check_runs, run_comparison
 from lorafair.config import ConfigError
 from lorafair.errors import LorafairError
@@ -462,6 +462,16 @@ def test_the_numbers_of_the_report(finished: Path, tmp_path: Path) -> None:
         result = results[line["method"], int(line["seed"])]
         expected = result["mean_accuracy"] if line["domain"] == "(mean)" else result["accuracy"][line["domain"]]
         assert float(line["accuracy"]) == pytest.approx(100 * expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("values", [(1.0, 3.5), (0.2, -1.0, 2.0, 0.4)])
+def test_the_interval_is_that_of_a_paired_t_test(values: tuple[float, ...]) -> None:
+    difference = Difference(dict(enumerate(values)))
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert difference.half_width is not None
+    assert difference.mean - difference.half_width == pytest.approx(low)
+    assert difference.mean + difference.half_width == pytest.approx(high)
+    assert Difference({0: 1.0}).half_width is None
 
 
 def test_a_method_that_began_elsewhere_is_named(copied: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
