@@ -50,10 +50,16 @@ class Finished:
         """The scalars of metrics.csv that are plotted."""
         curves: dict[str, Curve] = {}
         wanted = ("eval/accuracy", "comm/total_bytes", "server/error_before", "server/error_after")
-        with (self.run.folder / "metrics.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["name"] in wanted:
-                    curves.setdefault(row["name"], {})[int(row["round"])] = float(row["value"])
+        try:
+            with (self.run.folder / "metrics.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if row["name"] in wanted:
+                        curves.setdefault(row["name"], {})[int(row["round"])] = float(row["value"])
+        except (OSError, ValueError, KeyError) as error:
+            folder = self.run.folder
+            raise LorafairError(
+                f"{folder / 'metrics.csv'} cannot be read ({error}); remove {folder} to repeat the run"
+            ) from error
         return curves
 
     @property
@@ -248,6 +254,7 @@ class Findings:
             lines.append(f"Not in this report: {len(self.missing)} of {len(self.comparison.final_runs)} runs: "
                          + ", ".join(self.missing))  # fmt: skip
         tuning = self.comparison.tuning
+        at_edge: dict[str, list[str]] = {}
         for (setting, method), choice in self.choices.items():
             if tuning is None or choice is None or choice.best is None:
                 continue
@@ -255,11 +262,14 @@ class Findings:
                 values = tuning.options[key]
                 numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
                 if numbers and len(values) > 1 and value in (min(values), max(values)):
-                    lines.append(
-                        f"WARNING: {setting} / {method}: the best {key}={value:g} is at the edge of its grid "
-                        f"({', '.join(f'{v:g}' for v in values)}); a wider grid may change the comparison"
+                    grid = ", ".join(f"{v:g}" for v in values)
+                    at_edge.setdefault(f"{key}={value:g}, at the edge of its grid ({grid})", []).append(
+                        f"{setting} / {method}"
                     )
-        return lines
+        return lines + [
+            f"WARNING: tuning chose {what}, for {', '.join(entries)}; a wider grid may change the comparison"
+            for what, entries in at_edge.items()
+        ]
 
     def tuning_text(self) -> str:
         """How the options were chosen; empty without tuning."""
@@ -399,9 +409,14 @@ def _style(findings: Findings, method: str) -> dict[str, Any]:
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "linestyle": _DASHES[number // len(_COLOURS) % len(_DASHES)],
-        "markersize": 4,
+        "markersize": 5,
         "linewidth": 1.4,
     }
+
+
+def _shade(findings: Findings, setting: str) -> float:
+    """Opacity of a band: many of them together would hide the lines."""
+    return min(0.12, 0.6 / len(findings.methods(setting)))
 
 
 def draw_plots(findings: Findings) -> dict[str, Path]:
@@ -431,7 +446,7 @@ def _draw(path: Path, title: str, draw: Callable[[Any], bool]) -> bool:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if not draw(axes):
@@ -441,7 +456,7 @@ def _draw(path: Path, title: str, draw: Callable[[Any], bool]) -> bool:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_xlabel() == "round":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=3.5)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=150, format="png")
     os.replace(partial, path)
@@ -459,9 +474,12 @@ def _over_seeds(curves: Sequence[Curve]) -> tuple[Any, Any, Any]:
 def _accuracy_by_round(findings: Findings, setting: str, axes: Any) -> bool:
     for method in findings.methods(setting):
         style = _style(findings, method)
+        shade = _shade(findings, setting)
         rounds, mean, std = _over_seeds([f.curves.get("eval/accuracy", {}) for f in findings.of(setting, method)])
         axes.plot(rounds, 100 * mean, label=method, **style)
-        axes.fill_between(rounds, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=0.12, linewidth=0)
+        axes.fill_between(
+            rounds, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=shade, linewidth=0
+        )
     axes.set_xlabel("round")
     axes.set_ylabel("mean accuracy in % (band: ± std over seeds)")
     return True
@@ -470,7 +488,7 @@ def _accuracy_by_round(findings: Findings, setting: str, axes: Any) -> bool:
 def _accuracy_by_traffic(findings: Findings, setting: str, axes: Any) -> bool:
     drawn = False
     for method in findings.methods(setting):
-        style, runs = _style(findings, method), findings.of(setting, method)
+        style, runs, shade = _style(findings, method), findings.of(setting, method), _shade(findings, setting)
         rounds, mean, std = _over_seeds([f.curves.get("eval/accuracy", {}) for f in runs])
         sent_rounds, sent, _ = _over_seeds([f.curves.get("comm/total_bytes", {}) for f in runs])
         at = dict(zip(sent_rounds.tolist(), (sent / 1e6).tolist(), strict=True))
@@ -479,7 +497,7 @@ def _accuracy_by_traffic(findings: Findings, setting: str, axes: Any) -> bool:
             continue
         drawn = True
         axes.plot(x, 100 * mean, label=method, **style)
-        axes.fill_between(x, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=0.12, linewidth=0)
+        axes.fill_between(x, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=shade, linewidth=0)
     axes.set_xlabel("megabytes sent up and down by all clients so far")
     axes.set_ylabel("mean accuracy in % (band: ± std over seeds)")
     return drawn

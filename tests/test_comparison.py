@@ -19,7 +19,7 @@ from scipy import stats
 from lorafair import comparison as comparison_module
 from lorafair.cli import main
 from lorafair.comparison import Comparison, list_runs, load_comparison
-from lorafair.comparison_report import Findings, write_report
+from lorafair.comparison_report import Difference, Findings, write_report
 from lorafair.comparison_run import check_runs, run_comparison
 from lorafair.config import ConfigError
 from lorafair.errors import LorafairError
@@ -399,7 +399,8 @@ def test_tuning_chooses_by_held_out_images_and_the_report_says_what(
         final = result_of(comparison.folder / "default" / f"{method}-seed0")
         assert final["config"]["client"]["learning_rate"] == chosen
         assert final["config"]["data"]["validation_fraction"] is None
-        assert f"WARNING: default / {method}: the best client.learning_rate={chosen:g} is at the edge" in printed
+        warned = f"WARNING: tuning chose client.learning_rate={chosen:g}, at the edge of its grid (1e-05, 0.02), for "
+        assert f"default / {method}" in printed.partition(warned)[2].partition("\n")[0]
     assert "Tuned options: the best of 2 for each method" in (comparison.folder / "report.md").read_text()
 
 
@@ -463,6 +464,16 @@ def test_the_numbers_of_the_report(finished: Path, tmp_path: Path) -> None:
         assert float(line["accuracy"]) == pytest.approx(100 * expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("values", [(1.0, 3.5), (0.2, -1.0, 2.0, 0.4)])
+def test_the_interval_is_that_of_a_paired_t_test(values: tuple[float, ...]) -> None:
+    difference = Difference(dict(enumerate(values)))
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert difference.half_width is not None
+    assert difference.mean - difference.half_width == pytest.approx(low)
+    assert difference.mean + difference.half_width == pytest.approx(high)
+    assert Difference({0: 1.0}).half_width is None
+
+
 def test_a_method_that_began_elsewhere_is_named(copied: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
     file = copied.runs[3].folder / "result.json"
     result = json.loads(file.read_text())
@@ -476,7 +487,8 @@ def test_a_method_that_began_elsewhere_is_named(copied: Comparison, capsys: pyte
 def test_starts_that_differ_by_design_have_a_reason(tmp_path: Path) -> None:
     methods = "{fedit: {}, all: {method.name: centralized}, small: {method.name: fedit, model.lora.rank: 2}}"
     comparison = declared(tmp_path, f"compare: {{methods: {methods}, seeds: [0]}}", "rounds=1")
-    run_comparison(launched(1), comparison)
+    for index in range(3):
+        run_comparison(launched(1), comparison, index=index)
     text = Findings(comparison).start_text()
     assert text.startswith("Same start")
     assert "all (one client has the images of all)" in text
