@@ -61,7 +61,9 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
     return build
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS_FOR_RANKS
+) -> list[Any]:
     """Call function(fabric, *arguments) on every rank of a gloo world and return what each returns.
 
     The ranks are forked from a server process that has everything imported, which makes them start in 0.2 s. Results
@@ -80,7 +82,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     for process in ranks:
         process.start()
     try:
-        outcomes = dict(results.get(timeout=SECONDS_FOR_RANKS) for _ in ranks)
+        outcomes = dict(results.get(timeout=seconds) for _ in ranks)
         for process in ranks:
             process.join(timeout=SECONDS_FOR_RANKS)
     finally:

@@ -119,19 +119,41 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def run_all(fabric: Any, variants: Sequence[str], folder: Path, world: str, stop_after: int | None = None) -> list[str]:
+    """Run these variants one after the other; returns the checkpoints each has left."""
+    left = []
+    for variant in variants:
+        run_dir = folder / variant / world
+        run(fabric, [*TINY, *VARIANTS[variant], f"run_dir={run_dir}"], stop_after)
+        left.append(list_checkpoints(run_dir)[-1].name)
+    return left
+
+
+@pytest.fixture(scope="module")
+def all_variants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chosen variants on 1, 2 and 3 ranks, and stopped on 1 to be continued on 2: five worlds in all."""
+    items: list[Any] = request.session.items
+    chosen = [i.callspec.params["variant"] for i in items if "all_variants" in getattr(i, "fixturenames", ())]
+    folder = tmp_path_factory.mktemp("variants")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        for ranks in (1, 2, 3):
+            run_ranks(ranks, run_all, chosen, folder, str(ranks), seconds=600)
+        [stopped] = run_ranks(1, run_all, chosen, folder, "resumed", 1, seconds=600)
+        assert set(stopped) == {"round_000001"}
+        run_ranks(2, run_all, chosen, folder, "resumed", seconds=600)
+    return folder
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_same_bits_on_1_2_and_3_ranks_and_after_a_resume_on_another_number(variant: str, tmp_path: Path) -> None:
-    arguments = [*TINY, *VARIANTS[variant]]
-    for ranks in (1, 2, 3):
-        run_ranks(ranks, run, [*arguments, f"run_dir={tmp_path / str(ranks)}"])
-    resumed = [*arguments, f"run_dir={tmp_path / 'resumed'}"]
-    run_ranks(1, run, resumed, 1)
-    assert [path.name for path in list_checkpoints(tmp_path / "resumed")] == ["round_000001"]
-    run_ranks(2, run, resumed)
-    expected = adapter_of(tmp_path / "1")
+def test_the_same_bits_on_1_2_and_3_ranks_and_after_a_resume_on_another_number(
+    variant: str, all_variants: Path
+) -> None:
+    folder = all_variants / variant
+    expected = adapter_of(folder / "1")
     for other in ("2", "3", "resumed"):
-        assert_same_bits(adapter_of(tmp_path / other), expected)
-        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("1", other)]
+        assert_same_bits(adapter_of(folder / other), expected)
+        results = [json.loads((folder / name / "result.json").read_text()) for name in ("1", other)]
         assert results[0]["accuracy"] == results[1]["accuracy"]
         assert results[0]["mean_loss"] == results[1]["mean_loss"]
 
