@@ -217,6 +217,17 @@ def test_metrics_count_what_is_folded_into_the_weights() -> None:
     assert metrics["error_before"] > 0.01
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_bias_that_is_nothing_but_rounding_is_reported_as_none(seed: int) -> None:
+    """All clients share A, as in FFA-LoRA: squares that cancel may come out below zero."""
+    factors, weights = references.random_clients(60, 50, 4, 5, seed=seed, dtype=torch.float32)
+    shared = LoRAFactors(A=factors.A[:1].expand_as(factors.A).contiguous(), B=factors.B)
+    clients = AdapterState({"layer": shared}, {})
+    metrics = bias_metrics(clients, weights, aggregate(FedIT(), clients, weights))
+    for name in ("error_before", "error_after"):
+        assert 0 <= metrics[name] < 3e-4, name
+
+
 @pytest.mark.parametrize("empty", ["B", "A", "B̄"])
 def test_metrics_are_zero_where_there_is_nothing_to_divide_by(empty: str) -> None:
     factors, _ = references.random_clients(clients=2)

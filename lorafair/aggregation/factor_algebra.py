@@ -100,7 +100,7 @@ def squared_norm(product: LoRAFactors) -> Tensor:
         total = total + inner(block, block)
         if stop < rank:
             total = total + 2 * inner(block, _part(product, stop, rank))
-    return total
+    return total.clamp_min(0.0)  # of terms that cancel, rounding may leave less than nothing
 
 
 def _part(product: LoRAFactors, start: int, stop: int) -> LoRAFactors:
