@@ -18,6 +18,7 @@ import lorafair
 from lorafair.adapter import AdapterState, Part
 from lorafair.aggregation import ServerUpdate, bias_metrics
 from lorafair.assembly import Federation
+from lorafair.client import in_round
 from lorafair.config import numeric_settings, to_yaml
 from lorafair.evaluation import Evaluation
 from lorafair.exchange import Returned
@@ -68,7 +69,8 @@ class Report:
         ):
             totals[name] = totals.get(name, 0) + amount
         train_loss = sum(w * loss for w, loss in zip(returned.weights, returned.losses, strict=True))
-        scalars = {"train/loss": train_loss}
+        rate = in_round(federation.local, completed_rounds - 1).learning_rate
+        scalars = {"train/loss": train_loss, "train/learning_rate": rate}
         for client, loss in zip(returned.clients, returned.losses, strict=True):
             scalars[f"train/loss/{federation.clients[client].name}"] = loss
         scalars |= self._server_scalars(returned, rows, update)

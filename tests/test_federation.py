@@ -166,7 +166,7 @@ def test_training_helps_and_leaves_everything_to_look_at(tiny: Tiny, capsys: pyt
     assert set(result["accuracy"]) == {"plain", "noisy", "inverted"}
     names = {line.split(",")[1] for line in (config.folder / "metrics.csv").read_text().splitlines()[1:]}
     assert names >= {
-        "train/loss", "train/loss/plain", "eval/accuracy", "eval/accuracy/noisy", "eval/loss",
+        "train/loss", "train/loss/plain", "train/learning_rate", "eval/accuracy", "eval/accuracy/noisy", "eval/loss",
         "server/error_before", "server/error_after", "server/cosine_before", "server/cosine_after",
         "server/norm_ratio", "server/correction_ratio", "server/error_after/blocks.5.attn.proj",
         "server/dropped_clients", "comm/up_bytes", "comm/down_bytes", "comm/total_bytes", "time/train", "time/gather",
