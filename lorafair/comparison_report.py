@@ -70,26 +70,32 @@ class Finished:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method against the baseline over the seeds that both have, in points of mean accuracy."""
+    """A method against the baseline, pair by pair of runs that differ in the method alone, in points of accuracy."""
 
-    by_seed: Mapping[int, float]
+    by_pair: Mapping[tuple[str, int], float]  # (setting, seed)
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.by_seed.values())
+        """Mean over pairs."""
+        return statistics.fmean(self.by_pair.values())
 
     @property
     def half_width(self) -> float | None:
-        """Half of the confidence interval of the mean, by Student's t over seeds; None for one seed."""
+        """Half of the confidence interval of the mean, by Student's t over pairs; None for one pair."""
         from scipy.stats import t  # scipy takes a second to import
 
-        count = len(self.by_seed)
+        count = len(self.by_pair)
         if count < 2:
             return None
         return (
-            float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(self.by_seed.values()) / math.sqrt(count)
+            float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(self.by_pair.values()) / math.sqrt(count)
         )
+
+    @property
+    def interval_text(self) -> str:
+        """The interval for a table."""
+        half = self.half_width
+        return "–" if half is None else f"{self.mean - half:+.2f} to {self.mean + half:+.2f}"
 
 
 class Findings:
@@ -131,11 +137,14 @@ class Findings:
             dict.fromkeys(d for m in self.methods(setting) for f in self.of(setting, m) for d in f.result["accuracy"])
         )
 
-    def difference(self, setting: str, method: str) -> Difference | None:
-        """The method against the baseline; None without a common seed."""
-        theirs = {f.run.seed: f.accuracy for f in self.of(setting, self.comparison.baseline)}
-        mine = {f.run.seed: f.accuracy for f in self.of(setting, method)}
-        common = {seed: mine[seed] - theirs[seed] for seed in self.comparison.seeds if seed in mine and seed in theirs}
+    def difference(self, method: str, *settings: str) -> Difference | None:
+        """The method against the baseline in these settings; None without a common seed."""
+        common: dict[tuple[str, int], float] = {}
+        for setting in settings:
+            theirs = {f.run.seed: f.accuracy for f in self.of(setting, self.comparison.baseline)}
+            mine = {f.run.seed: f.accuracy for f in self.of(setting, method)}
+            seeds = [seed for seed in self.comparison.seeds if seed in mine and seed in theirs]
+            common |= {(setting, seed): mine[seed] - theirs[seed] for seed in seeds}
         return Difference(common) if common else None
 
     # Tables: header and rows
@@ -175,14 +184,24 @@ class Findings:
         seeds = self.comparison.seeds
         rows = []
         for method in self.methods(setting):
-            difference = self.difference(setting, method) if method != self.comparison.baseline else None
+            difference = self.difference(method, setting) if method != self.comparison.baseline else None
             if difference is None:
                 continue
-            half, mean = difference.half_width, difference.mean
-            by_seed = [f"{difference.by_seed[s]:+.2f}" if s in difference.by_seed else "–" for s in seeds]
-            interval = "–" if half is None else f"{mean - half:+.2f} to {mean + half:+.2f}"
-            rows.append([method, *by_seed, f"{mean:+.2f}", interval])
+            pairs = difference.by_pair
+            by_seed = [f"{pairs[setting, s]:+.2f}" if (setting, s) in pairs else "–" for s in seeds]
+            rows.append([method, *by_seed, f"{difference.mean:+.2f}", difference.interval_text])
         return ["method", *(f"seed {seed}" for seed in seeds), "mean", f"{CONFIDENCE:.0%} interval"], rows
+
+    def overall_table(self) -> tuple[list[str], list[list[str]]]:
+        """Every other method against the baseline over all settings and seeds."""
+        rows = []
+        for method in self.comparison.methods:
+            difference = self.difference(method, *self.settings()) if method != self.comparison.baseline else None
+            if difference is not None:
+                above = sum(value > 0 for value in difference.by_pair.values())
+                rows.append([method, f"{above} of {len(difference.by_pair)}", f"{difference.mean:+.2f}",
+                             difference.interval_text])  # fmt: skip
+        return ["method", "pairs above", "mean", f"{CONFIDENCE:.0%} interval"], rows
 
     # Sentences
 
@@ -192,7 +211,7 @@ class Findings:
             1
             for setting in self.settings()
             for method in self.methods(setting)
-            if method != self.comparison.baseline and (d := self.difference(setting, method)) and len(d.by_seed) > 1
+            if method != self.comparison.baseline and (d := self.difference(method, setting)) and len(d.by_pair) > 1
         )
         if not count:
             return "Differences are paired by seed. With one seed there is no interval, and a difference says little."
@@ -315,11 +334,12 @@ def _lines(
     markdown = bool(plots)
     seeds = ", ".join(map(str, comparison.seeds))
     first = next(iter(findings.finished.values()))[0].result
+    rounds = sorted({f.result["rounds"] for runs in findings.finished.values() for f in runs})
     heading = "# " if markdown else ""
     yield f"{heading}Comparison {comparison.folder.name}"
     yield ""
     source = first.get("data", {}).get("description", "")
-    yield f"{len(comparison.methods)} methods, seeds {seeds}, {first['rounds']} rounds. Images: {source}."
+    yield f"{len(comparison.methods)} methods, seeds {seeds}, {' or '.join(map(str, rounds))} rounds. Images: {source}."
     yield f"Made with lorafair {first['versions']['lorafair']}, torch {first['versions'].get('torch', '?')}."
     for line in findings.warnings():
         yield ""
@@ -351,12 +371,21 @@ def _lines(
             if path.name.startswith(f"{setting}-"):
                 yield ""
                 yield f"![{title}]({path.name})"
-    others = [(title, path) for title, path in plots.items() if path.name == "map.png"]
-    for title, path in others:
+    header, rows = findings.overall_table()
+    if len(findings.settings()) > 1 and rows:
         yield ""
-        yield "## All settings"
+        yield f"{'## ' if markdown else ''}All settings"
         yield ""
-        yield f"![{title}]({path.name})"
+        yield (
+            f"Mean accuracy minus that of {comparison.baseline}, in points, over all pairs of a setting and a seed (the"
+            " interval takes them for independent; settings of one seed share their images):"
+        )
+        yield ""
+        yield render(header, rows)
+    for title, path in plots.items():
+        if path.name == "map.png":
+            yield ""
+            yield f"![{title}]({path.name})"
     yield ""
     yield f"{'## ' if markdown else ''}How to read this"
     for text in (findings.start_text(), findings.interval_text(), findings.tuning_text()):
@@ -535,7 +564,7 @@ def _map(findings: Findings, axes: Any) -> bool:
     drawn = False
     for number, method in enumerate(others):
         shift = (number - (len(others) - 1) / 2) * 0.012 * span  # side by side, so that whiskers do not hide each other
-        points = [(x + shift, d) for x, s in places if (d := findings.difference(s, method)) is not None]
+        points = [(x + shift, d) for x, s in places if (d := findings.difference(method, s)) is not None]
         if points:
             style = _style(findings, method)
             axes.errorbar(
