@@ -70,7 +70,7 @@ def run_ranks(
     must be picklable; a rank that raises fails the test with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "lorafair.federation"])
+    context.set_forkserver_preload(["tests.conftest", "lorafair.comparison_run"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
