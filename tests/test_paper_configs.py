@@ -41,6 +41,7 @@ def tiny(stem: str) -> list[str]:
         f"model.name={'mixer_s32_224' if mixer else 'test_vit'}",
         f"model.image_size={64 if mixer else 32}",
         "model.weights=random",
+        "model.lora.last_blocks=1",
         "data.workers=0",
         "client.batch_size=16",
         "fabric.accelerator=cpu",
@@ -179,20 +180,15 @@ def one_of_each(comparison: Comparison) -> Iterator[Config]:
             yield comparison.config(run)
 
 
-@pytest.mark.parametrize("file", COMPARISONS, ids=lambda f: f.stem)
-def test_a_comparison_goes_over_another_setting(file: Path, tmp_path: Path) -> None:
-    """Over NICO++ with a Mixer or skewed labels, which is not what its own command names."""
-    for setting in (ROOT / "conf/paper/nico_mixer.yaml", ROOT / "conf/paper/nico_vit_label_skew.yaml"):
-        if file.stem == "ablation_clients" and "label_skew" not in setting.stem:
-            continue  # it varies the number of clients with skewed labels
-        comparison = load_comparison([str(setting), str(file), "data.root=/data", f"run_dir={tmp_path}"])
-        assert comparison is not None
-        for config in comparison.configs.values():
-            assert config.model.name == load_config([str(setting), "data.root=/data"]).model.name
-
-
-def expected(**values: Any) -> dict[str, Any]:
-    return values
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda f: f.stem)
+def test_the_methods_can_be_compared_in_every_setting(setting: Path, tmp_path: Path) -> None:
+    common = [str(setting), "data.root=/data", f"run_dir={tmp_path}"]
+    comparison = load_comparison([*common, str(ROOT / "conf" / "paper" / "compare_methods.yaml")])
+    assert comparison is not None
+    alone = load_config(common)
+    for (_, method, _), config in comparison.configs.items():
+        differing = {"method": {"name": method}, "seed": config.seed, "run_dir": config.run_dir}
+        assert config == dataclasses.replace(alone, **differing)
 
 
 @pytest.mark.parametrize(
