@@ -21,6 +21,7 @@ from PIL import Image
 from lorafair.config import Config, load_config
 from lorafair.exchange import make_fabric
 from lorafair.seeding import seeded_numpy
+from tests.slurm_cluster import slurm  # noqa: F401
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
