@@ -46,10 +46,10 @@ def test_exact_is_the_minimum_that_lbfgs_finds(shape: tuple[int, ...], similarit
         reached = value(found, clients, weights, similarity, penalty)
         lowest, minimiser = references.minimum(clients, weights, **options)
         assert reached == pytest.approx(lowest, rel=1e-8)
-        # With less penalty than this the valley is too flat for L-BFGS to reach its bottom.
+        # With less penalty than this the valley is too flat for the reference to reach its bottom.
         if penalty * scale_b**2 > 1e-9:
-            assert relative(found.A, minimiser.A) < 1e-5
-            assert relative(found.B, minimiser.B) < 1e-5
+            assert relative(found.A, minimiser.A) < 1e-7
+            assert relative(found.B, minimiser.B) < 1e-7
 
 
 def opposed_clients(seed: int) -> tuple[LoRAFactors, torch.Tensor]:
