@@ -25,8 +25,9 @@ lint: $(VENV)/.installed ## ruff: rules and format
 types: $(VENV)/.installed ## mypy, strict
 	$(BIN)/mypy
 
-tests: $(VENV)/.installed ## pytest
-	$(BIN)/python -m pytest
+# A file of tests stays in one process, because what its tests share is made once; ranks of a run need cores, too.
+tests: $(VENV)/.installed ## pytest, files side by side
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
 
 results: $(VENV)/.installed ## the runs behind the README's result table (about half an hour on 2 cores)
 	for method in lora_fair fedit centralized local_only; do \
