@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafair.adapter import PARTS, AdapterState, LoRAFactors
+from lorafair.adapter import PARTS, AdapterState, LoRAFactors, row
 from lorafair.aggregation import (
     AGGREGATORS,
     Aggregator,
@@ -60,6 +60,25 @@ def test_fedit_averages_the_factors_and_every_method_the_head() -> None:
     )
     torch.testing.assert_close(update.head["head.scale"], weights @ clients.head["head.scale"])
     assert update.folded == {}
+
+
+GO_ON = [name for name, m in AGGREGATORS.items() if m.mixed_ranks and not (m.restarts or m.decomposes)]
+
+
+@pytest.mark.parametrize("name", GO_ON)
+def test_directions_that_no_client_of_the_round_has_stay_as_they_were_sent(name: str) -> None:
+    """From a zero row of A and a zero column of B no later round could train them again."""
+    sent = row(two_layers()[0], 0)
+    clients, weights = two_layers()
+    for factors in clients.factors.values():
+        factors.A[:, 1:] = 0
+        factors.B[:, :, 1:] = 0
+    update = aggregate(AGGREGATORS[name](), clients, weights, sent)
+    for path, start in sent.factors.items():
+        found = update.factors[path]
+        assert torch.equal(found.A[1:], start.A[1:])
+        assert torch.equal(found.B[:, 1:], start.B[:, 1:])
+        assert not torch.equal(found.A[0], start.A[0])
 
 
 def test_centralized_returns_its_only_client() -> None:

@@ -6,7 +6,7 @@ Letters: K clients, R rank, I in_features, O out_features, L adapted layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -113,6 +113,8 @@ def aggregate(
             path: aggregator.combine(factors, weights, None if starts is None else starts[path])
             for path, factors in clients.factors.items()
         }
+    if starts is not None and not (aggregator.decomposes or aggregator.restarts):
+        updates = {path: _keep_unused(u, clients.factors[path], starts[path]) for path, u in updates.items()}
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
     head = {name: weighted_mean(tensor, weights) for name, tensor in clients.head.items()}
     return ServerUpdate(
@@ -124,6 +126,18 @@ def aggregate(
             for path, update in updates.items()
         },
     )
+
+
+def _keep_unused(update: LayerUpdate, clients: LoRAFactors, start: LoRAFactors) -> LayerUpdate:
+    """Directions that no client of the round has, all being of smaller rank, stay as they were sent.
+
+    Their mean is zero, and from a zero row of A and a zero column of B no later round could train them again.
+    """
+    used = (clients.A != 0).any(-1).any(0)  # (R,)
+    new = update.factors
+    A, B = start.A.to(new.A), start.B.to(new.B)
+    factors = LoRAFactors(A=torch.where(used.unsqueeze(1), new.A, A), B=torch.where(used, new.B, B))
+    return replace(update, factors=factors)
 
 
 def bias_metrics(clients: AdapterState, weights: Tensor, update: ServerUpdate) -> dict[str, Tensor]:
