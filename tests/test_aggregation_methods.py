@@ -27,6 +27,7 @@ from lorafair.aggregation.florist import FLoRIST
 from lorafair.aggregation.het_lora import HETLoRA
 from lorafair.aggregation.lora_fair import LoRAFair
 from lorafair.aggregation.raflora import RaFLoRA
+from lorafair.aggregation.rbla import RBLA
 from lorafair.config import ConfigError
 
 SIZES = [(7, 6, 3, 4), (30, 25, 2, 3), (5, 40, 4, 6), (40, 5, 4, 1), (9, 9, 3, 2)]  # O, I, R, K
@@ -166,6 +167,18 @@ def test_raflora_averages_each_range_of_ranks_over_those_who_have_it(ranks: tupl
             expected += weights[k] / total * torch.outer(clients.B[k, :, r], clients.A[k, r])
     factors = RaFLoRA().combine(clients, weights).factors
     torch.testing.assert_close(product(factors), best_of_rank(expected, max(ranks)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (4, 2, 1), (2, 4, 4, 3), (1, 5)])
+def test_rbla_averages_each_direction_over_those_who_have_it(ranks: tuple[int, ...]) -> None:
+    clients, weights = mixed(ranks)
+    factors = RBLA().combine(clients, weights).factors
+    for r in range(max(ranks)):
+        have = [k for k, rank in enumerate(ranks) if rank > r]
+        row = sum(weights[k] * clients.A[k, r] for k in have) / sum(weights[k] for k in have)
+        column = sum(weights[k] * clients.B[k, :, r] for k in have) / sum(weights[k] for k in have)
+        torch.testing.assert_close(factors.A[r], row)
+        torch.testing.assert_close(factors.B[:, r], column)
 
 
 def test_raflora_without_mixed_ranks_is_flex_lora() -> None:

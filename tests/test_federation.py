@@ -90,6 +90,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "fedrot_lora", "fedrpca", "fedsa_lora",
     )},
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
+    "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
         "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_shares=[0.5,0.5]",
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",

@@ -31,6 +31,7 @@ from lorafair.aggregation.florist import FLoRIST
 from lorafair.aggregation.het_lora import HETLoRA
 from lorafair.aggregation.lora_fair import LoRAFair
 from lorafair.aggregation.raflora import RaFLoRA
+from lorafair.aggregation.rbla import RBLA
 from lorafair.aggregation.references import Centralized, LocalOnly
 from lorafair.aggregation.ro_lora import RoLoRA
 from lorafair.config import Config, ConfigError
@@ -61,6 +62,7 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
     "florist": FLoRIST,
     "het_lora": HETLoRA,
     "raflora": RaFLoRA,
+    "rbla": RBLA,
     "ro_lora": RoLoRA,
     "centralized": Centralized,
     "local_only": LocalOnly,

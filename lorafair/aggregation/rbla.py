@@ -1,0 +1,30 @@
+"""RBLA: with mixed ranks, average every direction over the clients that have it.
+
+Letters: K clients, R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafair.adapter import LoRAFactors
+from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.factor_algebra import ranks_of
+
+
+@dataclass(frozen=True)
+class RBLA(Aggregator):
+    """FedIT without the zeros of padding in its means (arXiv 2408.08699); FedIT itself where all ranks are equal."""
+
+    def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
+        """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k of a rank above r; zero if there is none."""
+        A, B = clients.A.to(torch.float64), clients.B.to(torch.float64)
+        have = torch.arange(clients.rank, device=A.device) < ranks_of(clients).unsqueeze(1)  # (K, R)
+        shares = have * weights.to(A).unsqueeze(1)
+        shares = shares / torch.where(have.any(0), shares.sum(0), 1.0)
+        return LayerUpdate(
+            factors=LoRAFactors(A=torch.einsum("kr,kri->ri", shares, A), B=torch.einsum("kr,kor->or", shares, B))
+        )
