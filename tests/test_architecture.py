@@ -18,7 +18,7 @@ ORDER = [
     "errors", "torchvision_import", "config", "tables", "comparison", "seeding", "adapter", "schedule",
     "server_optimizer", "control_variates", "offline", "weights", "data", "aggregation", "lora", "models", "client",
     "exchange", "prefix_cache", "evaluation", "checkpoint", "tracking", "assembly", "report", "federation",
-    "comparison_report", "comparison_run", "export", "cli",
+    "comparison_findings", "comparison_plots", "comparison_report", "comparison_run", "export", "cli",
 ]  # fmt: skip
 KNOW_FABRIC = {"exchange", "prefix_cache", "evaluation", "assembly", "report", "federation", "comparison_run"}
 

@@ -20,7 +20,8 @@ from scipy import stats
 from lorafair import comparison as comparison_module
 from lorafair.cli import main
 from lorafair.comparison import Comparison, list_runs, load_comparison
-from lorafair.comparison_report import Difference, Findings, write_report
+from lorafair.comparison_findings import Difference, Findings
+from lorafair.comparison_report import write_report
 from lorafair.comparison_run import check_runs, run_comparison
 from lorafair.config import ConfigError
 from lorafair.errors import LorafairError
@@ -453,6 +454,13 @@ def test_the_numbers_of_the_report(finished: Path, tmp_path: Path) -> None:
     assert f"{low:+.2f} to {high:+.2f} |" in report
     assert "Same start: for every seed and setting" in report
     assert "There is 1 comparison" in report
+    for method in ("fedit", "lora_fair"):
+        bias = [curves_of(out / "default" / f"{method}-seed{seed}") for seed in (0, 1)]
+        cells = [
+            np.mean([curves[f"server/error_{when}"][number] for curves in bias])
+            for when in ("before", "after") for number in (0, -1)
+        ]  # fmt: skip
+        assert f"| {method} | {' | '.join(f'{cell:.3f}' for cell in cells)} |" in report
     for name in ("default-accuracy.png", "default-traffic.png", "default-bias.png"):
         assert (out / name).stat().st_size > 10_000
         assert f"]({name})" in report
@@ -464,6 +472,14 @@ def test_the_numbers_of_the_report(finished: Path, tmp_path: Path) -> None:
         result = results[line["method"], int(line["seed"])]
         expected = result["mean_accuracy"] if line["domain"] == "(mean)" else result["accuracy"][line["domain"]]
         assert float(line["accuracy"]) == pytest.approx(100 * expected, abs=1e-4)
+
+
+def curves_of(folder: Path) -> dict[str, list[float]]:
+    curves: dict[str, list[float]] = {}
+    with (folder / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            curves.setdefault(row["name"], []).append(float(row["value"]))
+    return curves
 
 
 @pytest.mark.parametrize("values", [(1.0, 3.5), (0.2, -1.0, 2.0, 0.4)])
@@ -483,11 +499,23 @@ def test_over_all_settings_every_pair_of_a_setting_and_a_seed_counts() -> None:
     findings: Any = object.__new__(Findings)
     findings.comparison = SimpleNamespace(methods=["a", "b"], settings=["one", "two"], seeds=(0, 1), baseline="a")
     findings.finished = {
-        key: [SimpleNamespace(run=SimpleNamespace(seed=seed), accuracy=value) for seed, value in enumerate(values)]
-        for key, values in accuracies.items()
+        (setting, method): [
+            SimpleNamespace(
+                run=SimpleNamespace(seed=seed),
+                accuracy=value,
+                curves={"server/error_before": {1: bias, 2: bias / 2}},
+            )
+            for seed, value in enumerate(values)
+        ]
+        for (setting, method), values in accuracies.items()
+        for bias in [{"one": 0.2, "two": 0.4}[setting]]
     }
     low, high = stats.ttest_1samp([2.0, -1.0, 3.5], 0).confidence_interval(0.95)
     assert findings.overall_table()[1] == [["b", "2 of 3", "+1.50", f"{low:+.2f} to {high:+.2f}"]]
+    header, rows = findings.map_table()
+    assert header == ["setting", "bias of a", "b"]
+    assert [row[:2] for row in rows] == [["two", "0.300"], ["one", "0.150"]], "the largest bias first"
+    assert rows[0][2] == "+3.50 (–)"
 
 
 def test_a_method_that_began_elsewhere_is_named(copied: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
