@@ -156,10 +156,10 @@ def _map(findings: Findings, axes: Any) -> bool:
             )  # fmt: skip
             drawn = True
     axes.axhline(0, color="black", linewidth=0.8)
-    for x, setting in places:
+    for x, _ in places:
         axes.axvline(x, color="black", alpha=0.08, zorder=0)
-        axes.annotate(setting, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(2, -2), textcoords="offset points",
-                      rotation=90, va="top", ha="left", fontsize=8)  # fmt: skip
+    names = axes.secondary_xaxis("top")
+    names.set_xticks([x for x, _ in places], [setting for _, setting in places], rotation=40, ha="left", fontsize=8)
     axes.set_xlabel(f"relative aggregation bias of {baseline} before the correction, mean over rounds and seeds")
     axes.set_ylabel(f"points above {baseline} ({CONFIDENCE:.0%} interval)")
     return drawn
