@@ -53,7 +53,9 @@ $(VENV)/.installed: pyproject.toml Makefile
 	  then torch="torch torchvision --index-url $$cpu"; fi; rm -rf $(VENV)/probe; \
 	fi; \
 	echo "installing $${torch:-torch} and the package into $(VENV)"; \
-	$(BIN)/pip install -q $${torch:-torch} && $(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q $${torch:-torch} && \
+	version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))') && \
+	$(BIN)/pip install -q "torch==$$version" -e '.[dev]' # else the newest torchvision would bring another torch along
 	@# lorafair itself copes with a torchvision made for another torch; this lets `import timm` alone do so, too
 	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
 	  echo 'import lorafair' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lorafair_start.pth"

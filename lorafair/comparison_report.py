@@ -37,7 +37,8 @@ def write_report(comparison: Comparison) -> None:
     say("")
     say(f"report:   {comparison.folder / 'report.md'}, {comparison.folder / 'results.csv'}")
     say(f"plots:    {', '.join(str(path) for path in plots.values())}")
-    say(f"curves:   tensorboard --logdir {comparison.folder}")
+    # With more than forty runs TensorBoard shows none of them until they are ticked.
+    say(f"curves:   tensorboard --logdir {comparison.folder}, plots alone: {comparison.folder / REPORT}")
 
 
 def _lines(
