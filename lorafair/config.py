@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -82,7 +82,8 @@ class LoRAConfig:
     """Where the adapters sit and how large they are."""
 
     rank: int = 16
-    """R, the inner dimension of B·A."""
+    """R, the inner dimension of B·A. A list, one rank a client in their order, or a distribution over levels
+    ({4: 0.5, 16: 0.5}) sets the largest, and client_ranks with client_rank_shares."""
     alpha: float = 16.0
     """The update is scaled by s = alpha / rank, for clients of smaller rank, too."""
     client_ranks: tuple[int, ...] | None = None
@@ -422,7 +423,7 @@ def _read_yaml(file: Path) -> DictConfig:
 def _read_pairs(pairs: Sequence[str]) -> DictConfig:
     try:
         for pair in pairs:  # one by one: of data=3 and data.source=folder together, the first would vanish
-            alone = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))
+            alone = OmegaConf.to_container(_with_client_ranks(OmegaConf.from_dotlist([pair]), ""))
             for key, value in _entries_of(cast(dict[str, Any], alone)):
                 _check_key(key, value, "")
         return OmegaConf.from_dotlist(list(pairs))
@@ -432,8 +433,16 @@ def _read_pairs(pairs: Sequence[str]) -> DictConfig:
 
 def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     """Merge after checking the keys ourselves: OmegaConf names an unknown key, but not what it could have been."""
+    layer = _with_client_ranks(layer, origin)
     for key, value in _entries_of(cast(dict[str, Any], OmegaConf.to_container(layer))):
         _check_key(key, value, origin)
+    given = OmegaConf.select(layer, "model.lora") or {}
+    former = base.model.lora.client_ranks
+    if "rank" in given and "client_ranks" not in given and former is not None:
+        raise ConfigError(
+            f"{origin}model.lora.rank={given['rank']} would leave model.lora.client_ranks={list(former)} as it was; give "
+            "both, or for clients of one rank set it and model.lora.client_rank_shares to null"
+        )
     if OmegaConf.select(layer, "method.name") not in (None, base.method.get("name")):
         base = _with(base, {"method": OmegaConf.create({"name": None})}, replace=True)
     try:
@@ -442,6 +451,31 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}{error.full_key}: {_first_line(error)}") from error
     return merged
+
+
+def _with_client_ranks(layer: DictConfig, origin: str) -> DictConfig:
+    """A list or a distribution in model.lora.rank, written as the options that it stands for."""
+    groups = layer
+    for name in ("model", "lora"):
+        groups = groups.get(name) if isinstance(groups, DictConfig) else None
+    ranks = groups.get("rank") if isinstance(groups, DictConfig) else None
+    if not isinstance(ranks, ListConfig | DictConfig) or not ranks:
+        return layer
+    shown = f"{origin}model.lora.rank={ranks}"
+    if "client_ranks" in groups or "client_rank_shares" in groups:
+        raise ConfigError(f"{shown} gives the ranks of clients already; leave model.lora.client_ranks out")
+    levels = list(ranks)
+    if not all(str(level).isdecimal() for level in levels):
+        raise ConfigError(
+            f"{shown} must be a whole number, a list of them, or a distribution such as {{4: 0.5, 16: 0.5}}"
+        )
+    shares = list(ranks.values()) if isinstance(ranks, DictConfig) else None
+    given = [int(level) for level in levels]
+    values: dict[str, Any] = {"rank": max(given), "client_ranks": given, "client_rank_shares": shares}
+    layer = copy.deepcopy(layer)
+    for name, value in values.items():
+        OmegaConf.update(layer, f"model.lora.{name}", value, merge=False)
+    return layer
 
 
 def _with(config: DictConfig, values: dict[str, Any], *, replace: bool = False) -> DictConfig:

@@ -35,9 +35,26 @@ def test_selecting_another_method_drops_the_options_of_the_former(tmp_path: Path
     assert load_config([str(file), "method.regularization=0"]).method["solver"] == "sgd"
 
 
+def test_ranks_are_one_number_a_list_or_a_distribution(tmp_path: Path) -> None:
+    def ranks(*arguments: str) -> tuple[int, tuple[int, ...] | None, tuple[float, ...] | None]:
+        lora = load_config(arguments).model.lora
+        return lora.rank, lora.client_ranks, lora.client_rank_shares
+
+    assert ranks("model.lora.rank=7") == (7, None, None)
+    assert ranks("model.lora.rank=[4, 2, 1]") == (4, (4, 2, 1), None)
+    file = tmp_path / "mixed.yaml"
+    file.write_text("model: {lora: {rank: {4: 0.5, 16: 0.3, 8: 0.2}}}\n")
+    assert ranks(str(file)) == (16, (4, 16, 8), (0.5, 0.3, 0.2))
+    assert ranks(str(file), "model.lora.rank=[1, 2]") == (2, (1, 2), None)
+    with pytest.raises(ConfigError, match=r"model\.lora\.rank=8 would leave model\.lora\.client_ranks=\[4, 16, 8\]"):
+        ranks(str(file), "model.lora.rank=8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["model.lora.rank=[4, x]"], r"model\.lora\.rank=.* must be a whole number, a list of them, or a distribution"),
+        (["model.lora.rank=[4, 2]", "model.lora.client_ranks=[1]"], r"gives the ranks of clients already"),
         (["client.optimizr=sgd"], r"no option client\.optimizr; did you mean client\.optimizer\?"),
         (["clint.optimizer=sgd"], r"no option clint; did you mean client\? options: seed, rounds"),
         (["client.optimizer=lion"], r"client\.optimizer: .*'lion'.*\['sgd', 'adamw'\]"),
