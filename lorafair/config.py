@@ -440,8 +440,8 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     former = base.model.lora.client_ranks
     if "rank" in given and "client_ranks" not in given and former is not None:
         raise ConfigError(
-            f"{origin}model.lora.rank={given['rank']} would leave model.lora.client_ranks={list(former)} as it was; give "
-            "both, or for clients of one rank set it and model.lora.client_rank_shares to null"
+            f"{origin}model.lora.rank={given['rank']} would leave model.lora.client_ranks={list(former)} as it was; "
+            "give both, or for clients of one rank set it and model.lora.client_rank_shares to null"
         )
     if OmegaConf.select(layer, "method.name") not in (None, base.method.get("name")):
         base = _with(base, {"method": OmegaConf.create({"name": None})}, replace=True)
