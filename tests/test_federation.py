@@ -385,7 +385,7 @@ def all_moved(fabric: Any, methods: Sequence[str], folder: Path) -> dict[str, tu
 
 
 def test_the_collectives_carry_the_bytes_that_are_reported(tmp_path: Path) -> None:
-    """Four clients, two ranks, two rounds. What clients keep is theirs, not charged, and yet moved by the simulation."""
+    """Four clients, two ranks, two rounds. What clients keep is not charged, and yet moved by the simulation."""
     methods = [name for name, method in AGGREGATORS.items() if not (method.keeps or method.pools_data)]
     carried = run_ranks(2, all_moved, methods, tmp_path)[0]
     for method in methods:
