@@ -98,7 +98,7 @@ def test_a_signal_to_one_rank_stops_all_within_the_round_and_nobody_is_trained_t
     ends = run_ranks(2, run_and_stop, stopped, 1)
     first = [client for _, trained in ends for client in trained]
     assert len(ends[1][1]) == cohort  # the rank with the signal stops after the cohort it was training
-    assert len(first) > cohort
+    assert cohort <= len(first) <= 6
     for end, _ in ends:
         assert end.startswith(f"stopped by SIGUSR1 in round 1 of 2, with {len(first)} of its 6 clients done")
     assert list_unfinished(tmp_path / "stopped").keys() == {0}
