@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from lorafair.adapter import Part
 from lorafair.aggregation import Aggregator, method_of
-from lorafair.checkpoint import Checkpoint, find_checkpoint
+from lorafair.checkpoint import Checkpoint, find_checkpoint, mark_begun, resume_of_restarted
+from lorafair.cluster import slurm_job
 from lorafair.config import ClientConfig, Config, ConfigError, numeric_settings
 from lorafair.data.images import ImageData, Split
 from lorafair.data.loading import BatchSource, ImageSource
@@ -45,8 +48,8 @@ class Federation:
     evaluator: Evaluator
     identity: dict[str, Any]  # what a checkpoint must agree with
 
-    def plan(self, round_index: int) -> RoundPlan:
-        """The plan of a round; the same on every rank."""
+    def plan(self, round_index: int, finished: Collection[tuple[int, ...]] = ()) -> RoundPlan:
+        """The plan of a round, some cohorts of which may be `finished`; the same on every rank."""
         local = self.local
         sizes = [len(client.indices) for client in self.clients]
         visited = [
@@ -62,6 +65,7 @@ class Federation:
             weighting=self.config.federation.weighting,
             cohort=local.cohort,
             world_size=self.fabric.world_size,
+            finished=finished,
         )
 
     @property
@@ -95,7 +99,9 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
     found = None
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:  # before minutes are spent on tokens
-            found = find_checkpoint(config.folder, config.resume, identity)
+            job = slurm_job(os.environ)
+            found = find_checkpoint(config.folder, resume_of_restarted(config.folder, config.resume, job), identity)
+            mark_begun(config.folder, job)
             if found is not None and found.completed_rounds > config.rounds:
                 raise ConfigError(
                     f"rounds={config.rounds}: {config.folder} has {found.completed_rounds} rounds already; set more "

@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorafair.cluster import Job
 from lorafair.errors import LorafairError
 
 FORMAT = 1
 FOLDER = "checkpoints"
+JOB = ".slurm_job"
 
 
 class CheckpointError(LorafairError):
@@ -63,10 +65,10 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         meta = json.loads(json.dumps(meta, default=str))
         (partial / "state.json").write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=1))
         for path in (tensors, partial / "state.json", partial):
-            _fsync(path)
+            fsync(path)
         shutil.rmtree(target, ignore_errors=True)  # only left from a run that was continued from an earlier round
         os.replace(partial, target)
-        _fsync(folder)
+        fsync(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {target} could not be written: {error}") from error
     # Later rounds can only be there if they were unreadable and the run went on from an earlier one.
@@ -129,6 +131,24 @@ def find_checkpoint(run_dir: Path, resume: str, identity: Mapping[str, Any]) -> 
     return None
 
 
+def resume_of_restarted(run_dir: Path, resume: str, job: Job | None) -> str:
+    """The option `resume`, or auto in a Slurm job that was requeued and has already begun in run_dir.
+
+    Without this, a job that began with resume=never or another run's checkpoint would do so again each time.
+    """
+    marker = run_dir / JOB
+    if resume == "auto" or job is None or not job.restarts or not marker.exists() or marker.read_text() != job.name:
+        return resume
+    return "auto" if resume == "never" or list_checkpoints(run_dir) else resume
+
+
+def mark_begun(run_dir: Path, job: Job | None) -> None:
+    """Leave in run_dir which Slurm job has begun in it, for `resume_of_restarted`."""
+    if job is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / JOB).write_text(job.name)
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     return sorted((run_dir / FOLDER).glob("round_[0-9]*"))
@@ -184,7 +204,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -18,16 +18,22 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 from lorafair import __version__
+from lorafair.cluster import Job, Placement, detect, requeue, seconds_left, slurm_job, state_of_job
 from lorafair.comparison import Comparison, list_runs, load_comparison
 from lorafair.config import Config, ConfigError, FabricConfig, describe_options, load_config
 from lorafair.errors import LorafairError
+from lorafair.interruption import FAILED, INTERRUPTED, SAVED, Interrupted, expect_end_in, listen_only_to, listening
 
+SECONDS_UNTIL_KILLED = 120.0
 PARTS = ("--list", "--index", "--tune", "--report")
 
 
@@ -40,34 +46,45 @@ class Part:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Run the command; returns the exit status.
+
+    0: done. 2: a mistake of the user's, or an end that is no accident. 75: stopped by the scheduler with all that is
+    done saved, the same command continues. 130: stopped by Ctrl-C. 1: anything else.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
     try:
-        if any(argument in ("-h", "--help") for argument in arguments):
-            print_help()
-        elif arguments[:1] == ["export"]:
-            export(arguments[1:])
-        else:
-            part, arguments = take_part(arguments)
-            comparison = load_comparison(arguments)
-            if comparison is not None:
-                compare(comparison, part)
-            elif part.flag:
-                raise ConfigError(f"{part.flag} is for a comparison, and none of the files has a compare: section")
-            else:
-                train(load_config(arguments))
+        return command(arguments)
     except LorafairError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues after the last checkpoint", file=sys.stderr, flush=True)
-        return 130
-    return 0
+        return INTERRUPTED
 
 
-def train(config: Config) -> None:
+def command(arguments: list[str]) -> int:
+    """Do what the arguments say; returns the exit status. Raises LorafairError."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print_help()
+        return 0
+    if arguments[:1] == ["export"]:
+        export(arguments[1:])
+        return 0
+    part, arguments = take_part(arguments)
+    with listening() if part.flag not in ("--list", "--report") else nullcontext():
+        comparison = load_comparison(arguments)
+        if comparison is not None:
+            return compare(comparison, part)
+        if part.flag:
+            raise ConfigError(f"{part.flag} is for a comparison, and none of the files has a compare: section")
+        return train(load_config(arguments))
+
+
+def train(config: Config) -> int:
     """Check what can be checked without data, launch the processes and run the federation on each."""
+    placement = place(config.fabric)
+
     from lorafair.aggregation import method_of
 
     method_of(config)
@@ -76,7 +93,8 @@ def train(config: Config) -> None:
     from lorafair.models import check_model
 
     check_model(config.model)
-    run_federation(launch(config.fabric, f"run directory {config.folder}"), config)
+    fabric = launch(config.fabric, placement, f"run directory {config.folder}")
+    return until_stopped(fabric, config.fabric, placement, lambda: run_federation(fabric, config))
 
 
 def take_part(arguments: Sequence[str]) -> tuple[Part, list[str]]:
@@ -101,44 +119,111 @@ def take_part(arguments: Sequence[str]) -> tuple[Part, list[str]]:
     return (parts[0] if parts else Part()), rest
 
 
-def compare(comparison: Comparison, part: Part) -> None:
-    """Do the part of a comparison that is asked for, or all of it."""
+def compare(comparison: Comparison, part: Part) -> int:
+    """Do the part of a comparison that is asked for, or all of it; returns the exit status."""
     if part.index is not None and part.index >= len(comparison.runs):
         raise ConfigError(f"--index {part.index}: the runs are 0 to {len(comparison.runs) - 1}; --list shows them")
     if part.flag == "--tune" and comparison.tuning is None:
         raise ConfigError("--tune: there is no compare.tune in the file, so there is nothing to tune")
     if part.flag == "--list":
         print(list_runs(comparison))
-        return
+        return 0
     if part.flag == "--report":
         from lorafair.comparison_report import write_report
 
         write_report(comparison)
-        return
+        return 0
+    fabric_config = next(iter(comparison.configs.values())).fabric
+    placement = place(fabric_config)
 
     from lorafair.comparison_run import check_runs, run_comparison
 
     check_runs(comparison)
     what = f"{len(comparison.runs)} runs" if part.index is None else f"run {part.index} of {len(comparison.runs)}"
-    fabric_config = next(iter(comparison.configs.values())).fabric
-    fabric = launch(fabric_config, f"{what} in {comparison.folder}")
-    run_comparison(fabric, comparison, index=part.index, only_tuning=part.flag == "--tune")
+    fabric = launch(fabric_config, placement, f"{what} in {comparison.folder}")
+    only_tuning = part.flag == "--tune"
+    return until_stopped(
+        fabric,
+        fabric_config,
+        placement,
+        lambda: run_comparison(fabric, comparison, index=part.index, only_tuning=only_tuning),
+    )
 
 
-def launch(config: FabricConfig, what: str) -> Any:
+def place(config: FabricConfig) -> Placement:
+    """Find out where this process runs and say so, before anything heavy is imported. Raises ConfigError."""
+    listen_only_to(config.signals)
+    placement = detect(os.environ, config, [sys.executable, *sys.argv])
+    if placement.rank == 0 and not is_child(placement):
+        print(f"lorafair {__version__}: {placement.what}", flush=True)
+    return placement
+
+
+def is_child(placement: Placement) -> bool:
+    """Whether another process of ours has started this one."""
+    return placement.launcher == "own" and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def launch(config: FabricConfig, placement: Placement, what: str) -> Any:
     """Start the processes, say on what they run, and return their Fabric."""
     from lorafair.exchange import make_fabric, set_threads
     from lorafair.tracking import say
 
-    fabric = make_fabric(config)
+    fabric = make_fabric(config, placement)
     threads = set_threads(fabric, config.threads)
     fabric.launch()
+    job, left = slurm_job(os.environ), None
     if fabric.is_global_zero:
         say(
             f"lorafair {__version__}: {fabric.world_size} processes on {fabric.device.type}, {threads} threads each, "
             f"{config.precision}; {what}"
         )
+        left = seconds_left(job) if job is not None else None
+    expect_end_in(fabric.broadcast(left))
     return fabric
+
+
+def until_stopped(fabric: Any, config: FabricConfig, placement: Placement, work: Callable[[], None]) -> int:
+    """Do the work; if it was stopped, see to it that the job runs again; returns the exit status, on every rank."""
+    try:
+        work()
+    except Interrupted as stop:
+        status = None
+        if fabric.is_global_zero:
+            status, line = after_stop(stop, slurm_job(os.environ), config.max_requeues)
+            print(f"{stop}; {line}", flush=True)
+        status = fabric.broadcast(status)  # the others stay: srun ends all processes once one has left with an error
+        # Lightning kills the process that has started this one when it finds that this one failed.
+        return 0 if is_child(placement) else int(status)
+    except SystemExit:  # rank 0 tells why
+        if is_child(placement):
+            return 0
+        raise
+    return 0
+
+
+def after_stop(stop: Interrupted, job: Job | None, max_requeues: int) -> tuple[int, str]:
+    """Have the job requeued where that is due; returns the exit status and what to say."""
+    if stop.reason == SIGINT:
+        return INTERRUPTED, "the same command continues"
+    if job is None:
+        return SAVED, "the same command continues"
+    state, why = state_of_job(job)
+    # A job that was cancelled, and one that Slurm requeues by itself, are COMPLETING, too: a requeue would revive it.
+    if state and state != "RUNNING" and (state, why) != ("COMPLETING", "TimeLimit"):
+        return SAVED, f"Slurm ends job {job.name} ({state}) by itself; the same command continues"
+    if job.restarts >= max_requeues:
+        return FAILED, (
+            f"job {job.name} was requeued {job.restarts} times, and fabric.max_requeues={max_requeues} ends that; the "
+            "same command continues"
+        )
+    problem = requeue(job)
+    if not problem:
+        return SAVED, f"job {job.name} is requeued and continues"
+    if stop.reason == SIGTERM:  # Slurm is about to end the job; only a preempted one that lasts until then is requeued
+        print(f"{stop}; scontrol cannot requeue job {job.name} ({problem}); waiting for Slurm to end it", flush=True)
+        time.sleep(SECONDS_UNTIL_KILLED)
+    return SAVED, f"job {job.name} could not be requeued ({problem}); the same command continues"
 
 
 def export(arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from lorafair.config import Config, ConfigError
 from lorafair.errors import LorafairError
 from lorafair.exchange import same_error_on_all_ranks, stop_all_ranks
 from lorafair.federation import run_federation
+from lorafair.interruption import Interrupted
 from lorafair.models import check_model
 from lorafair.tracking import say
 
@@ -75,11 +76,18 @@ def run_comparison(
 
 
 def do(fabric: Fabric, comparison: Comparison, run: Run, progress: str) -> str:
-    """One run, unless it is done; returns why it failed, on every rank alike, or an empty text."""
+    """One run, unless it is done; returns why it failed, on every rank alike, or an empty text.
+
+    Raises Interrupted on every rank where the comparison is asked to stop.
+    """
     decision: Decision | None = None
-    with same_error_on_all_ranks(fabric):  # what is done is read by rank 0 alone: file systems lag between nodes
+    with same_error_on_all_ranks(
+        fabric
+    ) as agreed:  # what is done is read by rank 0 alone: file systems lag between nodes
         if fabric.is_global_zero:
             decision = decide(comparison, run)
+    if agreed.stop:
+        raise Interrupted(agreed.stop, f"before {run.name}")
     decision = fabric.broadcast(decision)
     assert decision is not None
     config = comparison.config(run, decision.candidate)

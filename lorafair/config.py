@@ -158,6 +158,9 @@ class ClientConfig:
     """Images a step; a client with fewer uses all it has."""
     cohort: int = 1
     """Clients trained side by side on one rank, sharing the frozen layers' matrix products."""
+    timeout_minutes: float | None = 10.0
+    """A client that gets no further by a single step in this time is taken for hung, and ends the run with an error
+    that names it; null: wait for ever."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,8 @@ class CheckpointConfig:
     """Save after every n rounds; the last round always is."""
     keep: int = 2
     """Checkpoints kept; at least 2, so that one survives a failure while the other is written."""
+    seconds: float = 60.0
+    """Within a round, save the clients that are done whenever this much time has passed since the last write."""
 
 
 @dataclass(frozen=True)
@@ -219,15 +224,21 @@ class FabricConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     devices: int | None = None
-    """Processes a node, each with its own GPU or its share of the CPU cores (all GPUs of the node; 1 on the CPU)."""
-    num_nodes: int = 1
-    """Nodes of the job."""
+    """Processes a node, each with its own GPU or its share of the CPU cores (as srun or torchrun has started them;
+    else all GPUs of the node, or 1 on the CPU)."""
+    num_nodes: int | None = None
+    """Nodes of the job (as srun or torchrun has started the processes; else 1)."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Arithmetic of the forward and backward passes; the factors and the server stay in float32 and float64."""
     threads: int | None = None
     """CPU threads a process (cores / processes of the node; OMP_NUM_THREADS where it is set)."""
     timeout_minutes: float = 30.0
     """A rank waits this long for the others in a collective before the run ends with an error."""
+    signals: tuple[str, ...] = ("USR1", "TERM")
+    """Signals of the scheduler (USR1, USR2, TERM) on which the run saves what is done, also within a round, and has
+    its Slurm job requeued. Without Slurm, or where it refuses, the exit status is 75 and the same command continues."""
+    max_requeues: int = 100
+    """A Slurm job that was requeued so often is not requeued again."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +331,8 @@ CONDITIONAL_OPTIONS = (
     ConditionalOption("server.adaptivity", "server.optimizer=fedadam or fedyogi", _adapts, 0.001),
 )
 
-_LISTS = ("data.domains", "model.lora.targets")
+_LISTS = ("data.domains", "model.lora.targets", "fabric.signals")
+_SIGNALS = ("USR1", "USR2", "TERM")
 AT_LEAST_ONE = (
     "rounds", "data.classes", "data.train_images", "data.test_images", "partition.clients_per_domain",
     "partition.min_images", "partition.clients", "model.image_size", "model.lora.rank", "model.lora.last_blocks",
@@ -331,13 +343,20 @@ AT_LEAST_ONE = (
 POSITIVE = (
     "partition.alpha", "model.lora.alpha", "model.prefix_cache_gb", "client.learning_rate", "client.clip_norm",
     "client.b_learning_rate_ratio", "server.learning_rate", "server.adaptivity", "fabric.timeout_minutes",
+    "client.timeout_minutes",
 )  # fmt: skip
-NOT_NEGATIVE = ("seed", "data.workers", "client.momentum", "client.weight_decay", "client.proximal")
+NOT_NEGATIVE = (
+    "seed", "data.workers", "client.momentum", "client.weight_decay", "client.proximal", "checkpoint.seconds",
+    "fabric.max_requeues",
+)  # fmt: skip
 BELOW_ONE = ("model.lora.dropout", "client.momentum", "server.momentum", "server.second_momentum")
 
 # What may differ between a run and its continuation: it changes no number, or only how many rounds there are.
 NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabric")
-NOT_IDENTITY_NESTED = (("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"))
+NOT_IDENTITY_NESTED = (
+    ("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"),
+    ("client", "timeout_minutes"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -580,6 +599,8 @@ def _check_ranges(config: DictConfig) -> None:
     check(["client.decay"], lambda v: 0 < v <= 1, "above 0 and at most 1")
     check(["data.test_fraction", "data.validation_fraction"], lambda v: 0 < v < 1, "between 0 and 1")
     check(["fabric.timeout_minutes"], lambda v: v <= 525600, "at most a year")
+    if unknown := [name for name in config.fabric.signals if name not in _SIGNALS]:
+        raise ConfigError(f"fabric.signals: {unknown[0]} is not possible; there are {', '.join(_SIGNALS)}")
     check(["checkpoint.keep"], lambda v: v >= 2, "at least 2 (one survives while the other is written)")
     for key in _LISTS:
         value = OmegaConf.select(config, key)

@@ -6,6 +6,8 @@ Letters: W ranks, K clients of the round, n clients of this rank, L adapted laye
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,38 +17,90 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 
 from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors, Part
 from lorafair.aggregation import ServerUpdate
+from lorafair.cluster import Placement, detect
 from lorafair.config import ConfigError, FabricConfig
 from lorafair.errors import LorafairError
+from lorafair.interruption import ANOTHER_RANK, NOTHING, ask, ask_unless_it_fits, asked
 from lorafair.schedule import RoundPlan
 
 
-def make_fabric(config: FabricConfig) -> Fabric:
+def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
     """A Fabric whose ranks share nothing but the collectives of this module; call `launch()` on it.
 
-    Fabric's "ddp" strategy brings launcher, SLURM detection and process group. The model is never passed to
-    `fabric.setup`, which would average the gradients of different clients.
+    Fabric's "ddp" strategy brings launcher and process group; where the processes are, `cluster.detect` has found out
+    unless it is given. The model is never passed to `fabric.setup`, which would average the gradients of different
+    clients.
     """
+    placement = placement or detect(os.environ, config, [sys.executable, *sys.argv])
     cuda = torch.cuda.is_available()
     if config.accelerator == "cuda" and not cuda:
         raise ConfigError("fabric.accelerator=cuda: no CUDA device is visible; use fabric.accelerator=cpu or auto")
     accelerator = "cpu" if config.accelerator == "cpu" or not cuda else "cuda"
-    devices = config.devices or (torch.cuda.device_count() if accelerator == "cuda" else 1)
+    devices = placement.devices or (torch.cuda.device_count() if accelerator == "cuda" else 1)
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(f"fabric.devices={devices}: this node shows {torch.cuda.device_count()} CUDA devices")
     if accelerator == "cuda" and config.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported():
         raise ConfigError("fabric.precision=bf16-mixed: this GPU has no bfloat16; use fabric.precision=32-true")
+    # Given explicitly: Lightning's own look at Slurm's variables is wrong for jobs named bash, for steps, ...
+    environments = {"own": LightningEnvironment, "torchrun": TorchElasticEnvironment}
+    kind = environments.get(placement.launcher)
     return Fabric(
         accelerator=accelerator,
         devices=devices,
-        num_nodes=config.num_nodes,
+        num_nodes=placement.num_nodes,
         strategy=DDPStrategy(timeout=timedelta(minutes=config.timeout_minutes)),
         precision=config.precision,
+        plugins=[kind() if kind is not None else _SlurmStep(placement)],
     )
+
+
+class _SlurmStep(ClusterEnvironment):
+    """The processes that srun has started, as `cluster.detect` has found them."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self._placement.address
+
+    @property
+    def main_port(self) -> int:
+        return self._placement.port
+
+    @staticmethod
+    def detect() -> bool:
+        return False  # lorafair.cluster does
+
+    def world_size(self) -> int:
+        return (self._placement.devices or 1) * self._placement.num_nodes
+
+    def set_world_size(self, size: int) -> None:
+        """Slurm has decided."""
+
+    def global_rank(self) -> int:
+        return self._placement.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Slurm has decided; with --distribution=cyclic neighbouring ranks are on different nodes."""
+
+    def local_rank(self) -> int:
+        return self._placement.local_rank
+
+    def node_rank(self) -> int:
+        return self._placement.node_rank
 
 
 def set_threads(fabric: Fabric, threads: int | None) -> int:
@@ -164,25 +218,77 @@ def sum_over_ranks(fabric: Fabric, tensor: Tensor) -> Tensor:
     return tensor
 
 
+@dataclass
+class Agreement:
+    """What the ranks have agreed on at the end of a block."""
+
+    stop: int = NOTHING  # what asks for a stop, see interruption.py
+
+
 @contextmanager
-def same_error_on_all_ranks(fabric: Fabric) -> Iterator[None]:
+def same_error_on_all_ranks(fabric: Fabric) -> Iterator[Agreement]:
     """Let an error of one rank end all of them, instead of leaving the others waiting. Use on every rank.
 
-    Rank 0 raises the first error as LorafairError; the other ranks leave quietly with the same exit status. Costs one
-    number to reduce where all went well. No other collective belongs inside: a rank with an error would miss it.
+    Rank 0 raises the first error as LorafairError; the other ranks leave quietly with the same exit status. Costs two
+    numbers to reduce where all went well; the second says on all ranks alike whether one of them was asked to stop. No
+    other collective belongs inside: a rank with an error would miss it.
     """
+    agreement = Agreement()
     mine: str | None = None
     try:
-        yield
+        yield agreement
     except (LorafairError, OSError) as error:
         mine = str(error)
     errors: list[str | None] = [mine] * fabric.world_size
-    failed = torch.tensor(float(mine is not None), device=fabric.device)
-    if fabric.world_size > 1 and bool(sum_over_ranks(fabric, failed)):
-        dist.all_gather_object(errors, mine)
+    failed, agreement.stop = int(mine is not None), asked()
+    if fabric.world_size > 1:
+        numbers = torch.tensor([failed, agreement.stop], device=fabric.device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        failed, agreement.stop = numbers.tolist()
+        if failed:
+            dist.all_gather_object(errors, mine)
     first = next((error for error in errors if error is not None), None)
     if first is not None:
         stop_all_ranks(fabric, first)
+
+
+class StopSign:
+    """Whether any rank was asked to stop, for looking at between two clients: no rank waits for another.
+
+    A rank that was asked puts up the sign in the process group's store; one that sees it is asked thereby. The next
+    `same_error_on_all_ranks` then makes all of them stop. Where the job has a time limit, what is not expected to end
+    before it asks to stop, too, judged by the longest one so far of its kind.
+    """
+
+    _KEY = "lorafair/stop"
+    _SECONDS = 0.05  # between two looks at the store, so that tiny clients cost nothing
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._store: Any = None
+        if fabric.world_size > 1:
+            self._store = dist.distributed_c10d._get_default_store()  # PyTorch has no public name for it
+            if fabric.is_global_zero:
+                self._store.delete_key(self._KEY)  # of a run before this one on the same processes
+        self._looked = 0.0
+        self._longest: dict[str, float] = {}
+
+    def is_up(self, next_kind: str) -> bool:
+        """Whether this rank should stop instead of beginning something of this kind."""
+        ask_unless_it_fits(self._longest.get(next_kind, 0.0))
+        if self._store is not None and asked() != NOTHING:
+            self._store.set(self._KEY, "")
+        elif self._store is not None and time.monotonic() - self._looked > self._SECONDS:
+            self._looked = time.monotonic()
+            if self._store.check([self._KEY]):
+                ask(ANOTHER_RANK)
+        return asked() != NOTHING
+
+    @contextmanager
+    def measured(self, kind: str) -> Iterator[None]:
+        """Remember how long the block takes, if it is the longest of its kind."""
+        began = time.monotonic()
+        yield
+        self._longest[kind] = max(self._longest.get(kind, 0.0), time.monotonic() - began)
 
 
 def stop_all_ranks(fabric: Fabric, message: str) -> NoReturn:

@@ -26,17 +26,21 @@ from lorafair.data.loading import cohort_steps, local_batches, number_of_batches
 from lorafair.evaluation import Evaluation
 from lorafair.exchange import (
     Returned,
+    StopSign,
     broadcast_update,
     finite_clients,
     gather_clients,
     same_error_on_all_ranks,
     stop_all_ranks,
+    sum_over_ranks,
 )
+from lorafair.interruption import Interrupted
+from lorafair.partial_round import PartialRound, drop_unfinished, list_unfinished, start_of_round
 from lorafair.report import Report
 from lorafair.schedule import RoundPlan
 from lorafair.seeding import seeded
 from lorafair.server_optimizer import Moments, server_step
-from lorafair.tracking import Clock
+from lorafair.tracking import Clock, say
 
 
 @dataclass
@@ -49,37 +53,48 @@ class ServerState:
     moments: Moments | None = None  # of the server optimiser, where there is one; moved on by rank 0 alone
     controls: ControlVariates | None = None  # of SCAFFOLD
     folded: bool = False  # the frozen weights have changed
+    left_unfinished: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
 
 
 def run_federation(fabric: Fabric, config: Config) -> None:
-    """Run the rounds that are not done yet and leave the results in config.run_dir. Call on every rank."""
+    """Run the rounds that are not done yet and leave the results in config.run_dir. Call on every rank.
+
+    Raises Interrupted on every rank, after all that is done is saved, where a signal or the job's time limit asks to
+    stop.
+    """
     federation, found = assemble(fabric, config)
     state = start_or_resume(federation, found)
     report = Report(federation, state.completed_rounds) if fabric.is_global_zero else None
-    evaluation = None
+    evaluation, sign = None, StopSign(fabric)
     while state.completed_rounds < config.rounds:
         clock = Clock(fabric.device)
-        plan = federation.plan(state.completed_rounds)
-        with clock("train"), same_error_on_all_ranks(fabric):
-            trained = train_clients(federation, state, plan)
-        with clock("gather"):
-            returned = finite_clients(gather_clients(fabric, trained, plan), plan)
-        if not returned.clients:
-            give_up(federation, state)
-        rows = rows_of(federation, state, returned)
-        with clock("server"), same_error_on_all_ranks(fabric):
-            update = serve(federation, state, returned, rows) if fabric.is_global_zero else None
-        with clock("broadcast"):
-            received, folded = send_update(federation, state, update)
-        update_controls(federation, state, returned, rows)
-        apply_update(federation, state, returned, rows, received, folded)
-        with clock("evaluate"):
-            evaluation = evaluate(federation, state)
-        with same_error_on_all_ranks(fabric):
-            if report is not None:
-                report.round(state.completed_rounds, state.totals, plan, returned, rows, update, evaluation, clock)
-            save(federation, state)
+        partial, plan = begin_round(federation, state)
+        with partial.kept_on_failure():
+            with clock("train"), same_error_on_all_ranks(fabric) as agreed:
+                trained = train_clients(federation, state, plan, partial, sign)
+            if agreed.stop:
+                stop(federation, state, plan, partial, len(trained), agreed.stop)
+            with sign.measured("rest of the round"):
+                with clock("gather"):
+                    returned = finite_clients(gather_clients(fabric, trained, plan), plan)
+                if not returned.clients:
+                    give_up(federation, state)
+                rows = rows_of(federation, state, returned)
+                with clock("server"), same_error_on_all_ranks(fabric):
+                    update = serve(federation, state, returned, rows) if fabric.is_global_zero else None
+                with clock("broadcast"):
+                    received, folded = send_update(federation, state, update)
+                update_controls(federation, state, returned, rows)
+                apply_update(federation, state, returned, rows, received, folded)
+                with clock("evaluate"):
+                    evaluation = evaluate(federation, state)
+                with same_error_on_all_ranks(fabric):
+                    if report is not None:
+                        report.round(
+                            state.completed_rounds, state.totals, plan, returned, rows, update, evaluation, clock
+                        )
+                    save(federation, state)
     if evaluation is None:  # nothing was left to do
         evaluation = evaluate(federation, state, always=True)
     if report is not None and evaluation is not None:
@@ -104,6 +119,8 @@ def start_or_resume(federation: Federation, found: Checkpoint | None) -> ServerS
         for name, tensor in tensors_of(state).items():
             tensor.copy_(found.tensors[name])
         state.completed_rounds, state.totals, state.folded = found.completed_rounds, dict(found.totals), bool(base)
+    # Rank 0 looks: file systems lag between nodes.
+    state.left_unfinished = fabric.broadcast(frozenset(list_unfinished(config.folder) if fabric.is_global_zero else ()))
     return state
 
 
@@ -119,12 +136,39 @@ def tensors_of(state: ServerState) -> dict[str, Tensor]:
     return tensors
 
 
-def train_clients(federation: Federation, state: ServerState, plan: RoundPlan) -> Tensor:
-    """Train this rank's clients; returns (n, p + 2): the numbers trained, mean loss and seconds of each."""
+def begin_round(federation: Federation, state: ServerState) -> tuple[PartialRound, RoundPlan]:
+    """What an interrupted attempt has left of the round, on rank 0, and who trains the rest, on every rank."""
+    config, round_index = federation.config, state.completed_rounds
+    partial = PartialRound(
+        config.folder,
+        round_index,
+        start=lambda: start_of_round(federation.identity, round_index, state.adapter),
+        seconds=config.checkpoint.seconds,
+    )
+    if round_index not in state.left_unfinished:
+        return partial, federation.plan(round_index)
+    if federation.fabric.is_global_zero:
+        partial.read()
+    plan = federation.plan(round_index, finished=federation.fabric.broadcast(list(partial.found)))
+    if federation.fabric.is_global_zero and partial.found:
+        done = sum(len(cohort) for cohort in plan.cohorts_of_rank[0] if cohort in partial.found)
+        say(f"round {round_index + 1}: {done} clients were done before the interruption")
+    return partial, plan
+
+
+def train_clients(
+    federation: Federation, state: ServerState, plan: RoundPlan, partial: PartialRound, sign: StopSign
+) -> Tensor:
+    """Train this rank's clients; returns (n, p + 2): the numbers trained, mean loss and seconds of each.
+
+    Those that are done already are taken from `partial`, and what is trained is added to it. Fewer are returned if the
+    stop sign goes up.
+    """
     fabric, seed, round_index = federation.fabric, federation.config.seed, state.completed_rounds
     parts, layout = federation.aggregator.trains(round_index), federation.model.adapters.layout
     local = in_round(federation.local, round_index)
-    cohorts = plan.cohorts_of_rank[fabric.global_rank]
+    rows = [partial.found[c].to(fabric.device) for c in plan.cohorts_of_rank[fabric.global_rank] if c in partial.found]
+    cohorts = [cohort for cohort in plan.cohorts_of_rank[fabric.global_rank] if cohort not in partial.found]
     steps_of = [
         cohort_steps(
             [local_batches(federation.clients[c].indices, local, seeded(seed, round_index, c)) for c in cohort]
@@ -132,27 +176,48 @@ def train_clients(federation: Federation, state: ServerState, plan: RoundPlan) -
         for cohort in cohorts
     ]
     stream = federation.train_source.batches([step.indices.reshape(-1) for steps in steps_of for step in steps])
-    rows = []
     for cohort, steps in zip(cohorts, steps_of, strict=True):
-        began = time.perf_counter()
-        result = train_cohort(
-            federation.model,
-            starts(federation, state, cohort),
-            steps,
-            (batch.to(fabric.device, non_blocking=True) for batch in islice(stream, len(steps))),
-            federation.labels,
-            local,
-            generators=[seeded(seed, round_index, c, "dropout", device=fabric.device) for c in cohort],
-            autocast=fabric.autocast,
-            parts=parts,
-            corrections=None if state.controls is None else state.controls.corrections(cohort),
-        )
-        losses = result.losses.cpu()  # waits for the device, so that the seconds are the cohort's
-        seconds = torch.full_like(losses, (time.perf_counter() - began) / len(cohort))
+        if sign.is_up("cohort"):
+            break
+        with sign.measured("cohort"):
+            began = time.perf_counter()
+            result = train_cohort(
+                federation.model,
+                starts(federation, state, cohort),
+                steps,
+                (batch.to(fabric.device, non_blocking=True) for batch in islice(stream, len(steps))),
+                federation.labels,
+                local,
+                generators=[seeded(seed, round_index, c, "dropout", device=fabric.device) for c in cohort],
+                autocast=fabric.autocast,
+                parts=parts,
+                corrections=None if state.controls is None else state.controls.corrections(cohort),
+            )
+            losses = result.losses.cpu()  # waits for the device, so that the seconds are the cohort's
+            seconds = torch.full_like(losses, (time.perf_counter() - began) / len(cohort))
         measured = torch.stack([losses, seconds], dim=1).to(result.rows)
         rows.append(torch.cat([layout.select(result.rows, parts), measured], dim=1))
+        partial.add(cohort, rows[-1])
+    sign.is_up("rest of the round")
     width = layout.length_of(parts) + 2
     return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
+
+
+def stop(
+    federation: Federation, state: ServerState, plan: RoundPlan, partial: PartialRound, done: int, reason: int
+) -> NoReturn:
+    """End the run where it can go on, with `done` clients of this rank's saved. Call on every rank."""
+    fabric, config = federation.fabric, federation.config
+    with same_error_on_all_ranks(fabric):
+        partial.write()
+        if state.completed_rounds % config.checkpoint.every:
+            save(federation, state, always=True)
+    total = int(sum_over_ranks(fabric, torch.tensor(done, device=fabric.device)))
+    raise Interrupted(
+        reason,
+        f"in round {state.completed_rounds + 1} of {config.rounds}, with {total} of its {len(plan.clients)} clients "
+        f"done; all of it is kept in {config.folder}",
+    )
 
 
 def starts(federation: Federation, state: ServerState, clients: tuple[int, ...]) -> Tensor:
@@ -283,3 +348,4 @@ def save(federation: Federation, state: ServerState, *, always: bool = False) ->
         totals=state.totals,
     )
     save_checkpoint(config.folder, checkpoint, config.checkpoint.keep)
+    drop_unfinished(config.folder, state.completed_rounds)

@@ -7,7 +7,7 @@ is sent. Only the last field depends on the number of ranks, and nothing numeric
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -41,11 +41,13 @@ def plan_round(
     weighting: Literal["size", "uniform"],
     cohort: int,
     world_size: int,
+    finished: Collection[tuple[int, ...]] = (),
 ) -> RoundPlan:
     """Plan round `round_index`, given each client's training images (`sizes`) and expected work (`costs`, any unit).
 
     Clients are drawn uniformly without replacement. Cohorts are cut from the clients sorted by cost, so that clients
     trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least work.
+    Cohorts that an earlier attempt at the round has `finished` are rank 0's, which has their rows, and no work.
     """
     total = len(sizes)
     if clients_per_round is None or clients_per_round == total:
@@ -56,10 +58,12 @@ def plan_round(
     shares = [float(sizes[c]) if weighting == "size" else 1.0 for c in clients]
     by_cost = sorted(clients, key=lambda c: (-costs[c], c))
     cohorts = [tuple(by_cost[i : i + cohort]) for i in range(0, len(by_cost), cohort)]
+    done = tuple(cohort for cohort in cohorts if cohort in finished)
+    first, *others = _longest_first([cohort for cohort in cohorts if cohort not in finished], costs, world_size)
     return RoundPlan(
         clients=tuple(clients),
         weights=tuple(share / sum(shares) for share in shares),
-        cohorts_of_rank=_longest_first(cohorts, costs, world_size),
+        cohorts_of_rank=(done + first, *others),
     )
 
 

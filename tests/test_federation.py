@@ -208,8 +208,8 @@ def with_nan_from(monkeypatch: pytest.MonkeyPatch, *broken: int) -> None:
     """Let these clients return NaN, as a diverged one does."""
     train = federation_module.train_clients
 
-    def train_and_break(federation: Any, state: Any, plan: Any) -> torch.Tensor:
-        rows = train(federation, state, plan)
+    def train_and_break(federation: Any, state: Any, plan: Any, *others: Any) -> torch.Tensor:
+        rows: torch.Tensor = train(federation, state, plan, *others)
         for index, client in enumerate(plan.clients_of_rank[0]):
             if client in broken:
                 rows[index, 3] = float("nan")
