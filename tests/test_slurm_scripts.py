@@ -80,3 +80,14 @@ def test_compare_runs_an_array_and_skips_what_is_done(
     assert "done before" in wait_for(variables, f"{both}_0", "fedit-seed0")
     listed = slurm.run(sys.executable, "train.py", *arguments[6:], "--list", **variables)
     assert listed.count(" done ") == 2
+
+
+def test_doctor_examines_both_nodes(slurm: Cluster, variables: dict[str, str], tmp_path: Path) -> None:
+    said = slurm.run(
+        "srun", *TWO_NODES[:3], sys.executable, "train.py", "--doctor", *LONG, f"run_dir={tmp_path / 'run'}",
+        check=False, **variables,
+    )  # fmt: skip
+    assert "cn01" in said
+    assert "cn02 resolves to 127.0.0.1, where other nodes do not reach it; set GLOO_SOCKET_IFNAME" in said
+    assert "all-gather" in said
+    assert "run_dir is not shared" not in said
