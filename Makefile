@@ -25,9 +25,11 @@ lint: $(VENV)/.installed ## ruff: rules and format
 types: $(VENV)/.installed ## mypy, strict
 	$(BIN)/mypy
 
-# A file of tests stays in one process, because what its tests share is made once; ranks of a run need cores, too.
+# A file of tests stays in one process, because what its tests share is made once; ranks of a run need cores, too. Jobs
+# of a real Slurm are timed by the cluster and come last, alone.
 tests: $(VENV)/.installed ## pytest, files side by side
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --ignore-glob='*/test_slurm*.py'
+	$(BIN)/python -m pytest -ra tests/test_slurm*.py
 
 results: $(VENV)/.installed ## the runs behind the README's result table (about half an hour on 2 cores)
 	for method in lora_fair fedit centralized local_only; do \
