@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import re
 import time
 from pathlib import Path
@@ -21,14 +23,19 @@ HEALTHY = Findings(
 )  # fmt: skip
 
 
-def examined(fabric: Any, arguments: list[str]) -> bool:
-    return examine(fabric, load_config(arguments))
+def examined(fabric: Any, arguments: list[str]) -> tuple[bool, str]:
+    """Whether a rank finds that a run would work, and what it has printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        healthy = examine(fabric, load_config(arguments))
+    return healthy, printed.getvalue()
 
 
-def test_a_healthy_job_of_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_healthy_job_of_two_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
-    assert run_ranks(2, examined, [*TINY, f"run_dir={folder}"]) == [True, True]
-    said = capfd.readouterr().out
+    (healthy, said), (healthy_too, nothing) = run_ranks(2, examined, [*TINY, f"run_dir={folder}"])
+    assert healthy
+    assert healthy_too
+    assert nothing == "", "rank 0 speaks for all"
     assert "free GB run_dir, cache, temp" in said
     assert "2 ranks on cpu, gloo, rank 0 at 127.0.0.1:" in said
     for collective in ("barrier", "all-gather, 0.0 MB a rank", "broadcast, 0.0 MB"):
