@@ -101,7 +101,7 @@ def test_two_nodes_give_the_bits_of_one_process_and_bad_placements_are_refused_a
         SECONDS=0
         $TRAIN {run}; echo "without srun: exit $?"
         srun --ntasks=3 $TRAIN {run}; echo "uneven: exit $?"
-        srun $TRAIN {run} fabric.devices=2; echo "devices: exit $?"
+        srun $TRAIN {run} fabric.devices=3; echo "devices: exit $?"
         srun --gpus-per-task=1 $TRAIN {run} fabric.accelerator=auto fabric.devices=2; echo "gpus: exit $?"
         echo "refused in $SECONDS s"
         srun --job-name=bash --nodes=1 --ntasks=1 --nodelist=cn02 $TRAIN {run} rounds=1 run_dir=$TMP_FOLDER/part &
@@ -116,7 +116,10 @@ def test_two_nodes_give_the_bits_of_one_process_and_bad_placements_are_refused_a
     assert re.search(rf"has 4 tasks on 2 nodes, .* without srun.*{srun}.*\nwithout srun: exit 2", log)
     assert re.search(rf"has put 2,1 tasks on 2 nodes.*{srun}", log)
     assert "uneven: exit 2" in log
-    assert int(re.findall(r"refused in (\d+) s", log)[0]) < 30
+    assert "fabric.devices=3, but this Slurm step has 2 processes a node; leave fabric.devices out" in log
+    assert "devices: exit 2" in log
+    assert "gpus: exit 2" in log
+    assert int(re.findall(r"refused in (\d+) s", log)[0]) < 60
     assert re.search(r"step \d: srun has started 1 on each of 2 nodes \(cn\[01-02\]\); they meet at cn01:\d+\n", log)
     assert "lorafair 0.1.0: 2 processes on cpu" in log
     assert "two nodes: exit 0\npart: exit 0" in log
