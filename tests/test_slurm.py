@@ -20,9 +20,9 @@ from tests.slurm_cluster import ROOT, Cluster
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-# Eight clients that take about half a second each: time enough to stop within a round.
+# Eight clients that take about half a second each: time enough to stop within a round, also on a quick machine.
 RUN = (
-    "conf/synthetic.yaml", "partition.scheme=iid", "partition.clients=8", "client.steps=150", "rounds=4",
+    "conf/synthetic.yaml", "partition.scheme=iid", "partition.clients=8", "client.steps=450", "rounds=4",
     "data.test_images=24",
 )  # fmt: skip
 TRAINING = r"tokens of the \d+ frozen blocks"  # the line before the first round
@@ -137,10 +137,11 @@ def test_a_job_that_is_signalled_preempted_requeued_and_loses_a_node_ends_with_t
     time.sleep(1.5)
     slurm.run("scancel", "--signal=USR1", job.id)
     log = job.wait_for("is requeued")
-    done = int(re.findall(r"stopped by SIGUSR1 in round 1 of 4, with (\d) of its 8 clients done", log)[0])
-    job.wait_for(rf"round 1: {done} clients were done before" if done else TRAINING, starts=2)
+    found = re.findall(r"stopped by SIGUSR1 in round (\d) of 4, with (\d) of its 8 clients done", log)
+    round_, done = map(int, found[0])
+    job.wait_for(rf"round {round_}: {done} clients were done before" if done else TRAINING, starts=2)
 
-    job.wait_for("round 1/4 ", starts=2)
+    job.wait_for(rf"round {round_}/4 ", starts=2)
     slurm.run("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
     job.wait_for("stopped by SIGTERM in round", starts=2)
 
