@@ -15,10 +15,10 @@ from lorafair.federation import run_federation
 from tests.conftest import TINY, launched
 from tests.slurm_cluster import ROOT, Cluster
 
-# Long enough to be interrupted within a round: a client takes a third of a second.
+# Long enough to be interrupted within a round, also on a quick machine.
 LONG = (
     *TINY, "data.train_images=100", "data.test_images=12", "partition.scheme=iid", "partition.clients=20",
-    "client.steps=60", "client.optimizer=sgd", "client.cohort=2", "fabric.devices=null",
+    "client.steps=200", "client.optimizer=sgd", "client.cohort=2", "fabric.devices=null",
 )  # fmt: skip
 TWO_NODES = ("-N2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--time=10")
 
