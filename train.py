@@ -1,8 +1,6 @@
 """Run a federation: python train.py conf/demo.yaml [key=value ...]; see --help."""
 
-import sys
-
-from lorafair.cli import main
+from lorafair.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -20,6 +20,7 @@ Nothing heavy is imported before the configuration is known to be right.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -28,14 +29,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from typing import Any
+from typing import Any, NoReturn
 
 from lorafair import __version__
 from lorafair.cluster import Job, Placement, detect, requeue, seconds_left, slurm_job, state_of_job
 from lorafair.comparison import Comparison, list_runs, load_comparison
 from lorafair.config import Config, ConfigError, FabricConfig, describe_options, load_config
 from lorafair.errors import LorafairError
-from lorafair.interruption import FAILED, INTERRUPTED, SAVED, Interrupted, expect_end_in, listen_only_to, listening
+from lorafair.interruption import (
+    FAILED,
+    INTERRUPTED,
+    SAVED,
+    SCHEDULER_SIGNALS,
+    Interrupted,
+    expect_end_in,
+    listen_only_to,
+    listening,
+)
 
 SECONDS_UNTIL_KILLED = 120.0
 PARTS = ("--list", "--index", "--tune", "--report")
@@ -65,6 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues after the last checkpoint", file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def entry() -> NoReturn:
+    """The process of the command: `main`, and its exit status."""
+    status = main()
+    for name in SCHEDULER_SIGNALS:  # a signal that comes while Python takes itself down must not fail what is done
+        signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
+    sys.exit(status)
 
 
 def command(arguments: list[str]) -> int:
@@ -296,4 +314,4 @@ def _print_option(key: str, default: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

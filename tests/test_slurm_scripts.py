@@ -51,8 +51,8 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_train_is_signalled_and_ends_with_the_bits_of_one_process(
     slurm: Cluster, variables: dict[str, str], tmp_path: Path
 ) -> None:
-    job = slurm.submit(*TWO_NODES, "slurm/train.sbatch", *LONG, "rounds=2", f"run_dir={tmp_path / 'job'}", **variables)
     run_federation(launched(1), load_config([*LONG, "rounds=2", f"run_dir={tmp_path / 'alone'}"]))
+    job = slurm.submit(*TWO_NODES, "slurm/train.sbatch", *LONG, "rounds=2", f"run_dir={tmp_path / 'job'}", **variables)
     wait_for(variables, job, "clients: 20")
     time.sleep(1.5)
     slurm.run("scancel", "--signal=USR1", job)
