@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,8 +48,10 @@ from lorafair.interruption import (
     listen_only_to,
     listening,
 )
+from lorafair.watchdog import CONTINUES, start_watch, stop_watch
 
 SECONDS_UNTIL_KILLED = 120.0
+SECONDS_FOR_THE_REASON = 1.0  # srun -K ends all processes of a step once one has left with an error
 PARTS = ("--list", "--index", "--tune", "--report")
 
 
@@ -70,11 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(arguments)
     except LorafairError as error:
+        if os.environ.get("SLURM_PROCID", "0") != "0":  # mostly process 0 finds the same, and once is enough
+            time.sleep(SECONDS_FOR_THE_REASON)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues after the last checkpoint", file=sys.stderr, flush=True)
         return INTERRUPTED
+    except Exception as error:  # only here: whoever fails says so in one last line
+        return fail(error)
+    finally:
+        stop_watch()
 
 
 def entry() -> NoReturn:
@@ -82,7 +92,32 @@ def entry() -> NoReturn:
     status = main()
     for name in SCHEDULER_SIGNALS:  # a signal that comes while Python takes itself down must not fail what is done
         signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
+    if status == FAILED:  # a collective that a lost process has left open keeps Python from ending
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
+
+
+def fail(error: Exception) -> int:
+    """Say what has ended this process: that another one is gone in a line, all else with its traceback."""
+    from lorafair.exchange import is_loss
+
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    if is_loss(error):
+        time.sleep(SECONDS_FOR_THE_REASON)  # until the process that has failed is known to be gone
+        lost = stop_watch() or "another process of the run is gone or has not answered for fabric.timeout_minutes"
+        what = f"{lost} ({what[:200]})"
+    else:
+        traceback.print_exception(error)
+    print(f"error: {who()}: {what}; {CONTINUES}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def who() -> str:
+    """This process, for messages."""
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+    return f"process {rank} on {socket.gethostname()}"
 
 
 def command(arguments: list[str]) -> int:
@@ -193,12 +228,12 @@ def is_child(placement: Placement) -> bool:
 
 def launch(config: FabricConfig, placement: Placement, what: str) -> Any:
     """Start the processes, say on what they run, and return their Fabric."""
-    from lorafair.exchange import make_fabric, set_threads
+    from lorafair.exchange import children_of, make_fabric, meet, set_threads
     from lorafair.tracking import say
 
     fabric = make_fabric(config, placement)
     threads = set_threads(fabric, config.threads)
-    fabric.launch()
+    meet(fabric, config, start_watch(who(), children_of(fabric), is_child=is_child(placement)))
     job, left = slurm_job(os.environ), None
     if fabric.is_global_zero:
         say(
@@ -229,6 +264,7 @@ def until_stopped(fabric: Any, config: FabricConfig, placement: Placement, work:
     except SystemExit:  # rank 0 tells why
         if is_child(placement):
             return 0
+        time.sleep(SECONDS_FOR_THE_REASON)
         raise
     return 0
 

@@ -234,6 +234,8 @@ class FabricConfig:
     """CPU threads a process (cores / processes of the node; OMP_NUM_THREADS where it is set)."""
     timeout_minutes: float = 30.0
     """A rank waits this long for the others in a collective before the run ends with an error."""
+    heartbeat_seconds: float = 120.0
+    """A process that gives no sign of life for so long is taken for lost, and the run ends with an error."""
     signals: tuple[str, ...] = ("USR1", "TERM")
     """Signals of the scheduler (USR1, USR2, TERM) on which the run saves what is done, also within a round, and has
     its Slurm job requeued. Without Slurm, or where it refuses, the exit status is 75 and the same command continues."""
@@ -343,7 +345,7 @@ AT_LEAST_ONE = (
 POSITIVE = (
     "partition.alpha", "model.lora.alpha", "model.prefix_cache_gb", "client.learning_rate", "client.clip_norm",
     "client.b_learning_rate_ratio", "server.learning_rate", "server.adaptivity", "fabric.timeout_minutes",
-    "client.timeout_minutes",
+    "fabric.heartbeat_seconds", "client.timeout_minutes",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.workers", "client.momentum", "client.weight_decay", "client.proximal", "checkpoint.seconds",

@@ -20,6 +20,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from lorafair.data.loading import BatchSource, Indices
 from lorafair.exchange import same_error_on_all_ranks, sum_over_ranks
 from lorafair.models import AdaptedModel
+from lorafair.watchdog import step
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Evaluator:
                 mine = range((fabric.global_rank - index * units) % fabric.world_size, units, fabric.world_size)
                 model.adapters.write(adapter)
                 for u, inputs in zip(mine, self._source.batches([self._batches[u] for u in mine]), strict=True):
+                    step()
                     labels = self._labels[torch.from_numpy(self._batches[u])]
                     with fabric.autocast():
                         logits = model(inputs.to(fabric.device, non_blocking=True))

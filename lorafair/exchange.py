@@ -30,6 +30,14 @@ from lorafair.config import ConfigError, FabricConfig
 from lorafair.errors import LorafairError
 from lorafair.interruption import ANOTHER_RANK, NOTHING, ask, ask_unless_it_fits, asked
 from lorafair.schedule import RoundPlan
+from lorafair.watchdog import Watch
+
+MEETING_MINUTES = 10.0
+# What gloo, NCCL and PyTorch's store say when a process is gone.
+_SIGNS_OF_LOSS = (
+    "losed by peer", "eset by peer", "roken pipe", "imed out", "imeout", "NCCL", "got 0 bytes", "likely closed",
+    "refused",
+)  # fmt: skip
 
 
 def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
@@ -101,6 +109,29 @@ class _SlurmStep(ClusterEnvironment):
 
     def node_rank(self) -> int:
         return self._placement.node_rank
+
+
+def meet(fabric: Fabric, config: FabricConfig, watch: Watch) -> None:
+    """Start the processes, or meet those that are started, and have them watch one another. Bounded in time."""
+    with watch.expecting("the start of all processes of the run", 60 * min(MEETING_MINUTES, config.timeout_minutes)):
+        fabric.launch()
+    if fabric.world_size > 1:
+        watch.follow(_store(), fabric.global_rank, fabric.world_size, config.heartbeat_seconds)
+
+
+def children_of(fabric: Fabric) -> Sequence[Any]:
+    """The processes that this one starts at launch; filled by then."""
+    strategy: Any = fabric.strategy
+    return getattr(strategy.launcher, "procs", ())
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error of a collective says that another process is gone, or does not answer."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # PyTorch has no public name for it
 
 
 def set_threads(fabric: Fabric, threads: int | None) -> int:
@@ -276,7 +307,7 @@ class StopSign:
     def __init__(self, fabric: Fabric) -> None:
         self._store: Any = None
         if fabric.world_size > 1:
-            self._store = dist.distributed_c10d._get_default_store()  # PyTorch has no public name for it
+            self._store = _store()
             if fabric.is_global_zero:
                 self._store.delete_key(self._KEY)  # of a run before this one on the same processes
         self._looked = 0.0

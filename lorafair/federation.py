@@ -6,7 +6,7 @@ Letters: W ranks, K clients of the round, n clients of this rank, N clients of t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NoReturn
@@ -41,6 +41,7 @@ from lorafair.schedule import RoundPlan
 from lorafair.seeding import seeded
 from lorafair.server_optimizer import Moments, server_step
 from lorafair.tracking import Clock, say
+from lorafair.watchdog import expecting, saving, step
 
 
 @dataclass
@@ -70,7 +71,7 @@ def run_federation(fabric: Fabric, config: Config) -> None:
     while state.completed_rounds < config.rounds:
         clock = Clock(fabric.device)
         partial, plan = begin_round(federation, state)
-        with partial.kept_on_failure():
+        with partial.kept_on_failure(), saving(partial.write):
             with clock("train"), same_error_on_all_ranks(fabric) as agreed:
                 trained = train_clients(federation, state, plan, partial, sign)
             if agreed.stop:
@@ -179,13 +180,15 @@ def train_clients(
     for cohort, steps in zip(cohorts, steps_of, strict=True):
         if sign.is_up("cohort"):
             break
-        with sign.measured("cohort"):
+        names = " or ".join(federation.clients[client].name for client in cohort)
+        limit = _seconds(local.timeout_minutes)
+        with sign.measured("cohort"), expecting(f"round {round_index + 1}: client {names}", limit):
             began = time.perf_counter()
             result = train_cohort(
                 federation.model,
                 starts(federation, state, cohort),
                 steps,
-                (batch.to(fabric.device, non_blocking=True) for batch in islice(stream, len(steps))),
+                (batch.to(fabric.device, non_blocking=True) for batch in _stepwise(islice(stream, len(steps)))),
                 federation.labels,
                 local,
                 generators=[seeded(seed, round_index, c, "dropout", device=fabric.device) for c in cohort],
@@ -201,6 +204,17 @@ def train_clients(
     sign.is_up("rest of the round")
     width = layout.length_of(parts) + 2
     return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
+
+
+def _stepwise(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches; each that is asked for is a sign that the client gets on."""
+    for batch in batches:
+        step()
+        yield batch
+
+
+def _seconds(minutes: float | None) -> float | None:
+    return None if minutes is None else 60 * minutes
 
 
 def stop(
@@ -329,7 +343,8 @@ def evaluate(federation: Federation, state: ServerState, *, always: bool = False
         return None
     everyone = tuple(range(len(federation.clients)))
     adapters = starts(federation, state, everyone) if federation.aggregator.keeps else state.adapter.unsqueeze(0)
-    return federation.evaluator(federation.model, adapters)
+    with expecting(f"the evaluation after round {state.completed_rounds}", _seconds(config.client.timeout_minutes)):
+        return federation.evaluator(federation.model, adapters)
 
 
 def save(federation: Federation, state: ServerState, *, always: bool = False) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ class PartialRound:
         self._folder = run_dir / FOLDER / f"{PREFIX}{completed_rounds + 1:06d}"
         self._start, self._seconds = start, seconds
         self._pending: dict[Cohort, Tensor] = {}
+        self._lock = threading.Lock()  # the watchdog writes, too
         self._written = time.monotonic()
 
     def read(self) -> None:
@@ -71,16 +73,18 @@ class PartialRound:
 
     def add(self, cohort: Cohort, rows: Tensor) -> None:
         """A cohort of this rank is done; write what is pending if the last write is long enough ago."""
-        self._pending[cohort] = rows
+        with self._lock:
+            self._pending[cohort] = rows
         if time.monotonic() - self._written >= self._seconds:
             self.write()
 
     def write(self) -> None:
         """Write the cohorts that are not on disk yet. Raises CheckpointError."""
-        if self._pending:
-            cohorts, rows = list(self._pending), torch.cat(list(self._pending.values())).cpu()
-            _write(self._folder / f"clients_{cohorts[0][0]:06d}.safetensors", cohorts, rows, self._start())
-            self._pending.clear()
+        with self._lock:
+            if self._pending:
+                cohorts, rows = list(self._pending), torch.cat(list(self._pending.values())).cpu()
+                _write(self._folder / f"clients_{cohorts[0][0]:06d}.safetensors", cohorts, rows, self._start())
+                self._pending.clear()
         self._written = time.monotonic()
 
     @contextmanager
