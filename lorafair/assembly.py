@@ -30,6 +30,10 @@ from lorafair.schedule import RoundPlan, plan_round
 from lorafair.seeding import seeded
 from lorafair.tracking import make_run_dir, say
 
+# client.cohort=auto: enough cohorts for many ranks, and steps whose activations fit into a core's cache, or fill a GPU.
+COHORTS_OF_ROUND = 16
+NUMBERS_OF_STEP = {"cpu": 2**19, "gpu": 2**25}  # that enter an adapted layer
+
 
 @dataclass(frozen=True)
 class Federation:
@@ -42,6 +46,7 @@ class Federation:
     clients: tuple[Client, ...]  # (N,)
     ranks: tuple[int, ...]  # (N,) of the clients' factors
     local: ClientConfig  # config.client, with the work of all clients in the one of the centralised reference
+    cohort: int  # C, clients trained side by side
     model: AdaptedModel
     train_source: BatchSource
     labels: Tensor  # of all training images, on the device
@@ -63,7 +68,7 @@ class Federation:
             costs=visited,
             clients_per_round=None if self.aggregator.pools_data else self.config.federation.clients_per_round,
             weighting=self.config.federation.weighting,
-            cohort=local.cohort,
+            cohort=self.cohort,
             world_size=self.fabric.world_size,
             finished=finished,
         )
@@ -92,9 +97,10 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
             if turn == (fabric.local_rank == 0):
                 data, clients, local, model = _load(config, aggregator)
                 ranks = ranks_of_clients(config, len(clients))
-    model.attach(fabric.device, config.client.cohort)
+    cohort = cohort_size(config, clients, model, size, fabric.device)
+    model.attach(fabric.device, cohort)
     if fabric.is_global_zero:
-        _introduce(config, data, clients, model, fabric.world_size)
+        _introduce(config, data, clients, model, cohort, fabric.world_size)
     identity = _identity(config, data, model)
     found = None
     with same_error_on_all_ranks(fabric):
@@ -117,6 +123,7 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
         clients=clients,
         ranks=ranks,
         local=local,
+        cohort=cohort,
         model=model,
         train_source=train_source,
         labels=torch.from_numpy(data.train.labels).to(fabric.device),
@@ -172,6 +179,25 @@ def ranks_of_clients(config: Config, clients: int) -> tuple[int, ...]:
     return tuple(lora.client_ranks[level] for level in drawn.tolist())
 
 
+def cohort_size(
+    config: Config, clients: tuple[Client, ...], model: AdaptedModel, image_size: int, device: torch.device
+) -> int:
+    """C, the clients trained side by side: client.cohort, or for auto what follows from model, batch and clients.
+
+    It depends on no measurement and not on the number of ranks, because the last bits of a client's numbers can depend
+    on who trains beside it.
+    """
+    if config.client.cohort != "auto":
+        return config.client.cohort
+    selected = min(config.federation.clients_per_round or len(clients), len(clients))
+    most = selected // COHORTS_OF_ROUND
+    if most <= 1:
+        return 1
+    batch = min(config.client.batch_size, max(len(client.indices) for client in clients))
+    numbers = batch * model.numbers_per_image(image_size)
+    return max(1, min(most, int(NUMBERS_OF_STEP["cpu" if device.type == "cpu" else "gpu"] / numbers)))
+
+
 def _sources(
     fabric: Fabric, config: Config, model: AdaptedModel, data: ImageData, size: int
 ) -> tuple[BatchSource, BatchSource]:
@@ -196,7 +222,7 @@ def _sources(
 
 
 def _introduce(
-    config: Config, data: ImageData, clients: tuple[Client, ...], model: AdaptedModel, world_size: int
+    config: Config, data: ImageData, clients: tuple[Client, ...], model: AdaptedModel, cohort: int, world_size: int
 ) -> None:
     layout, images = model.adapters.layout, np.array([len(client.indices) for client in clients])
     say(f"images: {data.description}")
@@ -204,14 +230,15 @@ def _introduce(
         f"        {len(data.domains)} domains, {len(data.classes)} classes, "
         f"{len(data.train.labels):,} for training, {len(data.test.labels):,} for the test"
     )
-    say(f"clients: {len(clients)} with {images.min():,} to {images.max():,} images")
+    beside = f", {cohort} side by side" if cohort > 1 else ""
+    say(f"clients: {len(clients)} with {images.min():,} to {images.max():,} images{beside}")
     say(
         f"model: {config.model.name} ({config.model.weights}), LoRA rank {config.model.lora.rank} on "
         f"{len(layout.factors)} layers: {layout.adapter_length:,} adapter and "
         f"{layout.length - layout.adapter_length:,} head parameters a client"
     )
     busy = min(config.federation.clients_per_round or len(clients), len(clients))
-    busy = -(-busy // config.client.cohort)
+    busy = -(-busy // cohort)
     if world_size > busy:
         say(
             f"warning: {world_size - busy} of {world_size} processes have no client to train; "

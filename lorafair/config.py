@@ -156,8 +156,9 @@ class ClientConfig:
     """Batches a client trains each round, instead of epochs."""
     batch_size: int = 128
     """Images a step; a client with fewer uses all it has."""
-    cohort: int = 1
-    """Clients trained side by side on one rank, sharing the frozen layers' matrix products."""
+    cohort: int | Literal["auto"] = "auto"
+    """Clients trained side by side on one rank, sharing the frozen layers' matrix products. auto: as many as keep the
+    device busy, where a round has so many clients that every rank still gets several cohorts (16 a round at least)."""
     timeout_minutes: float | None = 10.0
     """A client that gets no further by a single step in this time is taken for hung, and ends the run with an error
     that names it; null: wait for ever."""
@@ -590,7 +591,7 @@ def _check_ranges(config: DictConfig) -> None:
     def check(keys: Sequence[str], allowed: Callable[[float], bool], wanted: str) -> None:
         for key in keys:
             value = OmegaConf.select(config, key)
-            if value is not None and not allowed(value):
+            if value not in (None, "auto") and not allowed(value):
                 raise ConfigError(f"{key}={value} is out of range: it must be {wanted}")
 
     check(AT_LEAST_ONE, lambda v: v >= 1, "at least 1")

