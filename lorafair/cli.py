@@ -292,7 +292,7 @@ def slurm(arguments: Sequence[str]) -> None:
         from lorafair.comparison_run import check_runs
 
         check_runs(work)
-    file = options.out or (batch.logs / "job.sbatch" if options.submit else None)
+    file = Path(options.out) if options.out else batch.logs / "job.sbatch" if options.submit else None
     script = batch_script(batch, options, beside=file.parent if file else Path())
     if file is None:
         print(script, end="")

@@ -1,7 +1,4 @@
-"""`train.py slurm`: the batch script of one run or one comparison, and its submission.
-
-It is slurm/train.sbatch or slurm/compare.sbatch of the checkout with the block between its marker lines filled in.
-"""
+"""`train.py slurm`: slurm/train.sbatch or compare.sbatch with its marked block filled in for one run; submission."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Options:
     scheduler: Mapping[str, str]  # for sbatch as it is; keys of SCHEDULER
     setup: tuple[str, ...] = ()  # lines of shell, before srun
     throttle: str = ""  # tasks of an array at a time
-    out: Path | None = None
+    out: str = ""
     submit: bool = False
 
 
@@ -70,11 +67,10 @@ def take_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         if given[flag + equals] and flag != "--setup":
             raise ConfigError(f"{flag} is given twice; give it once")
         given[flag + equals].append(value)
-    throttle = "".join(given["--throttle="])
+    throttle, out = "".join(given["--throttle="]), "".join(given["--out="])
     if throttle and not re.fullmatch("[1-9][0-9]*", throttle):
         raise ConfigError(f"--throttle={throttle}: give how many tasks of the array may run at a time, 1 or more")
     scheduler = {name: given[f"--{name}="][0] for name in SCHEDULER if given[f"--{name}="]}
-    out = Path(given["--out="][0]) if given["--out="] else None
     options = Options(scheduler, tuple(given["--setup="]), throttle, out, submit=bool(given["--submit"]))
     return options, [argument for argument in arguments if not argument.startswith("-")]
 
@@ -95,7 +91,7 @@ def batch_of(work: Config | Comparison, arguments: Sequence[str], options: Optio
 
 def batch_script(batch: Batch, options: Options, beside: Path) -> str:
     """The text of the script; what Slurm itself prints goes into the folder `beside`. Raises LorafairError."""
-    template = CHECKOUT / "slurm" / ("compare.sbatch" if batch.arrays else "train.sbatch")
+    template = CHECKOUT / "slurm" / f"{'compare' if batch.arrays else 'train'}.sbatch"
     text = template.read_text() if template.is_file() else ""
     parts = re.fullmatch(r"(.*\n)(# -+ edit this block -+\n).*?(\n# -{20,}\n.*)", text, re.DOTALL)
     if parts is None:
@@ -145,8 +141,7 @@ def submit(batch: Batch, script: Path, environ: Mapping[str, str]) -> list[str]:
         except OSError as error:
             raise SubmissionError(f"sbatch cannot be run ({error}); submit {script} where Slurm is{so_far}") from error
         if done.returncode or not done.stdout.strip():
-            raise SubmissionError(
-                f"sbatch does not take {script}: {' '.join(done.stderr.decode(errors='replace').split())}{so_far}"
-            )
+            said = " ".join(done.stderr.decode(errors="replace").split())
+            raise SubmissionError(f"sbatch does not take {script}: {said}{so_far}")
         jobs.append(done.stdout.decode().split()[-1].partition(";")[0])
     return jobs
