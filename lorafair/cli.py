@@ -11,6 +11,10 @@
                                                   need; for a login node with network
     train.py --doctor [FILE.yaml ...] [key=value ...]   what the processes find on their nodes, how fast their
                                                   collectives are and what would go wrong; under srun
+    train.py slurm [FILE.yaml ...] [key=value ...]      the batch script for exactly this run or comparison on Slurm: on
+                                                  the console, with --out=FILE there, or with --submit handed to sbatch;
+        --account= --partition= --qos= --constraint= --time= --gpus-per-node= --cpus-per-task= --mem= as sbatch has,
+        --throttle=N tasks of a comparison at a time, --setup='module load x' (may be repeated) before it starts
     train.py export RUN_DIR OUT_DIR [--peft]      the trained model for timm alone, or as a PEFT adapter
     train.py --help                               every option with its default
 
@@ -48,6 +52,7 @@ from lorafair.interruption import (
     listen_only_to,
     listening,
 )
+from lorafair.submission import batch_of, batch_script, submit, take_options, write_script
 from lorafair.watchdog import CONTINUES, start_watch, stop_watch
 
 SECONDS_UNTIL_KILLED = 120.0
@@ -131,6 +136,9 @@ def command(arguments: list[str]) -> int:
     if arguments[:1] == ["prepare"]:
         prepare(arguments[1:])
         return 0
+    if arguments[:1] == ["slurm"]:
+        slurm(arguments[1:])
+        return 0
     if "--doctor" in arguments:
         return doctor([argument for argument in arguments if argument != "--doctor"])
     part, arguments = take_part(arguments)
@@ -146,17 +154,23 @@ def command(arguments: list[str]) -> int:
 def train(config: Config) -> int:
     """Check what can be checked without data, launch the processes and run the federation on each."""
     placement = place(config.fabric)
+    check(config)
 
+    from lorafair.federation import run_federation
+
+    fabric = launch(config.fabric, placement, f"run directory {config.folder}")
+    return until_stopped(fabric, config.fabric, placement, lambda: run_federation(fabric, config))
+
+
+def check(config: Config) -> None:
+    """Find the mistakes in a run's method and model. Raises ConfigError."""
     from lorafair.aggregation import method_of
 
     method_of(config)
 
-    from lorafair.federation import run_federation
     from lorafair.models import check_model
 
     check_model(config.model)
-    fabric = launch(config.fabric, placement, f"run directory {config.folder}")
-    return until_stopped(fabric, config.fabric, placement, lambda: run_federation(fabric, config))
 
 
 def take_part(arguments: Sequence[str]) -> tuple[Part, list[str]]:
@@ -301,6 +315,32 @@ def prepare(arguments: Sequence[str]) -> None:
     from lorafair import preparation
 
     preparation.prepare(configs)
+
+
+def slurm(arguments: Sequence[str]) -> None:
+    """Print, write or submit the batch script of the run or comparison, once all of it is known to be right."""
+    options, arguments = take_options(arguments)
+    work = load_comparison(arguments) or load_config(arguments)
+    batch = batch_of(work, arguments, options)
+    if isinstance(work, Config):
+        check(work)
+    else:
+        from lorafair.comparison_run import check_runs
+
+        check_runs(work)
+    file = Path(options.out) if options.out else batch.logs / "job.sbatch" if options.submit else None
+    script = batch_script(batch, options, beside=file.parent if file else Path())
+    if file is None:
+        print(script, end="")
+        print("this is a dry run; --out=FILE writes the script, --submit hands it to sbatch", file=sys.stderr)
+        return
+    write_script(script, file)
+    if not options.submit:
+        print(f"written: {file}", file=sys.stderr)
+        return
+    for job in submit(batch, file, os.environ):
+        print(f"job {job}: {file}; its processes write {batch.logs}/{batch.folder.name}-{job}*-rank<n>.log")
+    print(f"curves: tensorboard --logdir {batch.folder}")
 
 
 def doctor(arguments: Sequence[str]) -> int:

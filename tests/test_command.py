@@ -23,6 +23,7 @@ from lorafair.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.cli import main, take_part
 from lorafair.comparison import load_comparison
 from lorafair.config import describe_options, load_config
+from lorafair.submission import take_options
 from tests.conftest import damaged_folder
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +175,8 @@ def test_the_commands_of_the_readme_are_right() -> None:
     found = commands(readme)
     assert len(found) >= 5
     for arguments in found:
+        if arguments[0] == "slurm":
+            _, arguments = take_options(arguments[1:])
         _, options = take_part([argument for argument in arguments if argument not in ("prepare", "--doctor")])
         if "--help" not in arguments and load_comparison(options) is None:
             load_config(options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -80,6 +82,25 @@ def test_compare_runs_an_array_and_skips_what_is_done(
     assert "done before" in wait_for(variables, f"{both}_0", "fedit-seed0")
     listed = slurm.run(sys.executable, "train.py", *arguments[6:], "--list", **variables)
     assert listed.count(" done ") == 2
+
+
+def test_a_run_submitted_by_train_py_slurm_from_within_another_step(
+    slurm: Cluster, variables: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "a run"
+    said = slurm.run(
+        "srun", "-n1", "--cpus-per-task=2", sys.executable, "train.py", "slurm", "conf/synthetic.yaml", "rounds=1",
+        "fabric.num_nodes=2", "fabric.devices=1", f"run_dir={run_dir}", "--gpus-per-node=1", "--time=10", "--submit",
+        "--setup=echo setup done", **variables,
+    )  # fmt: skip
+    (job,) = re.findall(r"^job (\d+)", said, re.MULTILINE)
+    logs = tmp_path / "a run-slurm"
+    assert slurm.wait(job) == "COMPLETED", (logs / f"slurm-a run-{job}.out").read_text()
+    assert slurm.show(job)["TimeLimit"] == "00:10:00"
+    assert (logs / f"slurm-a run-{job}.out").read_text() == "setup done\n"
+    assert json.loads((run_dir / "result.json").read_text())["rounds"] == 1
+    assert "1 on each of 2 nodes" in (logs / f"a run-{job}-rank0.log").read_text()
+    assert (logs / f"a run-{job}-rank1.log").exists()
 
 
 def test_doctor_examines_both_nodes(slurm: Cluster, variables: dict[str, str], tmp_path: Path) -> None:
