@@ -243,8 +243,8 @@ def main() -> None:
         f"about 1 of it the work itself\n{NOTES}"
     )
     head = (
-        "clients x images", "framework", "start s", "round s", "fastest round s", "overhead ms a round", "ms a client beyond training",
-        "memory MiB", "difference of weights",
+        "clients x images", "framework", "start s", "round s", "fastest round s", "overhead ms a round",
+        "ms a client beyond training", "memory MiB", "difference of weights",
     )  # fmt: skip
     for line in (head, ["---"] * len(head), *lines):
         print("| " + " | ".join(line) + " |")
