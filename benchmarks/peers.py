@@ -19,12 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "peers"))
+from processes import memory  # noqa: E402
+
 REPOSITORY = HERE.parent
 REQUIREMENTS = {  # what an environment has besides torch; {timm} is the version that lorafair's has
     "lorafair": ["-e", str(REPOSITORY)],
@@ -35,7 +37,8 @@ REQUIREMENTS = {  # what an environment has besides torch; {timm} is the version
 PACKAGES = ("lorafair", "torch", "timm", "pfl", "flwr", "ray")
 NOTES = """\
 Start: process start to first round. Overhead: a round less the bare loop's. Beyond training: what of a round is no
-client's steps. Memory: largest PSS, with children. Difference: largest of a final weight, relative to the largest one.
+client's steps. CPU and memory (largest PSS): with children; on a busy machine the CPU says more than the clock.
+Difference: largest of a final weight, relative to the largest weight.
 Not compared: evaluation (lorafair's, of 6 images, follows the last round; pfl's takes place in the first; Flower has
 none), checkpoints but lorafair's last one, lorafair's cache of frozen blocks, several clients at once. lorafair writes
 its log and metrics every round. pfl runs in one process; Flower by run_simulation, with one Ray actor on one CPU that
@@ -49,7 +52,7 @@ class Run:
 
     start: float  # seconds from the start of the process to its first round
     round: float  # seconds, median of the rounds but first and last
-    fastest: float  # seconds, of the same rounds
+    cpu: float  # seconds of CPU of a round, mean of the same rounds
     beyond: float  # seconds of a round in which no client trained
     memory: float  # bytes at the peak, of the process and its children
     weights: tuple[float, ...]  # (P,) final
@@ -120,7 +123,7 @@ def execute(command: Sequence[str], log: Path, threads: int) -> tuple[float, flo
     with log.open("w") as output:
         began = time.time()
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(threads), cwd=log.parent)
-        peak, over = [0.0], threading.Event()
+        peak, over = [0], threading.Event()
 
         def watch() -> None:
             while not over.wait(0.2):
@@ -136,25 +139,6 @@ def execute(command: Sequence[str], log: Path, threads: int) -> tuple[float, flo
     return began, peak[0]
 
 
-def memory(root: int) -> float:
-    """Resident bytes of a process and its descendants; what several share is counted once (Linux's PSS)."""
-    children, total, waiting = defaultdict(list), 0.0, [root]
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            children[int((entry / "stat").read_text().rpartition(")")[2].split()[1])].append(int(entry.name))
-        except OSError:  # it has ended
-            continue
-    while waiting:
-        pid = waiting.pop()
-        waiting += children[pid]
-        try:
-            found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-        except OSError:
-            continue
-        total += 1024 * int(found.group(1)) if found else 0
-    return total
-
-
 def run(name: str, envs: Path, work: Path, arguments: list[str], clients: int, threads: int) -> Run:
     """Do the work once in one of the frameworks."""
     with tempfile.TemporaryDirectory(dir=work.parent) as folder:
@@ -168,7 +152,7 @@ def run(name: str, envs: Path, work: Path, arguments: list[str], clients: int, t
     return Run(
         start=left["began"][0] - began,
         round=statistics.median(rounds),
-        fastest=min(rounds),
+        cpu=(left["cpu"][-1] - left["cpu"][1]) / len(rounds),
         beyond=statistics.median(all_ - some for all_, some in zip(rounds, training, strict=True)),
         memory=peak,
         weights=tuple(left["weights"]),
@@ -198,7 +182,7 @@ def compare(clients: int, images: int, options: argparse.Namespace, loads: list[
         return [
             statistics.median(r.start for r in mine),
             statistics.median(r.round for r in mine),
-            min(r.fastest for r in mine),
+            statistics.median(r.cpu for r in mine),
             1000 * statistics.median(r.round - b.round for r, b in pairs),
             1000 * statistics.median(r.beyond for r in mine) / clients,
             statistics.median(r.memory for r in mine) / 2**20,
@@ -243,7 +227,7 @@ def main() -> None:
         f"about 1 of it the work itself\n{NOTES}"
     )
     head = (
-        "clients x images", "framework", "start s", "round s", "fastest round s", "overhead ms a round",
+        "clients x images", "framework", "start s", "round s", "CPU s a round", "overhead ms a round",
         "ms a client beyond training", "memory MiB", "difference of weights",
     )  # fmt: skip
     for line in (head, ["---"] * len(head), *lines):

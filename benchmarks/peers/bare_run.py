@@ -1,7 +1,6 @@
 """The bare PyTorch loop: WORK OUT. Clients one after the other, then the mean of their weights."""
 
 import sys
-import time
 
 import torch
 from common import Stopwatch, Work, packed
@@ -12,7 +11,7 @@ def main(path: str, out: str) -> None:
     train = watch.timed(work.train_client)
     weights = work.read()
     for round_index in range(work.rounds):
-        watch.began.append(time.time())
+        watch.begin_round()
         total = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
         for client in range(work.clients):
             work.write(weights)

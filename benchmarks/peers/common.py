@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import lorafair  # noqa: F401  # first: lets timm import a torchvision made for 
 # isort: split
 import timm
 import torch
+from processes import cpu_seconds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,11 +90,16 @@ class Work(nn.Module):
 
 
 class Stopwatch:
-    """When each round began (seconds since the epoch) and how long each client trained, in order."""
+    """When each round began (seconds since the epoch, seconds of CPU) and how long each client trained, in order."""
 
     def __init__(self) -> None:
         self.began: list[float] = []
+        self.cpu: list[float] = []
         self.training: list[float] = []
+
+    def begin_round(self) -> None:
+        self.began.append(time.time())
+        self.cpu.append(cpu_seconds(os.getpid()))
 
     def timed(self, train: Any) -> Any:
         """The function, with the seconds of every call added to `training`."""
@@ -108,7 +115,9 @@ class Stopwatch:
     def save(self, path: str | Path, weights: Tensor) -> None:
         """`weights` (P,) are the final ones, in the order of lorafair's packed row."""
         Path(path).write_text(
-            json.dumps({"began": self.began, "training": self.training, "weights": weights.double().tolist()})
+            json.dumps(
+                {"began": self.began, "cpu": self.cpu, "training": self.training, "weights": weights.double().tolist()}
+            )
         )
 
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from functools import cache
 
 from common import Stopwatch, Work, packed
@@ -36,7 +35,7 @@ def serve(grid, context):
 
     class Marked(FedAvg):
         def configure_train(self, *arguments, **options):
-            watch.began.append(time.time())
+            watch.begin_round()
             return super().configure_train(*arguments, **options)
 
     everyone = start.clients  # else the first round takes the clients that have come up by then

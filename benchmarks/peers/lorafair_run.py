@@ -4,7 +4,6 @@ The run is that of the command train.py; the clock is read where a round begins 
 """
 
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ def run(out: str, arguments: list[str]) -> None:
     begin_round = federation.begin_round
 
     def marked(job, state):
-        watch.began.append(time.time())
+        watch.begin_round()
         states.append(state)
         return begin_round(job, state)
 

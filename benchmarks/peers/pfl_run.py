@@ -1,7 +1,6 @@
 """pfl-research: WORK OUT. Its FederatedAveraging on its SimulatedBackend, in one process."""
 
 import sys
-import time
 from itertools import count
 
 import torch
@@ -28,7 +27,7 @@ class Marked(FederatedAveraging):
         self.watch = watch
 
     def get_next_central_contexts(self, *arguments, **options):
-        self.watch.began.append(time.time())
+        self.watch.begin_round()
         return super().get_next_central_contexts(*arguments, **options)
 
 
@@ -60,7 +59,7 @@ def main(path: str, out: str) -> None:
             local_max_grad_norm=work.clip_norm,
         ),
     )
-    del watch.began[work.rounds :]  # it asks once more, to hear that there is no other round
+    del watch.began[work.rounds :], watch.cpu[work.rounds :]  # it asks once more, to hear that no round is left
     watch.save(out, packed(work.trained))
 
 
