@@ -17,6 +17,7 @@ from lorafair.aggregation.factor_algebra import (
     IdealUpdate,
     add,
     inner,
+    nonzero_rows,
     split_ideal_update,
     square_of_sum,
     squared_norm,
@@ -158,7 +159,7 @@ def _keep_unused(update: LayerUpdate, clients: LoRAFactors, start: LoRAFactors) 
 
     Their mean is zero, and from a zero row of A and a zero column of B no later round could train them again.
     """
-    used = (clients.A != 0).any(-1).any(0)  # (R,)
+    used = nonzero_rows(clients).any(0)  # (R,)
     new = update.factors
     A, B = start.A.to(new.A), start.B.to(new.B)
     factors = LoRAFactors(A=torch.where(used.unsqueeze(1), new.A, A), B=torch.where(used, new.B, B))
