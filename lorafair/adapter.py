@@ -98,15 +98,12 @@ class AdapterLayout:
 
     def select(self, flat: Tensor, parts: Sequence[Part]) -> Tensor:
         """The numbers of some parts of `flat` (..., P), in the order of the row; a view where they are neighbours."""
-        chosen = [flat[..., span] for span in self.spans(parts)]
-        return chosen[0] if len(chosen) == 1 else torch.cat([flat[..., :0], *chosen], dim=-1)
+        return take_columns(flat, self.spans(parts))
 
     def replaced(self, flat: Tensor, parts: Sequence[Part], values: Tensor) -> Tensor:
         """A copy of `flat` (..., P) with some parts taken from `values`, as `select` gives them."""
-        result, offset = flat.expand(*values.shape[:-1], self.length).clone(), 0
-        for span in self.spans(parts):
-            result[..., span] = values[..., offset : offset + span.stop - span.start]
-            offset += span.stop - span.start
+        result = flat.expand(*values.shape[:-1], self.length).clone()
+        put_columns(result, self.spans(parts), values)
         return result
 
     def truncated(self, flat: Tensor, ranks: Tensor) -> Tensor:
@@ -117,6 +114,44 @@ class AdapterLayout:
             factors.A.masked_fill_(beyond.unsqueeze(2), 0)
             factors.B.masked_fill_(beyond.unsqueeze(1), 0)
         return result
+
+    def split(self, count: int) -> list[AdapterLayout]:
+        """The layers, and the head as one, dealt out to `count` layouts of about equal length; some may be empty.
+
+        The largest come first, each to the shortest layout so far, so the same layout is dealt out the same everywhere.
+        """
+        sizes = {path: math.prod(a) + math.prod(b) for path, (a, b) in self.factors.items()}
+        sizes |= {"": sum(map(math.prod, self.head.values()))}  # no layer has this path
+        lengths, owner = [0] * count, {}
+        for path in sorted(sizes, key=lambda path: -sizes[path]):
+            owner[path] = lengths.index(min(lengths))
+            lengths[owner[path]] += sizes[path]
+        return [
+            AdapterLayout(
+                factors={path: shapes for path, shapes in self.factors.items() if owner[path] == index},
+                head=self.head if owner[""] == index else {},
+            )
+            for index in range(count)
+        ]
+
+    def columns_of(self, some: AdapterLayout, parts: Sequence[Part]) -> list[slice]:
+        """Where `some` of the layers lie in a row of `parts`, as `select` gives it; neighbours in one slice."""
+        spans: list[slice] = []
+        offset = 0
+        for part in (part for part in PARTS if part in parts):
+            chosen = some._sizes(part)
+            for name, size in self._sizes(part).items():
+                if name in chosen and spans and spans[-1].stop == offset:
+                    spans[-1] = slice(spans[-1].start, offset + size)
+                elif name in chosen:
+                    spans.append(slice(offset, offset + size))
+                offset += size
+        return spans
+
+    def _sizes(self, part: Part) -> dict[str, int]:
+        if part == "head":
+            return {name: math.prod(shape) for name, shape in self.head.items()}
+        return {path: math.prod(a if part == "A" else b) for path, (a, b) in self.factors.items()}
 
     def unpack(self, flat: Tensor) -> AdapterState:
         """Views into `flat` (..., P), no copy; writing to them writes to `flat`."""
@@ -145,6 +180,19 @@ class AdapterLayout:
         parts += [state.factors[path].B.flatten(-2) for path in self.factors]
         parts += [state.head[name].flatten(-len(shape)) for name, shape in self.head.items()]
         return torch.cat(parts, dim=-1)
+
+
+def take_columns(flat: Tensor, columns: Sequence[slice]) -> Tensor:
+    """Some columns of `flat` (..., P), in this order; a view where it is one slice."""
+    chosen = [flat[..., span] for span in columns]
+    return chosen[0] if len(chosen) == 1 else torch.cat([flat[..., :0], *chosen], dim=-1)
+
+
+def put_columns(flat: Tensor, columns: Sequence[slice], values: Tensor) -> None:
+    """Write `values` (..., p), as `take_columns` gives them, to some columns of `flat` (..., P)."""
+    sizes = [span.stop - span.start for span in columns]
+    for span, part in zip(columns, values.split(sizes, dim=-1), strict=True):
+        flat[..., span] = part
 
 
 def row(state: AdapterState, index: int) -> AdapterState:

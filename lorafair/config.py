@@ -231,6 +231,9 @@ class FabricConfig:
     """Nodes of the job (as srun or torchrun has started the processes; else 1)."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Arithmetic of the forward and backward passes; the factors and the server stay in float32 and float64."""
+    server: Literal["rank0", "sharded"] = "rank0"
+    """Where the server step runs. rank0: one process holds all clients' adapters. sharded: every process holds and
+    aggregates its share of the layers, for numbers of clients that do not fit into one. The results are the same."""
     threads: int | None = None
     """CPU threads a process (cores / processes of the node; OMP_NUM_THREADS where it is set)."""
     timeout_minutes: float = 30.0

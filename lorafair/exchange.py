@@ -1,4 +1,4 @@
-"""Every collective of a federation: one all-gather up, one broadcast down, and agreement on errors.
+"""Every collective of a federation: clients' rows to the server, its update to all, and agreement on errors.
 
 Letters: W ranks, K clients of the round, n clients of this rank, L adapted layers, P packed length.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 
-from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors, Part
+from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors, Part, take_columns
 from lorafair.aggregation import ServerUpdate
 from lorafair.cluster import Placement, detect
 from lorafair.config import ConfigError, FabricConfig
@@ -38,6 +38,9 @@ _SIGNS_OF_LOSS = (
     "losed by peer", "eset by peer", "roken pipe", "imed out", "imeout", "NCCL", "got 0 bytes", "likely closed",
     "refused",
 )  # fmt: skip
+
+T = TypeVar("T")
+_NUMBERS_AT_A_TIME = 2**26  # of all clients, that a rank receives at a time: 256 MB of float32
 
 
 def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
@@ -151,25 +154,81 @@ def set_threads(fabric: Fabric, threads: int | None) -> int:
     return threads
 
 
-def gather_clients(fabric: Fabric, rows: Tensor, plan: RoundPlan) -> Tensor:
-    """All clients' rows (K, P) in plan order on every rank, from each rank's own (n, P). Call on every rank.
+def gather_clients(fabric: Fabric, rows: Tensor, clients_of_rank: Sequence[Sequence[int]]) -> Tensor:
+    """All clients' rows (K, P), clients ascending, on every rank, from each rank's own (n, P). Call on every rank.
 
-    A rank's rows are in the order of `plan.clients_of_rank`; ranks may have different numbers of clients, also none.
+    A rank's rows are in the order of `clients_of_rank`; ranks may have different numbers of clients, also none.
     """
     if fabric.world_size > 1:
-        width = max(len(clients) for clients in plan.clients_of_rank)
+        width = max(len(clients) for clients in clients_of_rank)
         padded = torch.zeros(width, rows.shape[1], dtype=rows.dtype, device=rows.device)
         padded[: len(rows)] = rows
         gathered = torch.empty(fabric.world_size * width, rows.shape[1], dtype=rows.dtype, device=rows.device)
         dist.all_gather(list(gathered.chunk(fabric.world_size)), padded)
     else:
         width, gathered = len(rows), rows
+    return gathered[_ascending(clients_of_rank, [rank * width for rank in range(fabric.world_size)])]
+
+
+def _ascending(clients_of_rank: Sequence[Sequence[int]], offsets: Sequence[int]) -> list[int]:
+    """Where the rows of the clients, ascending, are among those that each rank's `offsets` are the first of."""
     position = {
-        client: rank * width + index
-        for rank, clients in enumerate(plan.clients_of_rank)
+        client: offset + index
+        for clients, offset in zip(clients_of_rank, offsets, strict=True)
         for index, client in enumerate(clients)
     }
-    return gathered[[position[client] for client in plan.clients]]
+    return [position[client] for client in sorted(position)]
+
+
+def exchange_columns(
+    fabric: Fabric, rows: Tensor, clients_of_rank: Sequence[Sequence[int]], columns_of_rank: Sequence[Sequence[slice]]
+) -> Tensor:
+    """Some columns of all clients' rows, those that are this rank's, (K, p) with clients ascending. Call on every rank.
+
+    Each rank gives its own clients' rows (n, P) in the order of `clients_of_rank`. Columns move a fixed number at a
+    time, so that beyond what is given and returned little memory is used.
+    """
+    if fabric.world_size == 1 and list(clients_of_rank[0]) == sorted(clients_of_rank[0]):
+        return take_columns(rows, columns_of_rank[0])
+    counts = [len(clients) for clients in clients_of_rank]
+    order = _ascending(clients_of_rank, [sum(counts[:rank]) for rank in range(len(counts))])
+    width = max(1, _NUMBERS_AT_A_TIME // max(1, sum(counts)))
+    pieces_of_rank = [_pieces(columns, width) for columns in columns_of_rank]
+    mine = pieces_of_rank[fabric.global_rank]
+    result = rows.new_empty(sum(counts), sum(piece.stop - piece.start for piece in mine))
+    done = 0
+    for step in range(max(map(len, pieces_of_rank))):
+        sent = [rows[:, pieces[step] if step < len(pieces) else slice(0, 0)] for pieces in pieces_of_rank]
+        size = mine[step].stop - mine[step].start if step < len(mine) else 0
+        received = rows.new_empty(sum(counts) * size)
+        if fabric.world_size > 1:
+            dist.all_to_all_single(
+                received,
+                torch.cat([piece.flatten() for piece in sent]),
+                [count * size for count in counts],
+                [piece.numel() for piece in sent],
+            )
+        else:
+            received.copy_(sent[0].flatten())
+        result[:, done : done + size] = received.view(sum(counts), size)[order]
+        done += size
+    return result
+
+
+def _pieces(columns: Sequence[slice], width: int) -> list[slice]:
+    """The same columns in slices of at most this width."""
+    return [
+        slice(start, min(start + width, span.stop)) for span in columns for start in range(span.start, span.stop, width)
+    ]
+
+
+def gather_objects(fabric: Fabric, mine: T) -> list[T] | None:
+    """What every rank gives, in the order of the ranks, on rank 0. Tensors should be on the CPU. Call on every rank."""
+    if fabric.world_size == 1:
+        return [mine]
+    gathered: list[Any] | None = [None] * fabric.world_size if fabric.is_global_zero else None
+    dist.gather_object(mine, gathered)
+    return gathered
 
 
 @dataclass(frozen=True)
@@ -178,27 +237,29 @@ class Returned:
 
     clients: tuple[int, ...]  # ascending
     weights: tuple[float, ...]  # (K,) renormalised to sum 1
-    trained: Tensor  # (K, p) the numbers the round trained
     losses: tuple[float, ...]  # (K,) mean training loss
     seconds: tuple[float, ...]  # of all clients of the plan, in plan order: training time
     dropped: tuple[int, ...]  # clients left out
 
 
-def finite_clients(rows: Tensor, plan: RoundPlan) -> Returned:
+def finite_clients(fabric: Fabric, rows: Tensor, plan: RoundPlan) -> Returned:
     """Leave out clients whose adapter holds NaN or infinity and renormalise the weights of the others.
 
-    `rows` (K, p + 2) are the numbers trained, mean loss and seconds, in plan order.
+    `rows` (n, p + 2) are this rank's numbers trained, mean loss and seconds, in the order of `plan.clients_of_rank`;
+    three numbers a client are gathered. Call on every rank.
     """
-    adapters, losses, seconds = rows[:, :-2], rows[:, -2], rows[:, -1]
-    finite = adapters.isfinite().all(dim=1).tolist()
+    # Row by row, because the mask of all rows would be as large as a quarter of them.
+    finite_here = [row[:-2].isfinite().all() for row in rows]
+    measured = torch.cat([rows[:, -2:], torch.stack(finite_here).to(rows).unsqueeze(1)], dim=1) if finite_here else None
+    table = gather_clients(fabric, rows.new_empty(0, 3) if measured is None else measured, plan.clients_of_rank)
+    losses, seconds, finite = table.T.tolist()
     kept = [index for index, ok in enumerate(finite) if ok]
     total = sum(plan.weights[index] for index in kept)
     return Returned(
         clients=tuple(plan.clients[index] for index in kept),
         weights=tuple(plan.weights[index] / total for index in kept),
-        trained=adapters if all(finite) else adapters[kept],
-        losses=tuple(losses[kept].tolist()),
-        seconds=tuple(seconds.tolist()),
+        losses=tuple(losses[index] for index in kept),
+        seconds=tuple(seconds),
         dropped=tuple(client for client, ok in zip(plan.clients, finite, strict=True) if not ok),
     )
 

@@ -15,8 +15,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lorafair.adapter import AdapterState, LoRAFactors
-from lorafair.aggregation import ServerUpdate, aggregate
+from lorafair.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, put_columns, take_columns
+from lorafair.aggregation import ServerUpdate, aggregate, bias_metrics
 from lorafair.assembly import Federation, assemble
 from lorafair.checkpoint import Checkpoint, save_checkpoint
 from lorafair.client import in_round, reach, train_cohort
@@ -28,8 +28,10 @@ from lorafair.exchange import (
     Returned,
     StopSign,
     broadcast_update,
+    exchange_columns,
     finite_clients,
     gather_clients,
+    gather_objects,
     same_error_on_all_ranks,
     stop_all_ranks,
     sum_over_ranks,
@@ -46,12 +48,12 @@ from lorafair.watchdog import expecting, saving, step
 
 @dataclass
 class ServerState:
-    """What one round hands to the next; the same on every rank."""
+    """What one round hands to the next; the same on every rank but for `moments`."""
 
     completed_rounds: int
     adapter: Tensor  # (P,) where clients start
     own: Tensor | None = None  # (N, P) what each client keeps: `kept_parts` of its row
-    moments: Moments | None = None  # of the server optimiser, where there is one; moved on by rank 0 alone
+    moments: Moments | None = None  # of the server optimiser; of use for the layers a rank serves, on rank 0 for all
     controls: ControlVariates | None = None  # of SCAFFOLD
     folded: bool = False  # the frozen weights have changed
     left_unfinished: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
@@ -78,22 +80,26 @@ def run_federation(fabric: Fabric, config: Config) -> None:
                 stop(federation, state, plan, partial, len(trained), agreed.stop)
             with sign.measured("rest of the round"):
                 with clock("gather"):
-                    returned = finite_clients(gather_clients(fabric, trained, plan), plan)
-                if not returned.clients:
-                    give_up(federation, state)
-                rows = rows_of(federation, state, returned)
-                with clock("server"), same_error_on_all_ranks(fabric):
-                    update = serve(federation, state, returned, rows) if fabric.is_global_zero else None
+                    returned = finite_clients(fabric, trained, plan)
+                    if not returned.clients:
+                        give_up(federation, state)
+                    rows = rows_of(federation, state, plan, returned, trained)
+                    del trained  # as large as the rows
+                with clock("server"):
+                    with same_error_on_all_ranks(fabric):
+                        share = serve(federation, state, returned, rows)
+                    joined = join_shares(federation, state, share)
                 with clock("broadcast"):
-                    received, folded = send_update(federation, state, update)
+                    received, folded = send_update(federation, state, None if joined is None else joined.update)
                 update_controls(federation, state, returned, rows)
                 apply_update(federation, state, returned, rows, received, folded)
                 with clock("evaluate"):
                     evaluation = evaluate(federation, state)
                 with same_error_on_all_ranks(fabric):
-                    if report is not None:
+                    if report is not None and joined is not None:
+                        update, bias = joined.update, joined.bias
                         report.round(
-                            state.completed_rounds, state.totals, plan, returned, rows, update, evaluation, clock
+                            state.completed_rounds, state.totals, plan, returned, update, bias, evaluation, clock
                         )
                     save(federation, state)
     if evaluation is None:  # nothing was left to do
@@ -234,23 +240,54 @@ def stop(
     )
 
 
-def starts(federation: Federation, state: ServerState, clients: tuple[int, ...]) -> Tensor:
-    """Packed adapters (C, P) these clients start the round from."""
+def starts(
+    federation: Federation, state: ServerState, clients: tuple[int, ...], shard: AdapterLayout | None = None
+) -> Tensor:
+    """Packed adapters (C, P) these clients start the round from, or the layers of a shard of them."""
     layout, kept = federation.model.adapters.layout, federation.kept_parts
-    if state.own is None:
+    if state.own is not None:
+        rows = layout.replaced(state.adapter, kept, layout.select(state.own[list(clients)], kept))
+    elif shard is None:
         rows = state.adapter.expand(len(clients), -1)
     else:
-        rows = layout.replaced(state.adapter, kept, layout.select(state.own[list(clients)], kept))
+        rows = take_columns(state.adapter, layout.columns_of(shard, PARTS)).expand(len(clients), -1)
     ranks = torch.tensor([federation.ranks[client] for client in clients], device=rows.device)
-    return rows if bool((ranks == federation.config.model.lora.rank).all()) else layout.truncated(rows, ranks)
+    if bool((ranks == federation.config.model.lora.rank).all()):
+        return rows
+    return (shard or layout).truncated(rows, ranks)
 
 
-def rows_of(federation: Federation, state: ServerState, returned: Returned) -> Tensor:
-    """Packed adapters (K, P) after training: what was trained, and the rest as the clients started."""
-    parts = federation.aggregator.trains(state.completed_rounds)
-    return federation.model.adapters.layout.replaced(
-        starts(federation, state, returned.clients), parts, returned.trained
-    )
+def shards_of(federation: Federation) -> list[AdapterLayout]:
+    """The layers that each rank aggregates; without fabric.server=sharded all of them on rank 0."""
+    layout, count = federation.model.adapters.layout, federation.fabric.world_size
+    if federation.config.fabric.server == "sharded":
+        return layout.split(count)
+    return [layout, *[AdapterLayout(factors={}, head={})] * (count - 1)]
+
+
+def rows_of(federation: Federation, state: ServerState, plan: RoundPlan, returned: Returned, trained: Tensor) -> Tensor:
+    """Packed adapters (K, P) after training: what was trained, and the rest as the clients started.
+
+    Of the layers that this rank aggregates; of all where each rank goes on with what clients keep or their control
+    variates. `trained` (n, p + 2) are this rank's rows.
+    """
+    fabric, layout = federation.fabric, federation.model.adapters.layout
+    parts, mine = federation.aggregator.trains(state.completed_rounds), plan.clients_of_rank[fabric.global_rank]
+    kept = set(returned.clients)
+    clients_of_rank = [[client for client in clients if client in kept] for clients in plan.clients_of_rank]
+    if returned.dropped:
+        trained = trained[[index for index, client in enumerate(mine) if client in kept]]
+    if state.own is not None or state.controls is not None:
+        shard = layout
+        rows = gather_clients(fabric, trained[:, :-2], clients_of_rank)
+    else:
+        shards = shards_of(federation)
+        shard = shards[fabric.global_rank]
+        columns = [layout.columns_of(other, parts) for other in shards]
+        rows = exchange_columns(fabric, trained, clients_of_rank, columns)
+    if rows.shape[1] == shard.length:  # all of it was trained
+        return rows
+    return shard.replaced(starts(federation, state, returned.clients, shard), parts, rows)
 
 
 def give_up(federation: Federation, state: ServerState) -> NoReturn:
@@ -265,17 +302,74 @@ def give_up(federation: Federation, state: ServerState) -> NoReturn:
     )
 
 
-def serve(federation: Federation, state: ServerState, returned: Returned, rows: Tensor) -> ServerUpdate:
-    """The server step, on rank 0."""
+@dataclass(frozen=True)
+class Share:
+    """What a rank makes of its layers."""
+
+    update: ServerUpdate
+    bias: dict[str, Tensor]  # metrics of what is left in every layer (L,), where adapters are averaged
+    moments: Moments | None  # of the server optimiser, moved on
+
+    def to(self, device: torch.device | str) -> Share:
+        """The same on another device."""
+        moments = self.moments
+        return Share(
+            update=self.update.to(device),
+            bias={name: values.to(device) for name, values in self.bias.items()},
+            moments=None if moments is None else Moments(moments.first.to(device), moments.second.to(device)),
+        )
+
+
+def serve(federation: Federation, state: ServerState, returned: Returned, rows: Tensor) -> Share:
+    """The server step on the layers of this rank; none of the numbers depends on how the layers are dealt out."""
     layout, aggregator = federation.model.adapters.layout, federation.aggregator
+    shard = shards_of(federation)[federation.fabric.global_rank]
+    if not shard.length:
+        return Share(ServerUpdate(factors={}, folded={}, head={}, sent_rank={}), bias={}, moments=None)
     weights = torch.tensor(returned.weights, dtype=torch.float64, device=rows.device)
-    update = aggregate(aggregator, layout.unpack(rows), weights, layout.unpack(state.adapter))
-    if state.moments is None:
-        return update
-    proposed = layout.pack(AdapterState(factors=update.factors, head=update.head))
-    columns = layout.spans(aggregator.receives(state.completed_rounds))
-    moved = layout.unpack(server_step(federation.config.server, state.moments, state.adapter, proposed, columns))
-    return replace(update, factors=moved.factors, head=moved.head)
+    columns = layout.columns_of(shard, PARTS)
+    clients, start = shard.unpack(rows), take_columns(state.adapter, columns)
+    update, moments = aggregate(aggregator, clients, weights, shard.unpack(start)), None
+    if state.moments is not None:
+        moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
+        proposed = shard.pack(AdapterState(factors=update.factors, head=update.head))
+        spans = shard.spans(aggregator.receives(state.completed_rounds))
+        moved = shard.unpack(server_step(federation.config.server, moments, start, proposed, spans))
+        update = replace(update, factors=moved.factors, head=moved.head)
+        remember(federation, state, shard, moments)
+    bias = {} if aggregator.keeps or aggregator.pools_data else bias_metrics(clients, weights, update)
+    return Share(update, bias, moments)
+
+
+def remember(federation: Federation, state: ServerState, shard: AdapterLayout, moments: Moments | None) -> None:
+    """Keep the moments of some layers: rank 0 those of all, other ranks at least their own."""
+    if state.moments is not None and moments is not None:
+        columns = federation.model.adapters.layout.columns_of(shard, PARTS)
+        for whole, some in zip(state.moments.tensors, moments.tensors, strict=True):
+            put_columns(whole, columns, some)
+
+
+def join_shares(federation: Federation, state: ServerState, share: Share) -> Share | None:
+    """What all ranks have made of their layers, on rank 0. Call on every rank."""
+    layout, fabric, shards = federation.model.adapters.layout, federation.fabric, shards_of(federation)
+    if federation.config.fabric.server == "rank0":
+        return share if fabric.is_global_zero else None
+    gathered = gather_objects(fabric, share.to("cpu"))
+    if gathered is None:
+        return None
+    shares = [share.to(fabric.device) for share in gathered]
+    for shard, other in zip(shards, shares, strict=True):
+        remember(federation, state, shard, other.moments)
+    position = {path: index for index, path in enumerate(path for share in shares for path in share.update.factors)}
+    order = [position[path] for path in layout.factors]
+    return Share(
+        update=ServerUpdate.joined([share.update for share in shares], list(layout.factors)),
+        bias={
+            name: torch.cat([share.bias[name] for share in shares if share.bias])[order]
+            for name in dict.fromkeys(name for share in shares for name in share.bias)
+        },
+        moments=state.moments,
+    )
 
 
 def update_controls(federation: Federation, state: ServerState, returned: Returned, rows: Tensor) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import lorafair
-from lorafair.adapter import AdapterState, Part
-from lorafair.aggregation import ServerUpdate, bias_metrics
+from lorafair.adapter import Part
+from lorafair.aggregation import ServerUpdate
 from lorafair.assembly import Federation
 from lorafair.client import in_round
 from lorafair.config import numeric_settings, to_yaml
@@ -54,12 +54,12 @@ class Report:
         totals: dict[str, float],
         plan: RoundPlan,
         returned: Returned,
-        rows: Tensor,
         update: ServerUpdate | None,
+        bias: Mapping[str, Tensor],
         evaluation: Evaluation | None,
         clock: Clock,
     ) -> None:
-        """Record one round; adds its cost to `totals`."""
+        """Record one round; adds its cost to `totals`. `bias` is what `bias_metrics` gives, or nothing."""
         federation = self._federation
         up, down = self._traffic(update, completed_rounds - 1, plan.clients)
         for name, amount in (
@@ -73,7 +73,7 @@ class Report:
         scalars = {"train/loss": train_loss, "train/learning_rate": rate}
         for client, loss in zip(returned.clients, returned.losses, strict=True):
             scalars[f"train/loss/{federation.clients[client].name}"] = loss
-        scalars |= self._server_scalars(returned, rows, update)
+        scalars |= self._server_scalars(bias)
         scalars |= {"comm/up_bytes": up, "comm/down_bytes": down, "comm/total_bytes": totals["bytes"]}
         scalars["server/dropped_clients"] = len(returned.dropped)
         scalars |= {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
@@ -119,18 +119,15 @@ class Report:
         say(f"results:  {config.folder / 'result.json'}, {config.folder / 'metrics.csv'}")
         say(f"curves:   tensorboard --logdir {config.folder.parent}")
 
-    def _server_scalars(self, returned: Returned, rows: Tensor, update: ServerUpdate | None) -> dict[str, float]:
-        federation = self._federation
-        if update is None or federation.aggregator.keeps or federation.aggregator.pools_data:
+    def _server_scalars(self, bias: Mapping[str, Tensor]) -> dict[str, float]:
+        if not bias:
             return {}
-        clients: AdapterState = federation.model.adapters.layout.unpack(rows)
-        weights = torch.tensor(returned.weights, dtype=torch.float64, device=rows.device)
-        metrics = bias_metrics(clients, weights, update)
-        values = torch.stack(list(metrics.values())).cpu()  # (metrics, layers) in one transfer
+        paths = self._federation.model.adapters.layout.factors
+        values = torch.stack(list(bias.values())).cpu()  # (metrics, layers) in one transfer
         scalars: dict[str, float] = {}
-        for name, row in zip(metrics, values.tolist(), strict=True):
+        for name, row in zip(bias, values.tolist(), strict=True):
             scalars[f"server/{name}"] = sum(row) / len(row)
-            scalars |= {f"server/{name}/{path}": v for path, v in zip(clients.factors, row, strict=True)}
+            scalars |= {f"server/{name}/{path}": v for path, v in zip(paths, row, strict=True)}
         return scalars
 
     def _evaluation_scalars(self, evaluation: Evaluation) -> dict[str, float]:

@@ -23,6 +23,11 @@ class Moments:
     first: Tensor  # (P,) m
     second: Tensor  # (P,) v; unused by FedAvgM
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Both."""
+        return self.first, self.second
+
     @classmethod
     def at_start(cls, config: ServerConfig, like: Tensor) -> Moments:
         """Before the first round: m = 0, v = τ²."""

@@ -21,6 +21,7 @@ from lorafair.aggregation import (
     bias_metrics,
     build_aggregator,
     directions,
+    factor_algebra,
 )
 from lorafair.aggregation.averaging import FedIT
 from lorafair.aggregation.lora_fair import LoRAFair
@@ -199,6 +200,37 @@ def test_layer_of_forty_billion_entries_needs_no_more_than_its_factors(name: str
         metrics = bias_metrics(clients, weights, update)
     assert log.largest <= factors.A.numel() + 2 * 4 * 200_000
     assert metrics["error_after"] <= metrics["error_before"] + 1e-6
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("options", [{}, {"align": True, "fold": True, "residual": "both", "rescale": True}], ids=str)
+def test_clients_in_blocks_are_the_clients_at_once(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if options and name != "lora_fair":
+        pytest.skip("options of lora_fair")
+    layers = {f"{o}x{i}": references.random_clients(o, i, 3, 20)[0] for o, i in ((7, 9), (9, 7))}
+    weights = references.random_clients(clients=20)[1]
+    for factors in layers.values() if AGGREGATORS[name].mixed_ranks else ():
+        factors.A[::3, 2:] = 0
+        factors.B[::3, :, 2:] = 0
+    clients = AdapterState(layers, {"head": torch.arange(60.0).view(20, 3)})
+    start, method = row(clients, 1), build_aggregator({"name": name, **options})
+    expected = aggregate(method, clients, weights, start)
+    metrics = bias_metrics(clients, weights, expected)
+    for numbers in (1, 200):
+        monkeypatch.setattr(factor_algebra, "_CLIENT_NUMBERS", numbers)
+        found = aggregate(method, clients, weights, start)
+        torch.testing.assert_close(found.head, expected.head)
+        assert found.folded.keys() == expected.folded.keys()
+        for path in layers:
+            for one, other in ((found.factors, expected.factors), (found.folded, expected.folded)):
+                if path in other:
+                    product = other[path].B @ other[path].A
+                    torch.testing.assert_close(one[path].B @ one[path].A, product, rtol=1e-9, atol=1e-9)
+            assert path not in found.folded or found.folded[path].rank <= 7 + 2 * 3
+        for metric, values in bias_metrics(clients, weights, found).items():
+            torch.testing.assert_close(values, metrics[metric], rtol=1e-7, atol=1e-7)
 
 
 def test_metrics_are_those_of_the_dense_matrices() -> None:

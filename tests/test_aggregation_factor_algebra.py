@@ -9,6 +9,7 @@ from lorafair.adapter import LoRAFactors
 from lorafair.aggregation import factor_algebra
 from lorafair.aggregation.factor_algebra import (
     add,
+    aggregation_bias,
     inner,
     mean_factors,
     split_ideal_update,
@@ -89,3 +90,21 @@ def test_square_of_sum_has_no_noise_where_terms_cancel() -> None:
     assert square_of_sum(u @ u, u @ v, v @ v) == 0
     v = -0.9 * u
     torch.testing.assert_close(square_of_sum(u @ u, u @ v, v @ v), (u + v) @ (u + v))
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (9, 7)], ids="{}".format)
+@pytest.mark.parametrize("numbers", [1, 150, 10_000], ids="{} at a time".format)
+def test_sums_over_many_clients_are_matrices_and_the_same(
+    numbers: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients, weights = references.random_clients(*shape, 3, 20)
+    ideal, mean = references.ideal_update(clients, weights), references.mean(clients, weights)
+    monkeypatch.setattr(factor_algebra, "_CLIENT_NUMBERS", numbers)
+    found = split_ideal_update(clients, weights)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(found.mean.A, mean.A, **close)
+    torch.testing.assert_close(found.mean.B, mean.B, **close)
+    torch.testing.assert_close(dense(found.bias), ideal - mean.B @ mean.A, **close)
+    torch.testing.assert_close(dense(weighted_sum(clients, weights)), ideal, **close)
+    torch.testing.assert_close(dense(aggregation_bias(clients, weights)), ideal - mean.B @ mean.A, **close)
+    assert found.bias.rank == weighted_sum(clients, weights).rank == (60 if numbers == 10_000 else 7)

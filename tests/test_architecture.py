@@ -15,12 +15,11 @@ PACKAGE = ROOT / "lorafair"
 
 # A part may import what stands before it. A folder is one part.
 ORDER = [
-    "errors", "torchvision_import", "config", "cluster", "interruption", "watchdog", "tables", "comparison", "submission",
-    "seeding",
-    "adapter", "schedule", "server_optimizer", "control_variates", "offline", "weights", "data", "aggregation",
-    "lora", "models", "client", "exchange", "prefix_cache", "evaluation", "checkpoint", "partial_round", "tracking",
-    "assembly", "report", "federation", "comparison_findings", "comparison_plots", "comparison_report",
-    "comparison_run", "export", "preparation", "doctor", "cli",
+    "errors", "torchvision_import", "config", "cluster", "interruption", "watchdog", "tables", "comparison",
+    "submission", "seeding", "adapter", "schedule", "server_optimizer", "control_variates", "offline", "weights",
+    "data", "aggregation", "lora", "models", "client", "exchange", "prefix_cache", "evaluation", "checkpoint",
+    "partial_round", "tracking", "assembly", "report", "federation", "comparison_findings", "comparison_plots",
+    "comparison_report", "comparison_run", "export", "preparation", "doctor", "cli",
 ]  # fmt: skip
 KNOW_FABRIC = {"exchange", "prefix_cache", "evaluation", "assembly", "report", "federation", "comparison_run", "doctor"}
 

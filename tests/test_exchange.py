@@ -13,7 +13,9 @@ from lorafair.aggregation import ServerUpdate
 from lorafair.config import ConfigError, load_config
 from lorafair.errors import LorafairError
 from lorafair.exchange import (
+    Returned,
     broadcast_update,
+    exchange_columns,
     finite_clients,
     gather_clients,
     make_fabric,
@@ -35,13 +37,39 @@ def plan(clients_of_rank: tuple[tuple[int, ...], ...]) -> RoundPlan:
 def gathered(fabric: Any, clients_of_rank: tuple[tuple[int, ...], ...]) -> list[list[float]]:
     mine = clients_of_rank[fabric.global_rank]
     rows = torch.tensor([[10.0 * c, 10.0 * c + 1] for c in mine]).view(len(mine), 2)
-    return gather_clients(fabric, rows, plan(clients_of_rank)).tolist()
+    return gather_clients(fabric, rows, clients_of_rank).tolist()
 
 
 @pytest.mark.parametrize("clients_of_rank", [((7, 2, 4),), ((4,), (7, 2)), ((2, 4), (), (7,))], ids=["1", "2", "3"])
 def test_rows_arrive_in_plan_order_from_uneven_and_empty_ranks(clients_of_rank: tuple[tuple[int, ...], ...]) -> None:
     for rows in run_ranks(len(clients_of_rank), gathered, clients_of_rank):
         assert rows == [[20, 21], [40, 41], [70, 71]]
+
+
+COLUMNS = {1: ((slice(0, 7),),), 2: ((slice(0, 7),), ()), 3: ((slice(4, 5),), (), (slice(0, 4), slice(5, 7)))}
+
+
+def exchanged(fabric: Any, clients_of_rank: tuple[tuple[int, ...], ...]) -> list[list[float]]:
+    mine = clients_of_rank[fabric.global_rank]
+    rows = torch.tensor([[10.0 * client + column for column in range(7)] for client in mine]).view(len(mine), 7)
+    return exchange_columns(fabric, rows, clients_of_rank, COLUMNS[fabric.world_size]).tolist()
+
+
+@pytest.mark.parametrize("at_a_time", [2**26, 6, 1], ids="{} numbers at a time".format)
+@pytest.mark.parametrize("clients_of_rank", [((7, 2, 4),), ((4,), (7, 2)), ((2, 4), (), (7,))], ids=["1", "2", "3"])
+def test_every_rank_gets_its_columns_of_all_clients_in_plan_order(
+    clients_of_rank: tuple[tuple[int, ...], ...], at_a_time: int
+) -> None:
+    ranks = len(clients_of_rank)
+    for rank, rows in enumerate(run_ranks(ranks, few_at_a_time, at_a_time, clients_of_rank)):
+        columns = [column for span in COLUMNS[ranks][rank] for column in range(span.start, span.stop)]
+        assert rows == [[10 * client + column for column in columns] for client in (2, 4, 7)]
+
+
+def few_at_a_time(fabric: Any, numbers: int, clients_of_rank: tuple[tuple[int, ...], ...]) -> list[list[float]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorafair.exchange._NUMBERS_AT_A_TIME", numbers)
+        return exchanged(fabric, clients_of_rank)
 
 
 def update() -> ServerUpdate:
@@ -90,20 +118,25 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once() -> None:
     assert run_ranks(2, failing) == ["raised the file is gone", "left with 2"]
 
 
-def test_clients_with_nan_or_infinity_are_left_out_and_weights_renormalised() -> None:
-    rows = torch.tensor([[1.0, 2, 0.5, 9], [math.nan, 2, 0.6, 8], [3.0, 4, 0.7, 7], [3.0, math.inf, 0.8, 6]])
-    made = RoundPlan(clients=(3, 5, 6, 9), weights=(0.1, 0.2, 0.3, 0.4), cohorts_of_rank=())
-    returned = finite_clients(rows, made)
-    assert (returned.clients, returned.dropped) == ((3, 6), (5, 9))
-    assert returned.weights == pytest.approx((0.25, 0.75))
-    assert returned.trained.tolist() == [[1, 2], [3, 4]]
-    assert returned.losses == pytest.approx((0.5, 0.7))
-    assert returned.seconds == (9, 8, 7, 6)
+def returned(fabric: Any, rows: list[list[float]], made: RoundPlan) -> Returned:
+    mine = made.clients_of_rank[fabric.global_rank]
+    return finite_clients(fabric, torch.tensor([rows[made.clients.index(c)] for c in mine]).view(len(mine), 4), made)
+
+
+@pytest.mark.parametrize("cohorts_of_rank", [(((3, 5), (6, 9)),), (((9,), (3,)), (), ((5, 6),))], ids=["1", "3"])
+def test_clients_with_nan_or_infinity_are_left_out_and_weights_renormalised(cohorts_of_rank: Any) -> None:
+    rows = [[1.0, 2, 0.5, 9], [math.nan, 2, 0.75, 8], [3.0, 4, 0.25, 7], [3.0, math.inf, 0.125, 6]]
+    made = RoundPlan(clients=(3, 5, 6, 9), weights=(0.1, 0.2, 0.3, 0.4), cohorts_of_rank=cohorts_of_rank)
+    for found in run_ranks(len(cohorts_of_rank), returned, rows, made):
+        assert (found.clients, found.dropped) == ((3, 6), (5, 9))
+        assert found.weights == pytest.approx((0.25, 0.75))
+        assert found.losses == (0.5, 0.25)
+        assert found.seconds == (9, 8, 7, 6)
 
 
 def test_no_client_left_is_for_the_caller_to_handle() -> None:
-    returned = finite_clients(torch.full((2, 4), math.nan), plan(((0, 1),)))
-    assert (returned.clients, returned.weights, len(returned.trained)) == ((), (), 0)
+    [found] = run_ranks(1, returned, [[math.nan] * 4] * 2, plan(((0, 1),)))
+    assert (found.clients, found.weights, found.dropped) == ((), (), (0, 1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

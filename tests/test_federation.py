@@ -120,19 +120,32 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def run_all(fabric: Any, variants: Sequence[str], folder: Path, world: str, stop_after: int | None = None) -> list[str]:
+def run_all(
+    fabric: Any,
+    variants: Sequence[str],
+    folder: Path,
+    world: str,
+    stop_after: int | None = None,
+    more: Sequence[str] = (),
+) -> list[str]:
     """Run these variants one after the other; returns the checkpoints each has left."""
     left = []
     for variant in variants:
         run_dir = folder / variant / world
-        run(fabric, [*TINY, *VARIANTS[variant], f"run_dir={run_dir}"], stop_after)
+        run(fabric, [*TINY, *VARIANTS[variant], f"run_dir={run_dir}", *more], stop_after)
         left.append(list_checkpoints(run_dir)[-1].name)
     return left
 
 
+SHARDED = [
+    name for name, options in VARIANTS.items()
+    if not {"local", "method.name=fedsa_lora", "method.name=local_only", "client.scaffold=true"} & {name, *options}
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def all_variants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The chosen variants on 1, 2 and 3 ranks, and stopped on 1 to be continued on 2: five worlds in all."""
+    """The chosen variants on 1, 2 and 3 ranks, stopped on 1 to be continued on 2, and with a sharded server."""
     items: list[Any] = request.session.items
     chosen = [i.callspec.params["variant"] for i in items if "all_variants" in getattr(i, "fixturenames", ())]
     folder = tmp_path_factory.mktemp("variants")
@@ -143,6 +156,9 @@ def all_variants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         [stopped] = run_ranks(1, run_all, chosen, folder, "resumed", 1, seconds=600)
         assert set(stopped) == {"round_000001"}
         run_ranks(2, run_all, chosen, folder, "resumed", seconds=600)
+        for ranks in (2, 3):
+            sharded = [name for name in chosen if name in SHARDED]
+            run_ranks(ranks, run_all, sharded, folder, f"sharded{ranks}", None, ["fabric.server=sharded"], seconds=600)
     return folder
 
 
@@ -152,11 +168,17 @@ def test_the_same_bits_on_1_2_and_3_ranks_and_after_a_resume_on_another_number(
 ) -> None:
     folder = all_variants / variant
     expected = adapter_of(folder / "1")
-    for other in ("2", "3", "resumed"):
+    for other in ("2", "3", "resumed", *(("sharded2", "sharded3") if variant in SHARDED else ())):
         assert_same_bits(adapter_of(folder / other), expected)
         results = [json.loads((folder / name / "result.json").read_text()) for name in ("1", other)]
         assert results[0]["accuracy"] == results[1]["accuracy"]
         assert results[0]["mean_loss"] == results[1]["mean_loss"]
+        if other != "resumed":
+            assert server_scalars(folder / other) == server_scalars(folder / "1")
+
+
+def server_scalars(run_dir: Path) -> list[str]:
+    return [line for line in (run_dir / "metrics.csv").read_text().splitlines() if ",server/" in line]
 
 
 def test_training_helps_and_leaves_everything_to_look_at(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,13 +381,16 @@ def test_bytes_are_those_that_the_papers_charge(method: str, tiny: Tiny) -> None
 
 
 def moved(fabric: Any, arguments: Sequence[str]) -> tuple[int, int]:
-    """Run a federation on a rank; returns the numbers that its all-gathers and its broadcasts of tensors carried."""
-    gathered, broadcast = [], []
-    real_gather, real_broadcast = torch.distributed.all_gather, torch.distributed.broadcast
+    """Run a federation on a rank; returns the numbers that it received of rows, and those that its broadcasts carried.
 
-    def all_gather(tensors: list[torch.Tensor], tensor: torch.Tensor) -> None:
-        gathered.append(sum(t.numel() for t in tensors))
-        real_gather(tensors, tensor)
+    Of tensors, not of objects.
+    """
+    gathered, broadcast = [], []
+    real_exchange, real_broadcast = torch.distributed.all_to_all_single, torch.distributed.broadcast
+
+    def all_to_all_single(received: torch.Tensor, *others: Any) -> None:
+        gathered.append(received.numel())
+        real_exchange(received, *others)
 
     def broadcast_(tensor: torch.Tensor, src: int) -> None:
         if tensor.is_floating_point():  # not the ranks that go ahead of a folded part
@@ -373,7 +398,7 @@ def moved(fabric: Any, arguments: Sequence[str]) -> tuple[int, int]:
         real_broadcast(tensor, src=src)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafair.exchange.dist.all_gather", all_gather)
+        patch.setattr("lorafair.exchange.dist.all_to_all_single", all_to_all_single)
         patch.setattr("lorafair.exchange.dist.broadcast", broadcast_)
         run(fabric, arguments)
     return sum(gathered), sum(broadcast)
@@ -387,13 +412,13 @@ def all_moved(fabric: Any, methods: Sequence[str], folder: Path) -> dict[str, tu
 def test_the_collectives_carry_the_bytes_that_are_reported(tmp_path: Path) -> None:
     """Four clients, two ranks, two rounds. What clients keep is not charged, and yet moved by the simulation."""
     methods = [name for name, method in AGGREGATORS.items() if not (method.keeps or method.pools_data)]
-    carried = run_ranks(2, all_moved, methods, tmp_path)[0]
+    ranks = run_ranks(2, all_moved, methods, tmp_path)
     for method in methods:
         rows = [line.split(",") for line in (tmp_path / method / "metrics.csv").read_text().splitlines()]
         up, down = (sum(float(row[2]) for row in rows if row[1] == f"comm/{way}_bytes") for way in ("up", "down"))
-        gathered, broadcast = carried[method]
-        measured = 2 * 4 * 2  # loss and seconds of four clients in two rounds
-        assert up == 4 * (gathered - measured), method
+        gathered, broadcast = ranks[0][method]
+        assert up == 4 * gathered, method
+        assert ranks[1][method][0] == 0, "only the server needs the clients' rows"
         received = 4 * 4 * broadcast  # by four clients, though it is broadcast once
         # FLoRIST charges the ranks it chooses; the broadcast has room for all of them.
         assert down < received if method == "florist" else down == received, method
@@ -446,6 +471,11 @@ def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:
             r"client.scaffold=true does not fit method.name=fedsa_lora; possible: fedit, lora_fair",
         ),
         (["server.optimizer=fedadam", "method.name=flex_lora"], r"fedadam does not fit .*flex_lora; possible: fedit"),
+        (["fabric.server=sharded", "method.name=fedsa_lora"], r"does not fit method\.name=fedsa_lora, .*server=rank0"),
+        (
+            ["fabric.server=sharded", "federation.initialization=local"],
+            r"does not fit federation\.initialization=local",
+        ),
         (["server.optimizer=fedadam", "federation.initialization=local"], r"needs federation.initialization=average"),
     ],
 )

@@ -118,6 +118,17 @@ def method_of(config: Config) -> Aggregator:
         raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {local.optimizer}")
     if local.scaffold and config.model.lora.client_ranks is not None:
         raise ConfigError("client.scaffold=true needs clients of the same rank; leave model.lora.client_ranks out")
+    if config.fabric.server == "sharded":
+        for key, used in (
+            (f"method.name={name}", bool(method.keeps)),
+            ("federation.initialization=local", start == "local"),
+            ("client.scaffold=true", local.scaffold),
+        ):
+            if used:
+                raise ConfigError(
+                    f"fabric.server=sharded does not fit {key}, for which every process holds all clients' rows; "
+                    "possible: fabric.server=rank0"
+                )
     for key, used, fits in (
         (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _goes_on),
         ("client.scaffold=true", local.scaffold, _is_shared),

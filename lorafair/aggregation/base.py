@@ -5,9 +5,9 @@ Letters: K clients, R rank, I in_features, O out_features, L adapted layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from lorafair.aggregation.factor_algebra import (
     IdealUpdate,
     add,
     inner,
+    nonzero_rows,
     split_ideal_update,
     square_of_sum,
     squared_norm,
     weighted_mean,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,29 @@ class ServerUpdate:
     folded: dict[str, LoRAFactors]  # only the layers that have any
     head: dict[str, Tensor]
     sent_rank: dict[str, int]  # rows of A and columns of B the clients are sent
+
+    def to(self, device: torch.device | str) -> ServerUpdate:
+        """The same on another device."""
+
+        def moved(layers: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+            return {path: LoRAFactors(A=f.A.to(device), B=f.B.to(device)) for path, f in layers.items()}
+
+        head = {name: tensor.to(device) for name, tensor in self.head.items()}
+        return replace(self, factors=moved(self.factors), folded=moved(self.folded), head=head)
+
+    @staticmethod
+    def joined(updates: Sequence[ServerUpdate], paths: Sequence[str]) -> ServerUpdate:
+        """Updates of different layers as one, of the layers `paths` in this order."""
+
+        def ordered(of_layer: Mapping[str, T]) -> dict[str, T]:
+            return {path: of_layer[path] for path in paths if path in of_layer}
+
+        return ServerUpdate(
+            factors=ordered({path: f for update in updates for path, f in update.factors.items()}),
+            folded=ordered({path: f for update in updates for path, f in update.folded.items()}),
+            head={name: tensor for update in updates for name, tensor in update.head.items()},
+            sent_rank=ordered({path: rank for update in updates for path, rank in update.sent_rank.items()}),
+        )
 
 
 class Aggregator(Protocol):
@@ -106,7 +132,7 @@ def aggregate(
     rounding only.
     """
     starts = None if start is None else start.factors
-    if isinstance(aggregator, JointAggregator):
+    if isinstance(aggregator, JointAggregator) and clients.factors:
         updates = aggregator.combine_layers(clients.factors, weights, starts)
     else:
         updates = {
@@ -133,7 +159,7 @@ def _keep_unused(update: LayerUpdate, clients: LoRAFactors, start: LoRAFactors) 
 
     Their mean is zero, and from a zero row of A and a zero column of B no later round could train them again.
     """
-    used = (clients.A != 0).any(-1).any(0)  # (R,)
+    used = nonzero_rows(clients).any(0)  # (R,)
     new = update.factors
     A, B = start.A.to(new.A), start.B.to(new.B)
     factors = LoRAFactors(A=torch.where(used.unsqueeze(1), new.A, A), B=torch.where(used, new.B, B))

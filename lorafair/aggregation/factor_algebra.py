@@ -1,13 +1,15 @@
-"""Means of clients' factors, and inner products and norms of low-rank products B·A; no (O, I) matrix is formed.
+"""Means of clients' factors, and inner products and norms of low-rank products B·A.
 
 Results are float64, because Gram matrices square the condition number. A sum over clients is one product of rank
-N = K·R.
+N = K·R, and no (O, I) matrix is formed; for so many clients that it would be small beside their factors, the sum is
+that matrix, as a product with the identity. Clients are cast to float64 a block of fixed size at a time.
 
 Letters: K clients, R rank of a client's factors, I in_features, O out_features, N rank of a product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from lorafair.adapter import LoRAFactors
 
 _BLOCK = 256  # rows of an (N, N) or (O, I) matrix held at a time
+_CLIENT_NUMBERS = 2**23  # numbers of clients' factors that are cast to float64 at a time: 64 MB
 _ROUNDING = 1e-14  # a square below this share of its terms is rounding noise
 
 
@@ -41,10 +44,33 @@ class IdealUpdate:
         return squared_norm(self.bias.to(torch.promote_types(self.precision, torch.float32)))
 
 
+def clients_at_a_time(numbers: int) -> int:
+    """How many clients of so many numbers make up a block; at least one."""
+    return max(1, _CLIENT_NUMBERS // max(1, numbers))
+
+
+def blocks_of(clients: LoRAFactors, weights: Tensor) -> Iterator[tuple[LoRAFactors, Tensor]]:
+    """The factors of some clients at a time, in their own precision, and their weights in float64 on their device."""
+    size = clients_at_a_time(clients.rank * (clients.A.shape[2] + clients.B.shape[1]))
+    shares = weights.to(clients.A.device, torch.float64)
+    for A, B, own in zip(clients.A.split(size), clients.B.split(size), shares.split(size), strict=True):
+        yield LoRAFactors(A=A, B=B), own
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of equal-sized tensors that nobody else needs, in their order; one at least."""
+    remaining = iter(terms)
+    result = next(remaining)
+    for term in remaining:
+        result += term
+    return result
+
+
 def weighted_mean(stack: Tensor, weights: Tensor) -> Tensor:
     """Σ p_k T_k over the leading axis of `stack` (K, ...), in float64 on the device of `stack`."""
-    exact = stack.to(torch.float64)
-    return (weights.to(exact.device, torch.float64) @ exact.reshape(len(exact), -1)).view(stack.shape[1:])
+    size, exact = clients_at_a_time(stack.shape[1:].numel()), weights.to(stack.device, torch.float64)
+    blocks = zip(exact.split(size), stack.split(size), strict=True)
+    return total(own @ block.to(torch.float64).reshape(len(block), -1) for own, block in blocks).view(stack.shape[1:])
 
 
 def mean_factors(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
@@ -53,23 +79,44 @@ def mean_factors(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
 
 
 def weighted_sum(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
-    """Σ p_k B_k A_k as one product of rank N = K·R, in float64; the weights are in A."""
-    scale = weights.to(clients.A.device, torch.float64).view(-1, 1, 1)
-    return LoRAFactors(
-        A=(clients.A.to(torch.float64) * scale).flatten(0, 1),  # (N, I)
-        B=clients.B.to(torch.float64).permute(1, 0, 2).flatten(1),  # (O, N)
-    )
+    """Σ p_k B_k A_k in float64, as one product of rank N = K·R with the weights in A; as a matrix for many clients."""
+    return _summed(clients, weights) if _is_dense(clients) else _stacked(clients, weights)
 
 
 def split_ideal_update(clients: LoRAFactors, weights: Tensor) -> IdealUpdate:
     """The mean of the factors and what it leaves of ΔW. Clients: A (K, R, I), B (K, O, R)."""
-    A, B = clients.A.to(torch.float64, copy=True), clients.B.to(torch.float64, copy=True)
-    mean = mean_factors(LoRAFactors(A=A, B=B), weights)
-    # In place: for many clients, fresh memory costs more than the arithmetic.
-    A.sub_(mean.A).mul_(weights.to(A.device, torch.float64).view(-1, 1, 1))
-    B.sub_(mean.B)
-    bias = LoRAFactors(A=A.flatten(0, 1), B=B.permute(1, 0, 2).flatten(1))
+    mean = mean_factors(clients, weights)
+    bias = _summed(clients, weights, mean) if _is_dense(clients) else _stacked(clients, weights, mean)
     return IdealUpdate(mean=mean, bias=bias, precision=clients.A.dtype)
+
+
+def _is_dense(clients: LoRAFactors) -> bool:
+    """Whether a sum over these clients is kept as a matrix: larger factors than a block, and than the matrix."""
+    (count, rank, inputs), outputs = clients.A.shape, clients.B.shape[1]
+    return count * rank > max(outputs, inputs) and count * rank * (outputs + inputs) > _CLIENT_NUMBERS
+
+
+def _stacked(clients: LoRAFactors, weights: Tensor, origin: LoRAFactors | None = None) -> LoRAFactors:
+    """Σ p_k (B_k − B)(A_k − A) as a product of rank K·R, where `origin` is (A, B), or zero."""
+    A, B = clients.A.to(torch.float64, copy=True), clients.B.to(torch.float64, copy=True)
+    # In place: for many clients, fresh memory costs more than the arithmetic.
+    if origin is not None:
+        A.sub_(origin.A)
+        B.sub_(origin.B)
+    A.mul_(weights.to(A.device, torch.float64).view(-1, 1, 1))
+    return LoRAFactors(A=A.flatten(0, 1), B=B.permute(1, 0, 2).flatten(1))  # (N, I), (O, N)
+
+
+def _summed(clients: LoRAFactors, weights: Tensor, origin: LoRAFactors | None = None) -> LoRAFactors:
+    """The same as a product of rank min(O, I), one of whose factors is the identity, a block of clients at a time."""
+    stacks = (_stacked(block, shares, origin) for block, shares in blocks_of(clients, weights))
+    outputs, inputs = clients.B.shape[1], clients.A.shape[2]
+    dense = torch.zeros(outputs, inputs, dtype=torch.float64, device=clients.A.device)
+    for stack in stacks:
+        dense.addmm_(stack.B, stack.A)
+    if outputs <= inputs:
+        return LoRAFactors(A=dense, B=torch.eye(outputs, dtype=dense.dtype, device=dense.device))
+    return LoRAFactors(A=torch.eye(inputs, dtype=dense.dtype, device=dense.device), B=dense)
 
 
 def add(*products: LoRAFactors) -> LoRAFactors:
@@ -147,21 +194,23 @@ def truncated_svd(product: LoRAFactors, rank: int) -> LoRAFactors:
 
 
 def aggregation_bias(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
-    """The aggregation bias ΔR = ΔW − B̄Ā as a product of rank (K − 1)·R, in float64.
+    """The aggregation bias ΔR = ΔW − B̄Ā as a product of rank (K − 1)·R at most, in float64.
 
     ΔR = Σ p_k (B_k − B̄)(A_k − Ā), and since Σ p_k (B_k − B̄) = 0, Ā may be replaced by the last client's A.
     """
-    A, B = clients.A.to(torch.float64), clients.B.to(torch.float64)
-    scale = weights.to(A.device, torch.float64).view(-1, 1, 1)
-    mean_b = weighted_mean(B, weights)
-    return LoRAFactors(
-        A=((A[:-1] - A[-1]) * scale[:-1]).flatten(0, 1),
-        B=(B[:-1] - mean_b).permute(1, 0, 2).flatten(1),
-    )
+    origin = LoRAFactors(A=clients.A[-1].to(torch.float64), B=weighted_mean(clients.B, weights))
+    if _is_dense(clients):
+        return _summed(clients, weights, origin)
+    return _stacked(LoRAFactors(A=clients.A[:-1], B=clients.B[:-1]), weights[:-1], origin)
+
+
+def nonzero_rows(clients: LoRAFactors) -> Tensor:
+    """Which rows of A (K, R, I) are not all zero, (K, R)."""
+    return torch.cat([(A != 0).any(-1) for A in clients.A.split(clients_at_a_time(clients.A.shape[1:].numel()))])
 
 
 def ranks_of(clients: LoRAFactors) -> Tensor:
     """The rank (K,) of each client's factors: rows of A that are zero at its end are padding. A (K, R, I)."""
-    used = (clients.A != 0).any(-1)  # (K, R)
+    used = nonzero_rows(clients)
     positions = torch.arange(1, used.shape[1] + 1, device=used.device)
     return (used * positions).amax(1)

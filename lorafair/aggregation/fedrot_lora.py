@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.alignment import aligned
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import mean_factors
+from lorafair.aggregation.factor_algebra import blocks_of, mean_factors, total
 from lorafair.config import ConfigError
 
 
@@ -37,5 +37,9 @@ class FedRotLoRA(Aggregator):
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Ā and B̄ of the turned factors; without `start` those of the factors as they are."""
-        turned = clients if start is None else aligned(clients, start, self.strength)
-        return LayerUpdate(factors=mean_factors(turned, weights))
+        if start is None:
+            return LayerUpdate(factors=mean_factors(clients, weights))
+        means = [
+            mean_factors(aligned(block, start, self.strength), shares) for block, shares in blocks_of(clients, weights)
+        ]
+        return LayerUpdate(factors=LoRAFactors(A=total(mean.A for mean in means), B=total(mean.B for mean in means)))

@@ -32,6 +32,6 @@ class FLoRA(Aggregator):
         return ("head",)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """ΔW as factors of rank K·R to merge, and zero factors. The weights are in A only."""
+        """ΔW to merge, as factors of rank K·R with the weights in A only (as a matrix for many), and zero factors."""
         nothing = mean_factors(clients, weights * 0)
         return LayerUpdate(factors=nothing, folded=weighted_sum(clients, weights))

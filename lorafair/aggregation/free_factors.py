@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafair.adapter import LoRAFactors
+from lorafair.aggregation.factor_algebra import add
 from lorafair.aggregation.layer_objective import LayerObjective, Residual
 from lorafair.aggregation.trust_region import minimize
 
@@ -70,6 +71,8 @@ class _Span:
     @classmethod
     def of(cls, objective: LayerObjective) -> _Span:
         ideal = objective.ideal
+        if ideal.rank >= min(ideal.B.shape[0], ideal.A.shape[1]):
+            ideal = add(ideal, objective.mean)  # the mean is in the span of the clients, but not always in that of ΔW
         tall, wide = ideal.rank < ideal.B.shape[0], ideal.rank < ideal.A.shape[1]
         # Column by column, the columns of (O, I) have to stay what they are.
         wide = wide and objective.similarity != "cosine_columns"

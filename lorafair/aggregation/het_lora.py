@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import mean_factors, squared_norm
+from lorafair.aggregation.factor_algebra import blocks_of, mean_factors
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,12 @@ class HETLoRA(Aggregator):
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Σ w_k A_k and Σ w_k B_k with w_k = ‖B_k A_k‖ / Σ ‖B_j A_j‖; the given weights where all products are zero."""
-        exact = clients.to(torch.float64)
-        pairs = zip(exact.A, exact.B, strict=True)
-        norms = torch.stack([squared_norm(LoRAFactors(A=A, B=B)) for A, B in pairs]).clamp(min=0).sqrt()
+        norms = torch.cat([_squared_norms(block.to(torch.float64)) for block, _ in blocks_of(clients, weights)]).sqrt()
         total = norms.sum()
         shares = torch.where(total > 0, norms / total, weights.to(norms))
         return LayerUpdate(factors=mean_factors(clients, shares))
+
+
+def _squared_norms(clients: LoRAFactors) -> Tensor:
+    """‖B_k A_k‖² of every client, (K,)."""
+    return ((clients.B.mT @ clients.B) * (clients.A @ clients.A.mT)).sum((1, 2)).clamp(min=0)

@@ -28,7 +28,9 @@ class RaFLoRA(Aggregator):
         for high in sorted({rank for rank in ranks.tolist() if rank > 0}):
             have = ranks >= high
             shares = weights.to(have.device, torch.float64)[have]
-            part = LoRAFactors(A=clients.A[have][:, low:high], B=clients.B[have][:, :, low:high])
+            # A boolean index copies.
+            some = clients if have.all() else LoRAFactors(A=clients.A[have], B=clients.B[have])
+            part = LoRAFactors(A=some.A[:, low:high], B=some.B[:, :, low:high])
             parts.append(weighted_sum(part, shares / shares.sum()))
             low = high
         whole = add(*parts) if parts else weighted_sum(clients, weights)

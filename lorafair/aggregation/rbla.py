@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import ranks_of
+from lorafair.aggregation.factor_algebra import blocks_of, ranks_of, total
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class RBLA(Aggregator):
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k of a rank above r; zero if there is none."""
-        A, B = clients.A.to(torch.float64), clients.B.to(torch.float64)
-        have = torch.arange(clients.rank, device=A.device) < ranks_of(clients).unsqueeze(1)  # (K, R)
-        shares = have * weights.to(A).unsqueeze(1)
+        have = torch.arange(clients.rank, device=clients.A.device) < ranks_of(clients).unsqueeze(1)  # (K, R)
+        shares = have * weights.to(clients.A.device, torch.float64).unsqueeze(1)
         shares = shares / torch.where(have.any(0), shares.sum(0), 1.0)
         return LayerUpdate(
-            factors=LoRAFactors(A=torch.einsum("kr,kri->ri", shares, A), B=torch.einsum("kr,kor->or", shares, B))
+            factors=LoRAFactors(
+                A=total(torch.einsum("kr,kri->ri", s, b.A.to(torch.float64)) for b, s in blocks_of(clients, shares)),
+                B=total(torch.einsum("kr,kor->or", s, b.B.to(torch.float64)) for b, s in blocks_of(clients, shares)),
+            )
         )
