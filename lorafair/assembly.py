@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from lorafair.evaluation import Evaluator
 from lorafair.exchange import same_error_on_all_ranks
 from lorafair.models import AdaptedModel, build_model, image_size_of
 from lorafair.prefix_cache import cached_tokens, reason_against_cache
-from lorafair.schedule import RoundPlan, plan_round
+from lorafair.schedule import RoundPlan, expected_seconds, plan_round
 from lorafair.seeding import seeded
 from lorafair.tracking import make_run_dir, say
 
@@ -53,8 +53,13 @@ class Federation:
     evaluator: Evaluator
     identity: dict[str, Any]  # what a checkpoint must agree with
 
-    def plan(self, round_index: int, finished: Collection[tuple[int, ...]] = ()) -> RoundPlan:
-        """The plan of a round, some cohorts of which may be `finished`; the same on every rank."""
+    def plan(
+        self, round_index: int, measured: Mapping[int, float] | None = None, finished: Collection[tuple[int, ...]] = ()
+    ) -> RoundPlan:
+        """The plan of a round, some cohorts of which may be `finished`; the same on every rank.
+
+        `measured` are the seconds that clients took in the rounds before.
+        """
         local = self.local
         sizes = [len(client.indices) for client in self.clients]
         visited = [
@@ -66,6 +71,7 @@ class Federation:
             seed=self.config.seed,
             sizes=sizes,
             costs=visited,
+            seconds=expected_seconds(visited, measured or {}),
             clients_per_round=None if self.aggregator.pools_data else self.config.federation.clients_per_round,
             weighting=self.config.federation.weighting,
             cohort=self.cohort,

@@ -42,6 +42,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]  # adapter (P,), base.<path> where folded, and whatever else the rounds hand on
     identity: dict[str, Any]  # must be equal for a run to continue from it
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1: seconds, bytes, ...
+    seconds: dict[int, float] = field(default_factory=dict)  # that each client took lately
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -61,6 +62,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "sha256": _sha256(tensors),
             "identity": checkpoint.identity,
             "totals": checkpoint.totals,
+            "seconds": checkpoint.seconds,
         }
         meta = json.loads(json.dumps(meta, default=str))
         (partial / "state.json").write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=1))
@@ -95,6 +97,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             tensors=tensors,
             identity=dict(meta["identity"]),
             totals={str(name): float(total) for name, total in meta["totals"].items()},
+            seconds={int(client): float(seconds) for client, seconds in meta.get("seconds", {}).items()},
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error

@@ -39,7 +39,7 @@ from lorafair.exchange import (
 from lorafair.interruption import Interrupted
 from lorafair.partial_round import PartialRound, drop_unfinished, list_unfinished, start_of_round
 from lorafair.report import Report
-from lorafair.schedule import RoundPlan
+from lorafair.schedule import RoundPlan, learn_seconds
 from lorafair.seeding import seeded
 from lorafair.server_optimizer import Moments, server_step
 from lorafair.tracking import Clock, say
@@ -58,6 +58,7 @@ class ServerState:
     folded: bool = False  # the frozen weights have changed
     left_unfinished: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
+    seconds: dict[int, float] = field(default_factory=dict)  # that clients took lately; decides who trains where
 
 
 def run_federation(fabric: Fabric, config: Config) -> None:
@@ -83,6 +84,7 @@ def run_federation(fabric: Fabric, config: Config) -> None:
                     returned = finite_clients(fabric, trained, plan)
                     if not returned.clients:
                         give_up(federation, state)
+                    learn_seconds(state.seconds, plan.clients, returned.seconds)
                     rows = rows_of(federation, state, plan, returned, trained)
                     del trained  # as large as the rows
                 with clock("server"):
@@ -126,6 +128,7 @@ def start_or_resume(federation: Federation, found: Checkpoint | None) -> ServerS
         for name, tensor in tensors_of(state).items():
             tensor.copy_(found.tensors[name])
         state.completed_rounds, state.totals, state.folded = found.completed_rounds, dict(found.totals), bool(base)
+        state.seconds = dict(found.seconds)
     # Rank 0 looks: file systems lag between nodes.
     state.left_unfinished = fabric.broadcast(frozenset(list_unfinished(config.folder) if fabric.is_global_zero else ()))
     return state
@@ -153,10 +156,10 @@ def begin_round(federation: Federation, state: ServerState) -> tuple[PartialRoun
         seconds=config.checkpoint.seconds,
     )
     if round_index not in state.left_unfinished:
-        return partial, federation.plan(round_index)
+        return partial, federation.plan(round_index, state.seconds)
     if federation.fabric.is_global_zero:
         partial.read()
-    plan = federation.plan(round_index, finished=federation.fabric.broadcast(list(partial.found)))
+    plan = federation.plan(round_index, state.seconds, federation.fabric.broadcast(list(partial.found)))
     if federation.fabric.is_global_zero and partial.found:
         done = sum(len(cohort) for cohort in plan.cohorts_of_rank[0] if cohort in partial.found)
         say(f"round {round_index + 1}: {done} clients were done before the interruption")
@@ -455,6 +458,7 @@ def save(federation: Federation, state: ServerState, *, always: bool = False) ->
         tensors={name: tensor.cpu() for name, tensor in tensors.items()},
         identity=federation.identity,
         totals=state.totals,
+        seconds=state.seconds,
     )
     save_checkpoint(config.folder, checkpoint, config.checkpoint.keep)
     drop_unfinished(config.folder, state.completed_rounds)

@@ -7,7 +7,7 @@ is sent. Only the last field depends on the number of ranks, and nothing numeric
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -37,6 +37,7 @@ def plan_round(
     seed: int,
     sizes: Sequence[int],
     costs: Sequence[float],
+    seconds: Sequence[float] | None = None,
     clients_per_round: int | None,
     weighting: Literal["size", "uniform"],
     cohort: int,
@@ -46,7 +47,8 @@ def plan_round(
     """Plan round `round_index`, given each client's training images (`sizes`) and expected work (`costs`, any unit).
 
     Clients are drawn uniformly without replacement. Cohorts are cut from the clients sorted by cost, so that clients
-    trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least work.
+    trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least work. How
+    long they take is expected from `seconds`, if given: times differ from run to run, and only who trains where may.
     Cohorts that an earlier attempt at the round has `finished` are rank 0's, which has their rows, and no work.
     """
     total = len(sizes)
@@ -59,7 +61,9 @@ def plan_round(
     by_cost = sorted(clients, key=lambda c: (-costs[c], c))
     cohorts = [tuple(by_cost[i : i + cohort]) for i in range(0, len(by_cost), cohort)]
     done = tuple(cohort for cohort in cohorts if cohort in finished)
-    first, *others = _longest_first([cohort for cohort in cohorts if cohort not in finished], costs, world_size)
+    first, *others = _longest_first(
+        [cohort for cohort in cohorts if cohort not in finished], costs if seconds is None else seconds, world_size
+    )
     return RoundPlan(
         clients=tuple(clients),
         weights=tuple(share / sum(shares) for share in shares),
@@ -67,13 +71,26 @@ def plan_round(
     )
 
 
+def expected_seconds(costs: Sequence[float], measured: Mapping[int, float]) -> list[float]:
+    """How long each client will take (N,): as measured, else by its cost at the pace of those measured."""
+    done = sum(costs[client] for client in measured)
+    pace = sum(measured.values()) / done if done else 1.0
+    return [measured.get(client, pace * cost) for client, cost in enumerate(costs)]
+
+
+def learn_seconds(measured: dict[int, float], clients: Sequence[int], seconds: Sequence[float]) -> None:
+    """Update what was `measured` by how long `clients` (K,) have just taken: halfway, because times are noisy."""
+    for client, now in zip(clients, seconds, strict=True):
+        measured[client] = float(f"{(measured.get(client, now) + now) / 2:.4g}")  # short, for the checkpoint
+
+
 def _longest_first(
-    cohorts: Sequence[tuple[int, ...]], costs: Sequence[float], world_size: int
+    cohorts: Sequence[tuple[int, ...]], seconds: Sequence[float], world_size: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Graham's longest-processing-time rule: at most 4/3 of the best possible makespan."""
     assigned: list[list[tuple[int, ...]]] = [[] for _ in range(world_size)]
     ranks = [(0.0, rank) for rank in range(world_size)]
-    work = [(sum(costs[c] for c in cohort), cohort) for cohort in cohorts]
+    work = [(sum(seconds[c] for c in cohort), cohort) for cohort in cohorts]
     for cost, cohort in sorted(work, key=lambda item: (-item[0], item[1])):
         load, rank = heapq.heappop(ranks)
         assigned[rank].append(cohort)

@@ -22,7 +22,9 @@ IDENTITY = {"seed": 0, "model": {"name": "test_vit", "lora": {"targets": ("a", "
 
 
 def checkpoint(rounds: int, **identity: Any) -> Checkpoint:
-    return Checkpoint(rounds, {"adapter": torch.full((3,), float(rounds))}, IDENTITY | identity, {"bytes": 7.0})
+    return Checkpoint(
+        rounds, {"adapter": torch.full((3,), float(rounds))}, IDENTITY | identity, {"bytes": 7.0}, {2: 0.5}
+    )
 
 
 def find(run_dir: Path, resume: str = "auto") -> Checkpoint | None:
@@ -32,7 +34,7 @@ def find(run_dir: Path, resume: str = "auto") -> Checkpoint | None:
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, checkpoint(3), keep=2)
     loaded = load_checkpoint(path)
-    assert (loaded.completed_rounds, loaded.totals) == (3, {"bytes": 7.0})
+    assert (loaded.completed_rounds, loaded.totals, loaded.seconds) == (3, {"bytes": 7.0}, {2: 0.5})
     assert torch.equal(loaded.tensors["adapter"], torch.full((3,), 3.0))
     assert find(tmp_path) is not None
 
