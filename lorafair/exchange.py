@@ -32,7 +32,7 @@ from lorafair.interruption import ANOTHER_RANK, NOTHING, ask, ask_unless_it_fits
 from lorafair.schedule import RoundPlan
 
 T = TypeVar("T")
-_NUMBERS_AT_A_TIME = 2**26  # of all clients, that a rank receives at a time: 256 MB of float32
+_NUMBERS_AT_A_TIME = 2**24  # of all clients, that a rank receives at a time: 64 MB of float32
 
 
 def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
