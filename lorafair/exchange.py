@@ -40,7 +40,7 @@ _SIGNS_OF_LOSS = (
 )  # fmt: skip
 
 T = TypeVar("T")
-_NUMBERS_AT_A_TIME = 2**26  # of all clients, that a rank receives at a time: 256 MB of float32
+_NUMBERS_AT_A_TIME = 2**24  # of all clients, that a rank receives at a time: 64 MB of float32
 
 
 def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
