@@ -105,6 +105,8 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
                 ranks = ranks_of_clients(config, len(clients))
     cohort = cohort_size(config, clients, model, size, fabric.device)
     model.attach(fabric.device, cohort)
+    if config.model.compile is not None:
+        model.compile(backend=config.model.compile)
     if fabric.is_global_zero:
         _introduce(config, data, clients, model, cohort, fabric.world_size)
     identity = _identity(config, data, model)

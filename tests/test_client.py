@@ -23,9 +23,10 @@ from lorafair.client import (
     train_cohort,
     train_step,
 )
-from lorafair.config import ClientConfig, LoRAConfig, ModelConfig
+from lorafair.config import ClientConfig, ConfigError, LoRAConfig, ModelConfig, load_config
 from lorafair.data.loading import Indices, cohort_steps, local_batches
-from lorafair.models import AdaptedModel, build_model
+from lorafair.exchange import make_fabric
+from lorafair.models import AdaptedModel, build_model, check_model
 from lorafair.seeding import seeded
 
 MODEL = ModelConfig(
@@ -266,3 +267,58 @@ def test_a_client_of_smaller_rank_stays_there() -> None:
         assert ranks_of(factors).tolist() == [1, 2]
         assert not factors.B[0, :, 1:].any()
         assert not factors.B[1, :, 2:].any()
+
+
+def test_half_precision_scales_the_loss_and_what_overflows_counts_as_zero() -> None:
+    rule = GradientRule(clip_norm=1.0, loss_scale=8.0)
+    gradient = torch.tensor([[0.8, 1.6], [torch.inf, 1.0], [80.0, 0.0]])
+    rule.apply(gradient, torch.zeros_like(gradient))
+    assert torch.allclose(gradient, torch.tensor([[0.1, 0.2], [0.0, 0.0], [1.0, 0.0]]))
+
+    def trained(scale: float, autocast: Any) -> Tensor:
+        m = model()
+        steps = cohort_steps(batches([np.arange(20)], SGD))
+        return train_cohort(
+            m, m.adapters.draw(0, 0).unsqueeze(0), steps, (IMAGES[step.indices.reshape(-1)] for step in steps), LABELS,
+            SGD, generators=[seeded(0)], autocast=autocast, loss_scale=scale,
+        ).rows  # fmt: skip
+
+    exact = trained(1.0, nullcontext)
+    assert torch.allclose(trained(4096.0, nullcontext), exact, rtol=1e-4, atol=1e-7)
+    half = trained(4096.0, lambda: torch.autocast("cpu", torch.float16))
+    assert 0 < (half - exact).norm() / exact.norm() < 1e-2
+
+
+@pytest.mark.parametrize("config", [MODEL, MIXER], ids=["vit", "mixer"])
+@pytest.mark.parametrize("last_blocks", [None, 2])
+def test_gradient_checkpointing_and_compilation_change_no_bit(config: ModelConfig, last_blocks: int | None) -> None:
+    config = replace(config, lora=replace(config.lora, last_blocks=last_blocks))
+    rows = []
+    for changed in (config, replace(config, gradient_checkpointing=True), config):
+        m = build_model(changed, classes=3, seed=0).attach()
+        if len(rows) == 2:
+            m.compile(backend="eager")
+        steps = cohort_steps(batches([np.arange(9)], SGD))
+        inputs = [IMAGES[step.indices.reshape(-1)] for step in steps]
+        if last_blocks is not None:
+            inputs = [m.embed(images) for images in inputs]
+        rows.append(
+            train_cohort(
+                m, m.adapters.draw(0, 0).unsqueeze(0), steps, inputs, LABELS, SGD, generators=[seeded(0)],
+                autocast=nullcontext,
+            ).rows
+        )  # fmt: skip
+    assert torch.equal(rows[1], rows[0])
+    assert torch.equal(rows[2], rows[0])
+    assert not torch.equal(rows[0][0], m.adapters.draw(0, 0))
+
+
+def test_options_of_the_computation_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing=true does not fit model\.lora\.dropout=0\.1"):
+        build_model(
+            replace(MODEL, gradient_checkpointing=True, lora=replace(MODEL.lora, dropout=0.1)), classes=3, seed=0
+        )
+    with pytest.raises(ConfigError, match=r"model\.compile=turbo is no backend .*inductor"):
+        check_model(replace(MODEL, compile="turbo"))
+    with pytest.raises(ConfigError, match=r"fabric\.precision=16-mixed is for GPUs"):
+        make_fabric(load_config(["fabric.accelerator=cpu", "fabric.precision=16-mixed"]).fabric)
