@@ -24,10 +24,12 @@ from lorafair.data.partition import Client, partition, pooled
 from lorafair.data.sources import load_images
 from lorafair.evaluation import Evaluator
 from lorafair.exchange import same_error_on_all_ranks
+from lorafair.image_cache import packed
 from lorafair.models import AdaptedModel, build_model, image_size_of
-from lorafair.prefix_cache import cached_tokens, reason_against_cache
+from lorafair.prefix_cache import cached_tokens, reason_against_cache, tokens_of
 from lorafair.schedule import RoundPlan, plan_round
 from lorafair.seeding import seeded
+from lorafair.shared_array import on_all_ranks
 from lorafair.tracking import make_run_dir, say
 
 
@@ -185,12 +187,19 @@ def _sources(
     if reason:
         if fabric.is_global_zero and config.model.prefix_cache != "never":
             say(f"tokens of the frozen blocks are not cached: {reason}")
+        data = packed(fabric, config.data, data, size, read_once=False)
         return images(data.train), images(data.test)
-    if fabric.is_global_zero:
-        say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: computed once for {count:,} images")
-    train, test = (
-        cached_tokens(fabric, model, images(split), len(split), f"{data.fingerprint} {name}", size)
+    tokens = [
+        tokens_of(fabric, model, len(split), f"{data.fingerprint} {name}", size)
         for name, split in (("train", data.train), ("test", data.test))
+    ]
+    if not on_all_ranks(fabric, all(split.file.exists() for split in tokens)):
+        if fabric.is_global_zero:
+            say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: computed for {count:,} images")
+        data = packed(fabric, config.data, data, size, read_once=True)
+    train, test = (
+        cached_tokens(fabric, model, images(split), file)
+        for split, file in zip((data.train, data.test), tokens, strict=True)
     )
     return train, test
 

@@ -17,7 +17,7 @@ from lorafair.config import Config, ConfigError, LoRAConfig, ModelConfig
 from lorafair.data.loading import Indices
 from lorafair.federation import run_federation
 from lorafair.models import build_model
-from lorafair.prefix_cache import cached_tokens, reason_against_cache
+from lorafair.prefix_cache import TokenSource, cached_tokens, reason_against_cache, tokens_of
 from lorafair.seeding import seeded
 from tests.conftest import launched, run_ranks
 
@@ -35,9 +35,14 @@ class Source:
             yield IMAGES[batch]
 
 
+def cached_by(fabric: Any, source: Source, key: str) -> TokenSource:
+    model = build_model(CONFIG, 4, 0).attach("cpu")
+    return cached_tokens(fabric, model, source, tokens_of(fabric, model, len(IMAGES), key, 32))
+
+
 def tokens(fabric: Any, key: str) -> tuple[np.ndarray, int]:
-    model, source = build_model(CONFIG, 4, 0).attach("cpu"), Source()
-    cached = cached_tokens(fabric, model, source, len(IMAGES), key, 32)
+    source = Source()
+    cached = cached_by(fabric, source, key)
     [found] = list(cached.batches([np.arange(len(IMAGES))]))
     return found.numpy(), source.read
 
@@ -87,7 +92,7 @@ def test_two_runs_compute_the_same_tokens_at_once() -> None:
                 yield batch
 
     source = Meanwhile()
-    cached = cached_tokens(launched(1), build_model(CONFIG, 4, 0).attach("cpu"), source, len(IMAGES), "at once", 32)
+    cached = cached_by(launched(1), source, "at once")
     [found] = list(cached.batches([np.arange(len(IMAGES))]))
     assert (source.read, source.other[1]) == (150, 150)
     assert np.array_equal(found.numpy(), source.other[0])
@@ -126,8 +131,7 @@ def test_an_interrupted_computation_leaves_nothing_that_looks_complete(monkeypat
             yield from list(super().batches(indices))[:1]
             raise KeyboardInterrupt
 
-    model = build_model(CONFIG, 4, 0).attach("cpu")
     with pytest.raises(KeyboardInterrupt):
-        cached_tokens(launched(1), model, Failing(), len(IMAGES), "interrupted", 32)
+        cached_by(launched(1), Failing(), "interrupted")
     _, read = tokens(launched(1), "interrupted")
     assert read == len(IMAGES)

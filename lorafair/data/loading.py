@@ -128,7 +128,7 @@ class _Images(Dataset[Tensor]):
         return len(self._images)
 
     def __getitems__(self, indices: Iterable[int]) -> Tensor:
-        pixels = np.stack([self._images.read(i, self._size) for i in indices])  # (B, S, S, 3)
+        pixels = self._images.read_many(np.fromiter(indices, np.int64), self._size)  # (B, S, S, 3)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
