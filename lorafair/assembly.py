@@ -19,7 +19,7 @@ from lorafair.checkpoint import Checkpoint, find_checkpoint, mark_begun, resume_
 from lorafair.cluster import slurm_job
 from lorafair.config import ClientConfig, Config, ConfigError, numeric_settings
 from lorafair.data.images import ImageData, Split
-from lorafair.data.loading import BatchSource, ImageSource
+from lorafair.data.loading import BatchSource, ImageSource, ResidentSource
 from lorafair.data.partition import Client, partition, pooled
 from lorafair.data.sources import load_images
 from lorafair.evaluation import Evaluator
@@ -111,6 +111,9 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
                 )
     found = fabric.broadcast(found)
     train_source, test_source = _sources(fabric, config, model, data, size)
+    if config.data.resident:
+        with same_error_on_all_ranks(fabric):
+            train_source = ResidentSource(train_source, len(data.train), fabric.device)
     federation = Federation(
         fabric=fabric,
         config=config,

@@ -64,6 +64,8 @@ class DataConfig:
     cached (model.prefix_cache), are not kept unless always asks for it."""
     cache_gb: float = 20.0
     """Largest size of the decoded images of a run, in gigabytes of disk; what is unused for a month is removed."""
+    resident: bool = False
+    """Keep the training images (or their cached tokens) on the training device, in every process; they must fit."""
 
 
 @dataclass(frozen=True)
@@ -362,6 +364,7 @@ NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabr
 NOT_IDENTITY_NESTED = (
     ("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"),
     ("client", "timeout_minutes"), ("data", "cache"), ("data", "cache_gb"),
+    ("data", "resident"),
 )  # fmt: skip
 
 
