@@ -185,7 +185,7 @@ def _sources(
 
     with same_error_on_all_ranks(fabric):
         count = len(data.train.labels) + len(data.test.labels)
-        reason = reason_against_cache(config.model, model, count, size)
+        reason = reason_against_cache(config.model, model, count, size, config.data.augmentation)
     reason = fabric.broadcast(reason)
     if reason:
         if fabric.is_global_zero and config.model.prefix_cache != "never":

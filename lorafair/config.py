@@ -64,6 +64,9 @@ class DataConfig:
     cached (model.prefix_cache), are not kept unless always asks for it."""
     cache_gb: float = 20.0
     """Largest size of the decoded images of a run, in gigabytes of disk; what is unused for a month is removed."""
+    augmentation: Literal["none", "flip", "crop_flip"] = "none"
+    """Of training batches, on the device, anew in every pass. flip: left and right, every second time. crop_flip: also
+    moved by up to an eighth of the side, the border reflected. Tokens are not cached then (model.prefix_cache)."""
     resident: bool = False
     """Keep the training images (or their cached tokens) on the training device, in every process; they must fit."""
 
@@ -123,7 +126,7 @@ class ModelConfig:
     paper uses clip."""
     prefix_cache: Literal["auto", "always", "never"] = "auto"
     """Compute the tokens below the first adapted block once per image and reuse them. auto: where the model allows it,
-    at least one block is saved and the tokens fit into prefix_cache_gb."""
+    at least one block is saved, the tokens fit into prefix_cache_gb and data.augmentation=none."""
     prefix_cache_gb: float = 8.0
     """Largest size of the cached tokens of a run, in gigabytes of disk; tokens unused for a month are removed."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -38,11 +38,15 @@ class TokenSource:
         return (torch.from_numpy(self._tokens[batch]) for batch in indices)
 
 
-def reason_against_cache(config: ModelConfig, model: AdaptedModel, images: int, image_size: int) -> str:
+def reason_against_cache(
+    config: ModelConfig, model: AdaptedModel, images: int, image_size: int, augmentation: str = "none"
+) -> str:
     """Why the tokens of this many images are not cached; empty if they are. ConfigError where the cache is demanded."""
     if config.prefix_cache == "never":
         return "model.prefix_cache=never"
-    if model.prefix_blocks == 0:
+    if augmentation != "none":
+        reason = f"data.augmentation={augmentation} changes the images in every pass"
+    elif model.prefix_blocks == 0:
         reason = "no block lies below the first adapter, or the backbone is neither a plain ViT nor an MLP-Mixer"
     else:
         array = _array("", model, images, image_size)

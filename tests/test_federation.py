@@ -116,6 +116,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=4", "client.cohort=2", "model.lora.dropout=0.1",
     ),
+    "augmented": (
+        "data.augmentation=crop_flip", "data.resident=true", "partition.scheme=iid", "partition.clients=4",
+        "client.cohort=2", "client.epochs=2",
+    ),
     "no_cache": ("model.prefix_cache=never", "partition.scheme=iid", "partition.clients=4", "data.workers=1"),
 }  # fmt: skip
 

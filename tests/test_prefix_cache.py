@@ -110,6 +110,10 @@ def test_when_tokens_are_not_cached() -> None:
     assert reason(replace(CONFIG, prefix_cache="never")) == "model.prefix_cache=never"
     assert "no block lies below the first adapter" in reason(replace(CONFIG, lora=LoRAConfig(rank=2)))
     assert "it needs 1.3 GB and model.prefix_cache_gb=1" in reason(replace(CONFIG, prefix_cache_gb=1), images=10**6)
+    model = build_model(CONFIG, 4, 0).attach("cpu")
+    assert "data.augmentation=flip changes" in reason_against_cache(CONFIG, model, 10, 32, "flip")
+    with pytest.raises(ConfigError, match=r"prefix_cache=always is not possible: data\.augmentation=flip changes"):
+        reason_against_cache(replace(CONFIG, prefix_cache="always"), model, 10, 32, "flip")
     with pytest.raises(ConfigError, match=r"model\.prefix_cache=always is not possible: no block"):
         reason(replace(CONFIG, prefix_cache="always", lora=LoRAConfig(rank=2)))
 
