@@ -30,6 +30,7 @@ from lorafair.prefix_cache import cached_tokens, reason_against_cache, tokens_of
 from lorafair.schedule import RoundPlan, plan_round
 from lorafair.seeding import seeded
 from lorafair.shared_array import on_all_ranks
+from lorafair.staging import staging_folder
 from lorafair.tracking import make_run_dir, say
 
 
@@ -187,11 +188,16 @@ def _sources(
         count = len(data.train.labels) + len(data.test.labels)
         reason = reason_against_cache(config.model, model, count, size, config.data.augmentation)
     reason = fabric.broadcast(reason)
+    stage = config.data.stage
+    if fabric.is_global_zero and stage is not None and staging_folder(stage, os.environ) is None:
+        say("nothing is staged: data.stage=auto, and neither SLURM_TMPDIR nor TMPDIR is set")
     if reason:
         if fabric.is_global_zero and config.model.prefix_cache != "never":
             say(f"tokens of the frozen blocks are not cached: {reason}")
-        data = packed(fabric, config.data, data, size, read_once=False)
-        return images(data.train), images(data.test)
+        kept = packed(fabric, config.data, data, size, read_once=False)
+        if fabric.is_global_zero and stage is not None and kept is data:
+            say("nothing is staged: neither decoded images nor tokens are kept in a file; see data.cache")
+        return images(kept.train), images(kept.test)
     tokens = [
         tokens_of(fabric, model, len(split), f"{data.fingerprint} {name}", size)
         for name, split in (("train", data.train), ("test", data.test))
@@ -201,7 +207,7 @@ def _sources(
             say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: computed for {count:,} images")
         data = packed(fabric, config.data, data, size, read_once=True)
     train, test = (
-        cached_tokens(fabric, model, images(split), file)
+        cached_tokens(fabric, model, images(split), file, stage)
         for split, file in zip((data.train, data.test), tokens, strict=True)
     )
     return train, test

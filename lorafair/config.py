@@ -64,6 +64,9 @@ class DataConfig:
     cached (model.prefix_cache), are not kept unless always asks for it."""
     cache_gb: float = 20.0
     """Largest size of the decoded images of a run, in gigabytes of disk; what is unused for a month is removed."""
+    stage: str | None = None
+    """Copy the file of decoded images or tokens to each node's own disk, once a node: to a folder, or for auto to
+    $SLURM_TMPDIR or else $TMPDIR. Where it does not fit, the shared file is used (null: always the shared file)."""
     augmentation: Literal["none", "flip", "crop_flip"] = "none"
     """Of training batches, on the device, anew in every pass. flip: left and right, every second time. crop_flip: also
     moved by up to an eighth of the side, the border reflected. Tokens are not cached then (model.prefix_cache)."""
@@ -367,7 +370,7 @@ NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabr
 NOT_IDENTITY_NESTED = (
     ("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"),
     ("client", "timeout_minutes"), ("data", "cache"), ("data", "cache_gb"),
-    ("data", "resident"),
+    ("data", "resident"), ("data", "stage"),
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from lorafair.data.images import CheckedReader, ImageData, MappedImages, OneArra
 from lorafair.data.loading import ImageSource, Indices
 from lorafair.exchange import same_error_on_all_ranks
 from lorafair.shared_array import SharedArray, build_together, cache_folder, lack_of_room
+from lorafair.staging import staged
 from lorafair.tracking import say
 
 PART = 64  # images decoded by one rank at a time
@@ -84,7 +85,8 @@ def packed(fabric: Fabric, config: DataConfig, data: ImageData, size: int, *, re
         for pixels in source.batches([used.indices[part] for part in parts]):
             yield pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
-    images = MappedImages(build_together(fabric, array, decode, "images decoded"))
+    file = build_together(fabric, array, decode, "images decoded")
+    images = MappedImages(file if read_once else staged(fabric, file, config.stage))
     return replace(data, train=used.select(data.train, images), test=used.select(data.test, images))
 
 

@@ -22,6 +22,7 @@ from lorafair.config import ConfigError, ModelConfig
 from lorafair.data.loading import BatchSource, Indices
 from lorafair.models import AdaptedModel
 from lorafair.shared_array import SharedArray, build_together, cache_folder, lack_of_room
+from lorafair.staging import staged
 
 # Fixed, because the last bits of a token can depend on the size of the batch it is computed in.
 EMBED_BATCH = 64
@@ -66,8 +67,13 @@ def tokens_of(fabric: Fabric, model: AdaptedModel, count: int, key: str, image_s
     return _array(hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], model, count, image_size)
 
 
-def cached_tokens(fabric: Fabric, model: AdaptedModel, images: BatchSource, tokens: SharedArray) -> TokenSource:
-    """The tokens of a split, found in the cache or computed by the ranks of each node together. Call on every rank."""
+def cached_tokens(
+    fabric: Fabric, model: AdaptedModel, images: BatchSource, tokens: SharedArray, stage: str | None = None
+) -> TokenSource:
+    """The tokens of a split, found in the cache or computed by the ranks of each node together. Call on every rank.
+
+    `stage` is where nodes get their own copies of the file, as data.stage says.
+    """
 
     @torch.inference_mode()
     def embed(parts: Sequence[Indices]) -> Iterator[NDArray[np.float32]]:
@@ -75,7 +81,7 @@ def cached_tokens(fabric: Fabric, model: AdaptedModel, images: BatchSource, toke
             with fabric.autocast():
                 yield model.embed(pixels.to(fabric.device)).float().cpu().numpy()
 
-    return TokenSource(build_together(fabric, tokens, embed, "tokens computed"))
+    return TokenSource(staged(fabric, build_together(fabric, tokens, embed, "tokens computed"), stage))
 
 
 def _array(name: str, model: AdaptedModel, count: int, image_size: int) -> SharedArray:

@@ -17,13 +17,13 @@ PACKAGE = ROOT / "lorafair"
 ORDER = [
     "errors", "torchvision_import", "config", "cluster", "interruption", "tables", "comparison", "seeding",
     "adapter", "schedule", "server_optimizer", "control_variates", "offline", "weights", "data", "aggregation",
-    "lora", "models", "client", "exchange", "tracking", "shared_array", "image_cache", "prefix_cache", "evaluation",
-    "checkpoint", "partial_round", "assembly", "report", "federation", "comparison_findings", "comparison_plots",
-    "comparison_report", "comparison_run", "export", "preparation", "doctor", "cli",
+    "lora", "models", "client", "exchange", "tracking", "shared_array", "staging", "image_cache", "prefix_cache",
+    "evaluation", "checkpoint", "partial_round", "assembly", "report", "federation", "comparison_findings",
+    "comparison_plots", "comparison_report", "comparison_run", "export", "preparation", "doctor", "cli",
 ]  # fmt: skip
 KNOW_FABRIC = {
-    "exchange", "shared_array", "image_cache", "prefix_cache", "evaluation", "assembly", "report", "federation",
-    "comparison_run", "doctor",
+    "exchange", "shared_array", "staging", "image_cache", "prefix_cache", "evaluation", "assembly", "report",
+    "federation", "comparison_run", "doctor",
 }  # fmt: skip
 
 
