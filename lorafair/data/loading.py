@@ -124,7 +124,8 @@ class ResidentSource:
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
         """One tensor (len(i), ...) on the device for each index array i, in order."""
         device = self._inputs.device
-        return (self._inputs[torch.from_numpy(batch).to(device, non_blocking=True)] for batch in indices)
+        places = (torch.from_numpy(batch).to(device, non_blocking=True) for batch in indices)
+        return (self._inputs.index_select(0, of_batch) for of_batch in places)
 
 
 def _check_room(size: int, device: torch.device) -> None:
@@ -161,7 +162,7 @@ class _Images(Dataset[Tensor]):
 
     def __getitems__(self, indices: Iterable[int]) -> Tensor:
         pixels = self._images.read_many(np.fromiter(indices, np.int64), self._size)  # (B, S, S, 3)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))  # twice as fast as PyTorch's copy
 
 
 def _name(kind: type) -> str:
