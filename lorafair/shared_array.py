@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 import time
 import uuid
 import zlib
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from lorafair.config import ConfigError
 from lorafair.data.loading import Indices
 from lorafair.exchange import same_error_on_all_ranks
-from lorafair.offline import cache_dir
+from lorafair.offline import CacheError, cache_dir
 from lorafair.tracking import say
 
 GIGABYTE = 1e9
@@ -59,10 +60,22 @@ class SharedArray:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
     def create(self, file: Path) -> None:
-        """An empty file of this layout, whose blocks are reserved: a mapped page without one would kill the process."""
+        """An empty file of this layout, whose blocks are reserved: a mapped page without one would kill the process.
+
+        Raises CacheError where there is no room.
+        """
         array = np.lib.format.open_memmap(file, mode="w+", dtype=self.dtype, shape=self.shape)
+        size = array.offset + self.bytes + 4 * len(self.parts)
         with file.open("r+b") as created:
-            os.posix_fallocate(created.fileno(), 0, array.offset + self.bytes + 4 * len(self.parts))
+            try:
+                created.truncate(size)
+                if sys.platform == "linux":
+                    os.posix_fallocate(created.fileno(), 0, size)
+            except OSError as error:
+                raise CacheError(
+                    f"{file.parent} has no room for {size / GIGABYTE:.1f} GB ({error.strerror}); make room, set "
+                    "XDG_CACHE_HOME to another folder, or data.cache and model.prefix_cache to never"
+                ) from error
 
     def open(self, file: Path, mode: Any = "r") -> tuple[np.memmap[Any, Any], np.memmap[Any, Any]]:
         """The array (N, ...) and its sums (U,). Raises ValueError or OSError where the file is not of this layout."""

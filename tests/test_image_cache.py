@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,17 @@ def test_a_failed_making_leaves_nothing(pictures: Path, monkeypatch: pytest.Monk
         with pytest.raises(KeyboardInterrupt):
             pack(launched(1), config_of(pictures))
     assert files() == []
+
+
+def test_a_full_disk_is_found_before_decoding(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    decoded = count_decoded(monkeypatch)
+    with pytest.raises(LorafairError, match=r"images has no room for 0\.0 GB \(Disk quota exceeded\); make room, set"):
+        pack(launched(1), config_of(pictures))
+    assert (decoded, files()) == ([], [])
 
 
 def test_when_images_are_kept(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

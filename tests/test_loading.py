@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafair.federation as federation_module
 from lorafair.checkpoint import list_checkpoints, load_checkpoint
@@ -119,6 +120,13 @@ def test_images_are_flipped_and_cut_out_of_their_reflection(crop: bool) -> None:
         [outcome] = [name for name, candidate in outcomes.items() if torch.equal(candidate, image)]
         seen.add(outcome)
     assert len(seen) > 40 if crop else len(seen) == 2
+
+
+def test_the_pixels_stay_on_a_gpu() -> None:
+    with FakeTensorMode():
+        images = torch.empty(6, 3, 16, 16, dtype=torch.uint8, device="cuda")
+        found = flip_and_crop(images, torch.empty(6, dtype=torch.int64, device="cuda"), crop=True)
+    assert (found.device.type, found.dtype, found.shape) == ("cuda", torch.uint8, images.shape)
 
 
 def test_a_run_trains_on_augmented_images_and_tests_on_the_images(
