@@ -19,15 +19,18 @@ from lorafair.checkpoint import Checkpoint, find_checkpoint, mark_begun, resume_
 from lorafair.cluster import slurm_job
 from lorafair.config import ClientConfig, Config, ConfigError, numeric_settings
 from lorafair.data.images import ImageData, Split
-from lorafair.data.loading import BatchSource, ImageSource
+from lorafair.data.loading import BatchSource, ImageSource, ResidentSource
 from lorafair.data.partition import Client, partition, pooled
 from lorafair.data.sources import load_images
 from lorafair.evaluation import Evaluator
 from lorafair.exchange import same_error_on_all_ranks
+from lorafair.image_cache import packed
 from lorafair.models import AdaptedModel, build_model, image_size_of
-from lorafair.prefix_cache import cached_tokens, reason_against_cache
+from lorafair.prefix_cache import cached_tokens, reason_against_cache, tokens_of
 from lorafair.schedule import RoundPlan, expected_seconds, plan_round
 from lorafair.seeding import seeded
+from lorafair.shared_array import on_all_ranks
+from lorafair.staging import staging_folder
 from lorafair.tracking import make_run_dir, say
 
 # client.cohort=auto: enough cohorts for many ranks, and steps whose activations fit into a core's cache, or fill a GPU.
@@ -123,6 +126,9 @@ def assemble(fabric: Fabric, config: Config) -> tuple[Federation, Checkpoint | N
                 )
     found = fabric.broadcast(found)
     train_source, test_source = _sources(fabric, config, model, data, size)
+    if config.data.resident:
+        with same_error_on_all_ranks(fabric):
+            train_source = ResidentSource(train_source, len(data.train), fabric.device)
     federation = Federation(
         fabric=fabric,
         config=config,
@@ -214,17 +220,29 @@ def _sources(
 
     with same_error_on_all_ranks(fabric):
         count = len(data.train.labels) + len(data.test.labels)
-        reason = reason_against_cache(config.model, model, count, size)
+        reason = reason_against_cache(config.model, model, count, size, config.data.augmentation)
     reason = fabric.broadcast(reason)
+    stage = config.data.stage
+    if fabric.is_global_zero and stage is not None and staging_folder(stage, os.environ) is None:
+        say("nothing is staged: data.stage=auto, and neither SLURM_TMPDIR nor TMPDIR is set")
     if reason:
         if fabric.is_global_zero and config.model.prefix_cache != "never":
             say(f"tokens of the frozen blocks are not cached: {reason}")
-        return images(data.train), images(data.test)
-    if fabric.is_global_zero:
-        say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: computed once for {count:,} images")
-    train, test = (
-        cached_tokens(fabric, model, images(split), len(split), f"{data.fingerprint} {name}", size)
+        kept = packed(fabric, config.data, data, size, read_once=False)
+        if fabric.is_global_zero and stage is not None and kept is data:
+            say("nothing is staged: neither decoded images nor tokens are kept in a file; see data.cache")
+        return images(kept.train), images(kept.test)
+    tokens = [
+        tokens_of(fabric, model, len(split), f"{data.fingerprint} {name}", size)
         for name, split in (("train", data.train), ("test", data.test))
+    ]
+    if not on_all_ranks(fabric, all(split.file.exists() for split in tokens)):
+        if fabric.is_global_zero:
+            say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: computed for {count:,} images")
+        data = packed(fabric, config.data, data, size, read_once=True)
+    train, test = (
+        cached_tokens(fabric, model, images(split), file, stage)
+        for split, file in zip((data.train, data.test), tokens, strict=True)
     )
     return train, test
 

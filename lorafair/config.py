@@ -58,6 +58,20 @@ class DataConfig:
     them instead of the test images (null: none; data.test_images limits them alike)."""
     workers: int = 0
     """Processes a rank that decode images ahead of training. 0: decode in the training process."""
+    cache: Literal["auto", "always", "never"] = "auto"
+    """Decode and resize every image once, into one memory-mapped file that later runs find again. auto: for domainnet,
+    nico and folder, if it fits into cache_gb and on the disk. Images that are read only once, because their tokens are
+    cached (model.prefix_cache), are not kept unless always asks for it."""
+    cache_gb: float = 20.0
+    """Largest size of the decoded images of a run, in gigabytes of disk; what is unused for a month is removed."""
+    stage: str | None = None
+    """Copy the file of decoded images or tokens to each node's own disk, once a node: to a folder, or for auto to
+    $SLURM_TMPDIR or else $TMPDIR. Where it does not fit, the shared file is used (null: always the shared file)."""
+    augmentation: Literal["none", "flip", "crop_flip"] = "none"
+    """Of training batches, on the device, anew in every pass. flip: left and right, every second time. crop_flip: also
+    moved by up to an eighth of the side, the border reflected. Tokens are not cached then (model.prefix_cache)."""
+    resident: bool = False
+    """Keep the training images (or their cached tokens) on the training device, in every process; they must fit."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ class ModelConfig:
     paper uses clip."""
     prefix_cache: Literal["auto", "always", "never"] = "auto"
     """Compute the tokens below the first adapted block once per image and reuse them. auto: where the model allows it,
-    at least one block is saved and the tokens fit into prefix_cache_gb."""
+    at least one block is saved, the tokens fit into prefix_cache_gb and data.augmentation=none."""
     prefix_cache_gb: float = 8.0
     """Largest size of the cached tokens of a run, in gigabytes of disk; tokens unused for a month are removed."""
     gradient_checkpointing: bool = False
@@ -297,7 +311,7 @@ class ConditionalOption:
     required: bool = False
 
 
-_FOLDER_SOURCES = ("domainnet", "nico", "folder")
+FOLDER_SOURCES = ("domainnet", "nico", "folder")
 
 
 def _scheme_is(scheme: str) -> Callable[[DictConfig], bool]:
@@ -314,7 +328,7 @@ def _adapts(config: DictConfig) -> bool:
 
 CONDITIONAL_OPTIONS = (
     ConditionalOption(
-        "data.root", "data.source=domainnet, nico or folder", lambda c: c.data.source in _FOLDER_SOURCES, required=True
+        "data.root", "data.source=domainnet, nico or folder", lambda c: c.data.source in FOLDER_SOURCES, required=True
     ),
     ConditionalOption("data.test_fraction", "data.source=folder", lambda c: c.data.source == "folder", 0.2),
     ConditionalOption("partition.clients_per_domain", "partition.scheme=dirichlet", _scheme_is("dirichlet"), 5),
@@ -356,7 +370,7 @@ AT_LEAST_ONE = (
 POSITIVE = (
     "partition.alpha", "model.lora.alpha", "model.prefix_cache_gb", "client.learning_rate", "client.clip_norm",
     "client.b_learning_rate_ratio", "server.learning_rate", "server.adaptivity", "fabric.timeout_minutes",
-    "fabric.heartbeat_seconds", "client.timeout_minutes",
+    "fabric.heartbeat_seconds", "client.timeout_minutes", "data.cache_gb",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.workers", "client.momentum", "client.weight_decay", "client.proximal", "checkpoint.seconds",
@@ -368,7 +382,8 @@ BELOW_ONE = ("model.lora.dropout", "client.momentum", "server.momentum", "server
 NOT_IDENTITY = ("rounds", "run_dir", "resume", "evaluation", "checkpoint", "fabric")
 NOT_IDENTITY_NESTED = (
     ("data", "root"), ("data", "workers"), ("model", "prefix_cache"), ("model", "prefix_cache_gb"),
-    ("client", "timeout_minutes"), ("model", "gradient_checkpointing"),
+    ("client", "timeout_minutes"), ("model", "gradient_checkpointing"), ("data", "cache"), ("data", "cache_gb"),
+    ("data", "resident"), ("data", "stage"),
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from lorafair.checkpoint import Checkpoint, save_checkpoint
 from lorafair.client import in_round, reach, train_cohort
 from lorafair.config import Config
 from lorafair.control_variates import ControlVariates
+from lorafair.data.augmentation import augmented
 from lorafair.data.loading import cohort_steps, local_batches, number_of_batches
 from lorafair.evaluation import Evaluation
 from lorafair.exchange import (
@@ -188,6 +189,7 @@ def train_clients(
         for cohort in cohorts
     ]
     stream = federation.train_source.batches([step.indices.reshape(-1) for steps in steps_of for step in steps])
+    augmentation = federation.config.data.augmentation
     for cohort, steps in zip(cohorts, steps_of, strict=True):
         if sign.is_up("cohort"):
             break
@@ -195,11 +197,16 @@ def train_clients(
         limit = _seconds(local.timeout_minutes)
         with sign.measured("cohort"), expecting(f"round {round_index + 1}: client {names}", limit):
             began = time.perf_counter()
+            batches = _stepwise(islice(stream, len(steps)))
+            inputs: Iterator[Tensor] = (batch.to(fabric.device, non_blocking=True) for batch in batches)
+            if augmentation != "none":
+                crop = augmentation == "crop_flip"
+                inputs = augmented(inputs, steps, cohort, seed=seed, round_index=round_index, crop=crop)
             result = train_cohort(
                 federation.model,
                 starts(federation, state, cohort),
                 steps,
-                (batch.to(fabric.device, non_blocking=True) for batch in _stepwise(islice(stream, len(steps)))),
+                inputs,
                 federation.labels,
                 local,
                 generators=[seeded(seed, round_index, c, "dropout", device=fabric.device) for c in cohort],

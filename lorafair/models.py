@@ -145,8 +145,8 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
     if config.gradient_checkpointing:
         if config.lora.dropout:  # masks would be drawn anew
             raise ConfigError(
-                f"model.gradient_checkpointing=true does not fit model.lora.dropout={config.lora.dropout:g}; set one of "
-                "them to false or 0"
+                f"model.gradient_checkpointing=true does not fit model.lora.dropout={config.lora.dropout:g}; "
+                "set one of them to false or 0"
             )
         model.checkpoint_gradients()
     return model

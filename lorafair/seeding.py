@@ -6,6 +6,10 @@ import hashlib
 
 import numpy as np
 import torch
+from torch import Tensor
+
+# SplitMix64's constants as signed numbers of 64 bits.
+_GOLDEN, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def seeded(seed: int, *purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -15,12 +19,39 @@ def seeded(seed: int, *purpose: int | str, device: torch.device | str = "cpu") -
     key is hashed, so neighbouring seeds, rounds and clients give unrelated streams. Draws on a CUDA device differ
     from those on the CPU.
     """
-    return torch.Generator(device=device).manual_seed(int.from_bytes(_key(seed, purpose)[:8], "little", signed=True))
+    return torch.Generator(device=device).manual_seed(seeded_key(seed, *purpose))
 
 
 def seeded_numpy(seed: int, *purpose: int | str) -> np.random.Generator:
     """NumPy's counterpart of `seeded`, e.g. `seeded_numpy(seed, "dirichlet", "serif")`."""
     return np.random.default_rng(int.from_bytes(_key(seed, purpose), "little"))
+
+
+def seeded_key(seed: int, *purpose: int | str) -> int:
+    """A number of 64 bits (signed) that `seed` and `purpose` alone determine, as a start for `hashed`."""
+    return int.from_bytes(_key(seed, purpose)[:8], "little", signed=True)
+
+
+def hashed(key: Tensor | int, counter: Tensor | int) -> Tensor:
+    """Random bits (int64) of a place in a stream: the output number `counter` of SplitMix64 from the state `key`.
+
+    Either may be an int64 tensor; they broadcast. A result is a key itself, so places may have several coordinates. The
+    same on every device, and whatever is computed beside it. (Steele, Lea, Flood: Fast splittable generators, 2014.)
+    """
+    z = torch.as_tensor(key) + (torch.as_tensor(counter) + 1) * _GOLDEN  # int64 wraps, as the algorithm wants
+    z = (z ^ _shifted(z, 30)) * _FIRST
+    z = (z ^ _shifted(z, 27)) * _SECOND
+    return z ^ _shifted(z, 31)
+
+
+def below(bits: Tensor, limit: int) -> Tensor:
+    """Whole numbers of 0 to limit − 1 from the random bits of `hashed`; for a limit far below 2^31."""
+    return _shifted(bits, 33) % limit
+
+
+def _shifted(z: Tensor, places: int) -> Tensor:
+    """z >> places of the unsigned number with the same bits."""
+    return (z >> places) & ((1 << (64 - places)) - 1)
 
 
 def _key(seed: int, purpose: tuple[int | str, ...]) -> bytes:

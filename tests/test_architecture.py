@@ -17,11 +17,15 @@ PACKAGE = ROOT / "lorafair"
 ORDER = [
     "errors", "torchvision_import", "config", "cluster", "interruption", "watchdog", "tables", "comparison",
     "submission", "seeding", "adapter", "schedule", "server_optimizer", "control_variates", "offline", "weights",
-    "data", "aggregation", "lora", "models", "client", "exchange", "prefix_cache", "evaluation", "checkpoint",
-    "partial_round", "tracking", "assembly", "report", "federation", "comparison_findings", "comparison_plots",
-    "comparison_report", "comparison_run", "export", "preparation", "doctor", "cli",
+    "data", "aggregation",
+    "lora", "models", "client", "exchange", "tracking", "shared_array", "staging", "image_cache", "prefix_cache",
+    "evaluation", "checkpoint", "partial_round", "assembly", "report", "federation", "comparison_findings",
+    "comparison_plots", "comparison_report", "comparison_run", "export", "preparation", "doctor", "cli",
 ]  # fmt: skip
-KNOW_FABRIC = {"exchange", "prefix_cache", "evaluation", "assembly", "report", "federation", "comparison_run", "doctor"}
+KNOW_FABRIC = {
+    "exchange", "shared_array", "staging", "image_cache", "prefix_cache", "evaluation", "assembly", "report",
+    "federation", "comparison_run", "doctor",
+}  # fmt: skip
 
 
 def part_of(file: Path) -> str:

@@ -120,6 +120,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "client.cohort=auto", "partition.scheme=iid", "partition.clients=34", "client.batch_size=4", "rounds=1",
         "model.gradient_checkpointing=true", "model.compile=eager",
     ),
+    "augmented": (
+        "data.augmentation=crop_flip", "data.resident=true", "partition.scheme=iid", "partition.clients=4",
+        "client.cohort=2", "client.epochs=2",
+    ),
     "no_cache": ("model.prefix_cache=never", "partition.scheme=iid", "partition.clients=4", "data.workers=1"),
 }  # fmt: skip
 

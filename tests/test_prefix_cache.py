@@ -17,7 +17,7 @@ from lorafair.config import Config, ConfigError, LoRAConfig, ModelConfig
 from lorafair.data.loading import Indices
 from lorafair.federation import run_federation
 from lorafair.models import build_model
-from lorafair.prefix_cache import cached_tokens, reason_against_cache
+from lorafair.prefix_cache import TokenSource, cached_tokens, reason_against_cache, tokens_of
 from lorafair.seeding import seeded
 from tests.conftest import launched, run_ranks
 
@@ -35,9 +35,14 @@ class Source:
             yield IMAGES[batch]
 
 
+def cached_by(fabric: Any, source: Source, key: str) -> TokenSource:
+    model = build_model(CONFIG, 4, 0).attach("cpu")
+    return cached_tokens(fabric, model, source, tokens_of(fabric, model, len(IMAGES), key, 32))
+
+
 def tokens(fabric: Any, key: str) -> tuple[np.ndarray, int]:
-    model, source = build_model(CONFIG, 4, 0).attach("cpu"), Source()
-    cached = cached_tokens(fabric, model, source, len(IMAGES), key, 32)
+    source = Source()
+    cached = cached_by(fabric, source, key)
     [found] = list(cached.batches([np.arange(len(IMAGES))]))
     return found.numpy(), source.read
 
@@ -87,7 +92,7 @@ def test_two_runs_compute_the_same_tokens_at_once() -> None:
                 yield batch
 
     source = Meanwhile()
-    cached = cached_tokens(launched(1), build_model(CONFIG, 4, 0).attach("cpu"), source, len(IMAGES), "at once", 32)
+    cached = cached_by(launched(1), source, "at once")
     [found] = list(cached.batches([np.arange(len(IMAGES))]))
     assert (source.read, source.other[1]) == (150, 150)
     assert np.array_equal(found.numpy(), source.other[0])
@@ -105,6 +110,10 @@ def test_when_tokens_are_not_cached() -> None:
     assert reason(replace(CONFIG, prefix_cache="never")) == "model.prefix_cache=never"
     assert "no block lies below the first adapter" in reason(replace(CONFIG, lora=LoRAConfig(rank=2)))
     assert "it needs 1.3 GB and model.prefix_cache_gb=1" in reason(replace(CONFIG, prefix_cache_gb=1), images=10**6)
+    model = build_model(CONFIG, 4, 0).attach("cpu")
+    assert "data.augmentation=flip changes" in reason_against_cache(CONFIG, model, 10, 32, "flip")
+    with pytest.raises(ConfigError, match=r"prefix_cache=always is not possible: data\.augmentation=flip changes"):
+        reason_against_cache(replace(CONFIG, prefix_cache="always"), model, 10, 32, "flip")
     with pytest.raises(ConfigError, match=r"model\.prefix_cache=always is not possible: no block"):
         reason(replace(CONFIG, prefix_cache="always", lora=LoRAConfig(rank=2)))
 
@@ -126,8 +135,7 @@ def test_an_interrupted_computation_leaves_nothing_that_looks_complete(monkeypat
             yield from list(super().batches(indices))[:1]
             raise KeyboardInterrupt
 
-    model = build_model(CONFIG, 4, 0).attach("cpu")
     with pytest.raises(KeyboardInterrupt):
-        cached_tokens(launched(1), model, Failing(), len(IMAGES), "interrupted", 32)
+        cached_by(launched(1), Failing(), "interrupted")
     _, read = tokens(launched(1), "interrupted")
     assert read == len(IMAGES)

@@ -49,12 +49,24 @@ class ImageFiles:
         except _UNDECODABLE as error:
             raise DataError(f"{path} cannot be decoded ({error}); repair it or leave it out of data.root") from error
 
+    def read_many(self, indices: np.ndarray, size: int) -> np.ndarray:
+        """As `ImageReader.read_many`."""
+        return np.stack([self.read(int(i), size) for i in indices])
+
     def digest(self, indices: np.ndarray) -> bytes:
         """As `CheckedReader.digest`, from the relative paths and the sizes of the files."""
         sizes = check_files([self.path(i) for i in indices])
         digest = hashlib.sha256()
         for index, size in zip(indices, sizes, strict=True):
             digest.update(b"%s\0%d\0" % (self.entries[index], size))
+        return digest.digest()
+
+    def version(self, indices: np.ndarray) -> bytes:
+        """As `CheckedReader.version`, from the paths, the sizes and the times of the last change of the files."""
+        digest = hashlib.sha256(os.fsencode(self.root.resolve()))
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for index, status in zip(indices, pool.map(lambda i: self.path(i).stat(), indices), strict=True):
+                digest.update(b"%s\0%d\0%d\0" % (self.entries[index], status.st_size, status.st_mtime_ns))
         return digest.digest()
 
 

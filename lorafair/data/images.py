@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,12 +34,20 @@ class ImageReader(Protocol):
         """
         ...
 
+    def read_many(self, indices: np.ndarray, size: int) -> np.ndarray:
+        """The images `indices` (B,) as `read` gives them: uint8 (B, size, size, 3), a new array."""
+        ...
+
 
 class CheckedReader(ImageReader, Protocol):
     """A reader that can tell in advance whether images will be readable."""
 
     def digest(self, indices: np.ndarray) -> bytes:
         """A value that changes with the images `indices` (N,) and their order; DataError if one is unusable."""
+        ...
+
+    def version(self, indices: np.ndarray) -> bytes:
+        """As `digest`, but sees every change that can be seen without decoding: names what is kept of the pixels."""
         ...
 
 
@@ -105,48 +114,81 @@ class Subset:
         """As `ImageReader.read`."""
         return self.images.read(int(self.indices[index]), size)
 
+    def read_many(self, indices: np.ndarray, size: int) -> np.ndarray:
+        """As `ImageReader.read_many`."""
+        return self.images.read_many(self.indices[indices], size)
+
+
+class OneArray(ABC):
+    """Images of one side as an array: those of the wanted size are its rows, without a detour."""
+
+    @property
+    @abstractmethod
+    def pixels(self) -> np.ndarray:
+        """(N, S, S, 3) uint8."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, index: int, size: int) -> np.ndarray:
+        """As `ImageReader.read`."""
+        return np.asarray(self.read_many(np.array([index]), size)[0])
+
+    def read_many(self, indices: np.ndarray, size: int) -> np.ndarray:
+        """As `ImageReader.read_many`."""
+        chosen: np.ndarray = self.pixels[indices]
+        if chosen.shape[1] == size:
+            return chosen
+        return np.stack([resize(Image.fromarray(image), size) for image in chosen])
+
 
 @dataclass(frozen=True, eq=False)
-class ImagesInMemory:
+class ImagesInMemory(OneArray):
     """Images in one array."""
 
     array: np.ndarray  # (N, S, S, 3) uint8
 
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def read(self, index: int, size: int) -> np.ndarray:
-        """As `ImageReader.read`."""
-        return resize(Image.fromarray(self.array[index]), size)
+    @property
+    def pixels(self) -> np.ndarray:
+        """As `OneArray.pixels`."""
+        return self.array
 
     def digest(self, indices: np.ndarray) -> bytes:
         """As `CheckedReader.digest`."""
         return hashlib.sha256(self.array[indices].tobytes()).digest()
 
+    version = digest
+
 
 @dataclass(frozen=True, eq=False)
-class StoredImages:
+class MappedImages(OneArray):
     """Images in one .npy file, mapped into memory: processes of a machine share its pages."""
 
     file: Path  # (N, S, S, 3) uint8
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """As `OneArray.pixels`."""
+        return _mapped(self.file)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImages(MappedImages):
+    """Mapped images whose digests were kept when they were stored."""
+
     digests: np.ndarray  # (N, 32) uint8, the sha256 of every image
-
-    def __len__(self) -> int:
-        return len(self.digests)
-
-    def read(self, index: int, size: int) -> np.ndarray:
-        """As `ImageReader.read`."""
-        return resize(Image.fromarray(_mapped(self.file)[index]), size)
 
     def digest(self, indices: np.ndarray) -> bytes:
         """As `CheckedReader.digest`; from what was stored, without reading the images again."""
         return hashlib.sha256(self.digests[indices].tobytes()).digest()
 
+    version = digest
+
 
 @functools.lru_cache(maxsize=4)
 def _mapped(file: Path) -> np.ndarray:
     array: np.ndarray = np.load(file, mmap_mode="r")
-    return array
+    return array.view(np.ndarray)  # what is taken from a memmap would be one
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
