@@ -171,6 +171,7 @@ def compare(clients: int, images: int, options: argparse.Namespace, loads: list[
         for repeat in range(options.repeats):
             for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
                 runs[name].append(run(name, envs, work, arguments, clients, options.threads))
+                loads.append(os.getloadavg()[0])
                 print(
                     f"{clients} clients, repeat {repeat + 1}: {name} {runs[name][-1].round:.3f} s a round", flush=True
                 )
