@@ -38,6 +38,7 @@ PACKAGES = ("lorafair", "torch", "timm", "pfl", "flwr", "ray")
 NOTES = """\
 Start: process start to first round. Overhead: a round less the bare loop's. Beyond training: what of a round is no
 client's steps. CPU and memory (largest PSS): with children; on a busy machine the CPU says more than the clock.
+Start leaves out that Flower's actor loads torch and the model in the first round, which no other number has either.
 Difference: largest of a final weight, relative to the largest weight.
 Not compared: evaluation (lorafair's, of 6 images, follows the last round; pfl's takes place in the first; Flower has
 none), checkpoints but lorafair's last one, lorafair's cache of frozen blocks, several clients at once. lorafair writes
