@@ -38,6 +38,7 @@ PACKAGES = ("lorafair", "torch", "timm", "pfl", "flwr", "ray")
 NOTES = """\
 Start: process start to first round. Overhead: a round less the bare loop's. Beyond training: what of a round is no
 client's steps. CPU and memory (largest PSS): with children; on a busy machine the CPU says more than the clock.
+Start leaves out that Flower's actor loads torch and the model in the first round, which no other number has either.
 Difference: largest of a final weight, relative to the largest weight.
 Not compared: evaluation (lorafair's, of 6 images, follows the last round; pfl's takes place in the first; Flower has
 none), checkpoints but lorafair's last one, lorafair's cache of frozen blocks, several clients at once. lorafair writes
@@ -171,6 +172,7 @@ def compare(clients: int, images: int, options: argparse.Namespace, loads: list[
         for repeat in range(options.repeats):
             for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
                 runs[name].append(run(name, envs, work, arguments, clients, options.threads))
+                loads.append(os.getloadavg()[0])
                 print(
                     f"{clients} clients, repeat {repeat + 1}: {name} {runs[name][-1].round:.3f} s a round", flush=True
                 )
@@ -201,9 +203,24 @@ def compare(clients: int, images: int, options: argparse.Namespace, loads: list[
     return lines
 
 
+def federation(text: str) -> tuple[int, int]:
+    """Clients and images of each, from "6x64"; raises ValueError, which argparse turns into its usage line."""
+    clients, images = map(int, text.split("x"))
+    if clients < 1 or images < 1 or clients * images % 3:  # the images come from 3 domains of one size
+        raise ValueError(text)
+    return clients, images
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", nargs="+", default=["6x64", "60x16"], metavar="NxIMAGES", help="(6x64 60x16)")
+    parser.add_argument(
+        "--clients",
+        nargs="+",
+        type=federation,
+        default=[(6, 64), (60, 16)],
+        metavar="NxIMAGES",
+        help="clients and images of each, a multiple of 3 together (6x64 60x16)",
+    )
     parser.add_argument("--rounds", type=int, default=8, help="of a run; all but the first and the last are timed (8)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each framework; medians count (5)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
@@ -215,9 +232,8 @@ def main() -> None:
     options.envs = options.envs.resolve()
     if options.rounds < 3:
         parser.error(f"--rounds {options.rounds}: at least 3, because the first and the last round are not timed")
-    federations = [tuple(map(int, text.split("x"))) for text in options.clients]
     versions, loads = install(options.envs, options.torch), [os.getloadavg()[0]]
-    lines = [line for clients, images in federations for line in compare(clients, images, options, loads)]
+    lines = [line for clients, images in options.clients for line in compare(clients, images, options, loads)]
     for name, of in versions.items():
         print(f"{name}: " + ", ".join(f"{package} {of[package]}" for package in PACKAGES if package in of))
     print(
