@@ -63,7 +63,8 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise ConfigError("fabric.precision=16-mixed is for GPUs; use fabric.precision=bf16-mixed or 32-true")
     # Given explicitly: Lightning's own look at Slurm's variables is wrong for jobs named bash, for steps, ...
-    environments = {"own": LightningEnvironment, "torchrun": TorchElasticEnvironment}
+    alone = devices * placement.num_nodes == 1
+    environments = {"own": _Alone if alone else LightningEnvironment, "torchrun": TorchElasticEnvironment}
     kind = environments.get(placement.launcher)
     return Fabric(
         accelerator=accelerator,
@@ -73,6 +74,14 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
         precision=config.precision,
         plugins=[kind() if kind is not None else _SlurmStep(placement)],
     )
+
+
+class _Alone(LightningEnvironment):
+    """A single process, which meets nobody: the system chooses its port, so that runs side by side do not collide."""
+
+    @property
+    def main_port(self) -> int:
+        return 0
 
 
 class _SlurmStep(ClusterEnvironment):

@@ -188,7 +188,8 @@ class AdapterParameters:
         self._gradients = torch.zeros_like(self._values)
         self.flat = nn.Parameter(self._values)  # (C, P)
         self._trained: list[TrainedColumns] = []
-        self.resize(1)
+        self._chosen: tuple[tuple[Part, ...], bool] | None = None  # what `train_only` was last asked for
+        self._show(1)
         self.train_only(PARTS)
 
     def train_only(self, parts: Sequence[Part], *, separately: bool = False) -> list[TrainedColumns]:
@@ -196,23 +197,30 @@ class AdapterParameters:
 
         Neighbouring parts are one view, unless each is to be treated `separately`.
         """
+        self._gradients.zero_()
+        if self._chosen == (tuple(parts), separately):
+            return self._trained
+        self._chosen = tuple(parts), separately
         for module in self._layers.values():
             module.A.requires_grad_("A" in parts)
             module.B.requires_grad_("B" in parts)
         for parameter in self._head_parameters().values():
             parameter.requires_grad_("head" in parts)
-        self._gradients.zero_()
         groups = [(part,) for part in PARTS if part in parts] if separately else [tuple(parts)]
         self._trained = [
             TrainedColumns(group, span, nn.Parameter(_columns(self._values, span)))
             for group in groups
             for span in self.layout.spans(group)
         ]
-        self.resize(len(self.flat))
+        self._show(len(self.flat))
         return self._trained
 
     def resize(self, cohort: int) -> None:
         """Let the model hold the first `cohort` rows: 1 for evaluation, C while a cohort trains."""
+        if cohort != len(self.flat):
+            self._show(cohort)
+
+    def _show(self, cohort: int) -> None:
         if cohort > 1:  # gradients are views of one tensor on purpose: the optimiser then takes one step, not hundreds
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         flat, gradient = self._values.narrow(0, 0, cohort), self._gradients.narrow(0, 0, cohort)
@@ -234,7 +242,8 @@ class AdapterParameters:
     def use_dropout(self, streams: DropoutStreams | None) -> None:
         """Draw dropout masks from these streams, or switch dropout off."""
         for module in self._layers.values():
-            module.dropout_streams = streams
+            if module.dropout:  # setting an attribute of a module takes a while
+                module.dropout_streams = streams
 
     def draw(self, seed: int, round_index: int) -> Tensor:
         """A fresh packed adapter (P,) on the CPU; what a layer gets follows from the seed, the round and its name."""

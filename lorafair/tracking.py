@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -37,9 +38,10 @@ class Tracker:
 
     def scalars(self, values: Mapping[str, float], completed_rounds: int) -> None:
         """Record values after this many rounds and make them visible at once."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, completed_rounds)
-            self._csv.writerow([completed_rounds, name, repr(float(value))])
+        # As one event: add_scalar would write one for each, which took longer than the server's step.
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._writer._get_file_writer().add_summary(summary, completed_rounds)
+        self._csv.writerows([completed_rounds, name, repr(float(value))] for name, value in values.items())
         self._writer.flush()
         self._csv_file.flush()
 
