@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from lorafair.schedule import expected_seconds, learn_seconds, plan_round
+from lorafair.schedule import learn_seconds, plan_round
 from lorafair.seeding import seeded_numpy
 
 
@@ -27,7 +27,7 @@ def learned(costs: list[float], ranks: int, generator: np.random.Generator) -> l
     for index in range(4):
         taken = own * generator.normal(1, 0.05, len(costs)).clip(0.5)
         plan = plan_round(
-            index, seed=0, sizes=[1] * len(costs), costs=costs, seconds=expected_seconds(costs, measured),
+            index, seed=0, sizes=[1] * len(costs), costs=costs, measured=measured,
             clients_per_round=None, weighting="uniform", cohort=1, world_size=ranks,
         )  # fmt: skip
         makespan = max(sum(taken[client] for client in clients) for clients in plan.clients_of_rank)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from lorafair.exchange import same_error_on_all_ranks
 from lorafair.image_cache import packed
 from lorafair.models import AdaptedModel, build_model, image_size_of
 from lorafair.prefix_cache import cached_tokens, reason_against_cache, tokens_of
-from lorafair.schedule import RoundPlan, expected_seconds, plan_round
+from lorafair.schedule import RoundPlan, plan_round
 from lorafair.seeding import seeded
 from lorafair.shared_array import on_all_ranks
 from lorafair.staging import staging_folder
@@ -63,24 +64,31 @@ class Federation:
 
         `measured` are the seconds that clients took in the rounds before.
         """
-        local = self.local
-        sizes = [len(client.indices) for client in self.clients]
-        visited = [
-            local.steps * min(local.batch_size, size) if local.steps is not None else (local.epochs or 1) * size
-            for size in sizes
-        ]
         return plan_round(
             round_index,
             seed=self.config.seed,
-            sizes=sizes,
-            costs=visited,
-            seconds=expected_seconds(visited, measured or {}),
+            sizes=self.sizes,
+            costs=self.costs,
+            measured=measured or {},
             clients_per_round=None if self.aggregator.pools_data else self.config.federation.clients_per_round,
             weighting=self.config.federation.weighting,
             cohort=self.cohort,
             world_size=self.fabric.world_size,
             finished=finished,
         )
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Training images of each client (N,)."""
+        return [len(client.indices) for client in self.clients]
+
+    @cached_property
+    def costs(self) -> list[int]:
+        """Images that each client visits in a round (N,)."""
+        local = self.local
+        if local.steps is not None:
+            return [local.steps * min(local.batch_size, size) for size in self.sizes]
+        return [(local.epochs or 1) * size for size in self.sizes]
 
     @property
     def kept_parts(self) -> tuple[Part, ...]:

@@ -391,12 +391,13 @@ def update_controls(federation: Federation, state: ServerState, returned: Return
         return
     local = in_round(federation.local, state.completed_rounds)
     parts = federation.aggregator.trains(state.completed_rounds)
-    sizes = [len(client.indices) for client in federation.clients]
+    sizes = federation.sizes
     shares = sizes if federation.config.federation.weighting == "size" else [1] * len(sizes)
+    whole = sum(shares)
     steps = [number_of_batches(sizes[client], local) for client in returned.clients]
     state.controls.update(
         returned.clients,
-        [shares[client] / sum(shares) for client in returned.clients],
+        [shares[client] / whole for client in returned.clients],
         starts(federation, state, returned.clients) - rows,
         {part: federation.model.adapters.layout.slices[part] for part in parts},
         {part: [reach(local, part, count) for count in steps] for part in parts},

@@ -28,6 +28,8 @@ from lorafair.tracking import Clock, Tracker, say
 
 BYTES_PER_NUMBER = 4  # adapters travel in float32
 
+CLIENT_CURVES = 1000  # clients of a run of which each has a curve of its own; TensorBoard stalls with many more
+
 
 class Report:
     """Everything a user sees of a run, in run_dir and on the console."""
@@ -71,7 +73,8 @@ class Report:
         train_loss = sum(w * loss for w, loss in zip(returned.weights, returned.losses, strict=True))
         rate = in_round(federation.local, completed_rounds - 1).learning_rate
         scalars = {"train/loss": train_loss, "train/learning_rate": rate}
-        for client, loss in zip(returned.clients, returned.losses, strict=True):
+        few = len(federation.clients) <= CLIENT_CURVES
+        for client, loss in zip(returned.clients, returned.losses, strict=True) if few else ():
             scalars[f"train/loss/{federation.clients[client].name}"] = loss
         scalars |= self._server_scalars(bias)
         scalars |= {"comm/up_bytes": up, "comm/down_bytes": down, "comm/total_bytes": totals["bytes"]}

@@ -37,7 +37,7 @@ def plan_round(
     seed: int,
     sizes: Sequence[int],
     costs: Sequence[float],
-    seconds: Sequence[float] | None = None,
+    measured: Mapping[int, float] | None = None,
     clients_per_round: int | None,
     weighting: Literal["size", "uniform"],
     cohort: int,
@@ -48,8 +48,9 @@ def plan_round(
 
     Clients are drawn uniformly without replacement. Cohorts are cut from the clients sorted by cost, so that clients
     trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least work. How
-    long they take is expected from `seconds`, if given: times differ from run to run, and only who trains where may.
-    Cohorts that an earlier attempt at the round has `finished` are rank 0's, which has their rows, and no work.
+    long they take is expected from the seconds `measured` before: times differ from run to run, and only who trains
+    where may, too. Cohorts that an earlier attempt at the round has `finished` are rank 0's, which has their rows, and
+    no work.
     """
     total = len(sizes)
     if clients_per_round is None or clients_per_round == total:
@@ -61,21 +62,22 @@ def plan_round(
     by_cost = sorted(clients, key=lambda c: (-costs[c], c))
     cohorts = [tuple(by_cost[i : i + cohort]) for i in range(0, len(by_cost), cohort)]
     done = tuple(cohort for cohort in cohorts if cohort in finished)
-    first, *others = _longest_first(
-        [cohort for cohort in cohorts if cohort not in finished], costs if seconds is None else seconds, world_size
-    )
+    seconds = expected_seconds({client: costs[client] for client in clients}, measured or {})
+    first, *others = _longest_first([cohort for cohort in cohorts if cohort not in finished], seconds, world_size)
+    whole = sum(shares)
     return RoundPlan(
         clients=tuple(clients),
-        weights=tuple(share / sum(shares) for share in shares),
+        weights=tuple(share / whole for share in shares),
         cohorts_of_rank=(done + first, *others),
     )
 
 
-def expected_seconds(costs: Sequence[float], measured: Mapping[int, float]) -> list[float]:
-    """How long each client will take (N,): as measured, else by its cost at the pace of those measured."""
-    done = sum(costs[client] for client in measured)
-    pace = sum(measured.values()) / done if done else 1.0
-    return [measured.get(client, pace * cost) for client, cost in enumerate(costs)]
+def expected_seconds(costs: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
+    """How long each of some clients will take: as measured, else by its cost at the pace of those measured."""
+    known = [client for client in costs if client in measured]
+    done = sum(costs[client] for client in known)
+    pace = sum(measured[client] for client in known) / done if done else 1.0
+    return {client: measured.get(client, pace * cost) for client, cost in costs.items()}
 
 
 def learn_seconds(measured: dict[int, float], clients: Sequence[int], seconds: Sequence[float]) -> None:
@@ -85,7 +87,7 @@ def learn_seconds(measured: dict[int, float], clients: Sequence[int], seconds: S
 
 
 def _longest_first(
-    cohorts: Sequence[tuple[int, ...]], seconds: Sequence[float], world_size: int
+    cohorts: Sequence[tuple[int, ...]], seconds: Mapping[int, float], world_size: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Graham's longest-processing-time rule: at most 4/3 of the best possible makespan."""
     assigned: list[list[tuple[int, ...]]] = [[] for _ in range(world_size)]

@@ -66,19 +66,22 @@ def test_clients_are_drawn_anew_each_round_and_reproducibly() -> None:
 @given(seconds=st.lists(st.floats(0.01, 100), min_size=12, max_size=12), cohort=st.integers(1, 4))
 def test_measured_times_decide_who_trains_where_and_nothing_else(seconds: list[float], cohort: int) -> None:
     sizes = [5, 9, 2, 8, 4, 7, 11, 3, 6, 1, 10, 12]
-    by_cost, by_time = (plan(sizes, world_size=3, cohort=cohort, seconds=given) for given in (None, seconds))
+    by_cost, by_time = (
+        plan(sizes, world_size=3, cohort=cohort, measured=given) for given in (None, dict(enumerate(seconds)))
+    )
     assert (by_time.clients, by_time.weights) == (by_cost.clients, by_cost.weights)
     assert sorted(chain.from_iterable(by_time.cohorts_of_rank)) == sorted(chain.from_iterable(by_cost.cohorts_of_rank))
 
 
 def test_the_slowest_client_gets_a_rank_of_its_own() -> None:
-    assert plan([5, 5, 5, 5], seconds=[1, 1, 1, 3]).clients_of_rank == ((3,), (0, 1, 2))
+    assert plan([5, 5, 5, 5], measured={0: 1, 1: 1, 2: 1, 3: 3}).clients_of_rank == ((3,), (0, 1, 2))
 
 
 def test_times_are_learned_halfway_and_expected_by_cost_where_nothing_is_known() -> None:
     measured: dict[int, float] = {}
-    assert expected_seconds([4, 2, 1], measured) == [4, 2, 1]
+    costs = {0: 4.0, 1: 2.0, 2: 1.0}
+    assert expected_seconds(costs, measured) == costs
     learn_seconds(measured, (0, 2), (2.0, 1.0))
-    assert expected_seconds([4, 2, 1], measured) == [2, pytest.approx(1.2), 1]  # 3 s for a cost of 5
+    assert expected_seconds(costs, measured) == {0: 2, 1: pytest.approx(1.2), 2: 1}  # 3 s for a cost of 5
     learn_seconds(measured, (0,), (4.0,))
     assert measured == {0: 3.0, 2: 1.0}
