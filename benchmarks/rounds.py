@@ -37,8 +37,8 @@ CORES = len(os.sched_getaffinity(0))
 TINY = (
     "data.source=synthetic", "data.test_images=6", "partition.scheme=iid", "model.name=test_vit",
     "model.weights=random", "model.image_size=32", "model.prefix_cache=never", "model.lora.rank=4",
-    "method.name=fedit", "client.optimizer=adamw", "client.learning_rate=0.001", "client.batch_size=16", "client.cohort=1", "fabric.accelerator=cpu",
-    "evaluation.every=1000000",
+    "method.name=fedit", "client.optimizer=adamw", "client.learning_rate=0.001", "client.batch_size=16",
+    "client.cohort=1", "fabric.accelerator=cpu", "evaluation.every=1000000",
 )  # fmt: skip
 
 

@@ -51,8 +51,8 @@ def flip_and_crop(images: Tensor, keys: Tensor, *, crop: bool) -> Tensor:
         rows, columns = (_moved(place, hashed(keys, axis)) for axis in (1, 2))
     columns = torch.where(flip, side - 1 - columns, columns)
     if crop:
-        images = images.gather(2, rows[:, None, :, None].expand_as(images))
-    return images.gather(3, columns[:, None, None, :].expand_as(images))
+        images = images.gather(2, rows.view(-1, 1, side, 1).expand_as(images))
+    return images.gather(3, columns.view(-1, 1, 1, side).expand_as(images))
 
 
 def _moved(place: Tensor, bits: Tensor) -> Tensor:

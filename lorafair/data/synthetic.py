@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from lorafair.data.images import Collection, ImagesInMemory
 from lorafair.seeding import seeded_numpy
 
 _CLASSES, _TRAIN, _TEST, _SIDE = 4, 64, 32, 32  # defaults of data.classes, train_images, test_images a domain; pixels
+
+_BLOCK = 4096  # images in float64 at a time
 
 _STYLES: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "plain": lambda images, rng: images,
@@ -25,14 +27,15 @@ def synthetic(config: DataConfig, seed: int) -> Collection:
     train, test = config.train_images or _TRAIN, config.test_images or _TEST
     labels = np.concatenate([np.arange(train), np.arange(test)]) % classes  # (N,)
     images = [
-        np.clip(style(_gratings(labels * np.pi / classes, rng), rng), 0.0, 1.0)
+        (255 * np.clip(style(block, rng), 0.0, 1.0)).astype(np.uint8)
         for domain, style in _STYLES.items()
         for rng in (seeded_numpy(seed, "synthetic", domain),)
+        for block in _gratings(labels * np.pi / classes, rng)
     ]
     return Collection(
         domains=tuple(_STYLES),
         classes=tuple(f"grating-{180 * c / classes:.0f}deg" for c in range(classes)),
-        images=ImagesInMemory((255 * np.concatenate(images)).astype(np.uint8)),
+        images=ImagesInMemory(np.concatenate(images)),
         labels=np.tile(labels, len(_STYLES)),
         domain_of=np.repeat(np.arange(len(_STYLES)), train + test),
         held_out=np.tile(np.arange(train + test) >= train, len(_STYLES)),
@@ -40,11 +43,13 @@ def synthetic(config: DataConfig, seed: int) -> Collection:
     )
 
 
-def _gratings(angles: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Stripes perpendicular to `angles` (N,), from dark to a bright colour: (N, S, S, 3) in 0–1."""
+def _gratings(angles: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Stripes perpendicular to `angles` (N,), from dark to a bright colour: blocks of (N, S, S, 3) in 0–1."""
     y, x = np.mgrid[:_SIDE, :_SIDE] / _SIDE
-    across = np.cos(angles)[:, None, None] * x + np.sin(angles)[:, None, None] * y  # (N, S, S)
     phases = rng.uniform(0.0, 2 * np.pi, (len(angles), 1, 1))
-    stripes = 0.5 + 0.5 * np.sin(2 * np.pi * 4 * across + phases)
     colours = rng.uniform(0.5, 1.0, (len(angles), 1, 1, 3))
-    return np.asarray(0.1 + 0.9 * stripes[..., None] * colours)
+    for block in (slice(i, i + _BLOCK) for i in range(0, len(angles), _BLOCK)):
+        angle = angles[block, None, None]
+        across = np.cos(angle) * x + np.sin(angle) * y  # (N, S, S)
+        stripes = 0.5 + 0.5 * np.sin(2 * np.pi * 4 * across + phases[block])
+        yield np.asarray(0.1 + 0.9 * stripes[..., None] * colours[block])
