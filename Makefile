@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests results clean
+.PHONY: help demo test lint types tests results bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -34,6 +34,12 @@ tests: $(VENV)/.installed ## pytest, files side by side
 results: $(VENV)/.installed ## the runs behind the README's result table (about half an hour on 2 cores)
 	for method in lora_fair fedit centralized local_only; do \
 	  $(BIN)/python train.py conf/demo.yaml method.name=$$method || exit 1; \
+	done
+
+bench: $(VENV)/.installed ## the benchmarks of docs/performance.md, one after the other (about an hour on 2 quiet cores)
+	@for line in local_training.py "local_training.py --cohort 6 --batch-size 8" rounds.py loading.py scheduling.py \
+	  exchange.py server_step.py; do \
+	  echo; echo "== benchmarks/$$line"; $(BIN)/python benchmarks/$$line || exit 1; \
 	done
 
 clean: ## remove the environment and what tools left behind (runs/ and the download cache stay)
