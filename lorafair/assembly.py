@@ -241,7 +241,7 @@ def _sources(
             say("nothing is staged: neither decoded images nor tokens are kept in a file; see data.cache")
         return images(kept.train), images(kept.test)
     tokens = [
-        tokens_of(fabric, model, len(split), f"{data.fingerprint} {name}", size)
+        tokens_of(fabric, model, len(split), f"{data.fingerprint} {name}", size, config.model.prefix_cache_dtype)
         for name, split in (("train", data.train), ("test", data.test))
     ]
     if not on_all_ranks(fabric, all(split.file.exists() for split in tokens)):

@@ -132,6 +132,8 @@ class ModelConfig:
     at least one block is saved, the tokens fit into prefix_cache_gb and data.augmentation=none."""
     prefix_cache_gb: float = 8.0
     """Largest size of the cached tokens of a run, in gigabytes of disk; tokens unused for a month are removed."""
+    prefix_cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How cached tokens are kept. float32: the results are those without a cache. bfloat16: half the size, rounded."""
     gradient_checkpointing: bool = False
     """Keep only what enters each block for the backward pass and compute the rest again: less memory, about a third
     more time, the same numbers."""

@@ -84,7 +84,7 @@ class AdaptedModel(nn.Module):
         if inputs.dtype == torch.uint8:
             return cast(Tensor, self.backbone(self.normalize(inputs)))
         backbone: Any = self.backbone
-        tokens = inputs
+        tokens = inputs.float()  # where they are kept in half the bits
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in backbone.blocks[self.prefix_blocks :]:
             tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)

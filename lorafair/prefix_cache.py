@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +30,16 @@ EMBED_BATCH = 64
 
 
 class TokenSource:
-    """Tokens (N, T, D) float32 of one split in a memory-mapped file."""
+    """Tokens (N, T, D) of one split in a memory-mapped file."""
 
     def __init__(self, file: Path) -> None:
         self._tokens = np.load(file, mmap_mode="r").view(np.ndarray)
 
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
-        """One tensor (len(i), T, D) for each index array i, in order."""
-        return (torch.from_numpy(self._tokens[batch]) for batch in indices)
+        """One tensor (len(i), T, D), float32 or bfloat16, for each index array i, in order."""
+        for batch in indices:
+            tokens = torch.from_numpy(self._tokens[batch])
+            yield tokens.view(torch.bfloat16) if tokens.dtype == torch.int16 else tokens
 
 
 def reason_against_cache(
@@ -50,21 +53,23 @@ def reason_against_cache(
     elif model.prefix_blocks == 0:
         reason = "no block lies below the first adapter, or the backbone is neither a plain ViT nor an MLP-Mixer"
     else:
-        array = _array("", model, images, image_size)
+        array = _array("", model, images, image_size, config.prefix_cache_dtype)
         reason = lack_of_room(array, config.prefix_cache_gb, "model.prefix_cache_gb")
     if reason and config.prefix_cache == "always":
         raise ConfigError(f"model.prefix_cache=always is not possible: {reason}")
     return reason
 
 
-def tokens_of(fabric: Fabric, model: AdaptedModel, count: int, key: str, image_size: int) -> SharedArray:
+def tokens_of(
+    fabric: Fabric, model: AdaptedModel, count: int, key: str, image_size: int, dtype: str = "float32"
+) -> SharedArray:
     """The file of the tokens of a split of `count` images, there or not.
 
     `key` names the images; the model, the arithmetic and the device are added to it.
     """
     weights = model.fingerprint(of_embed=True)
-    parts = ("2", key, weights, str(image_size), fabric.device.type, _precision(fabric), torch.__version__)
-    return _array(hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], model, count, image_size)
+    parts = ("3", key, weights, str(image_size), dtype, fabric.device.type, _precision(fabric), torch.__version__)
+    return _array(hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], model, count, image_size, dtype)
 
 
 def cached_tokens(
@@ -76,17 +81,21 @@ def cached_tokens(
     """
 
     @torch.inference_mode()
-    def embed(parts: Sequence[Indices]) -> Iterator[NDArray[np.float32]]:
+    def embed(parts: Sequence[Indices]) -> Iterator[NDArray[Any]]:
         for pixels in images.batches(parts):
             with fabric.autocast():
-                yield model.embed(pixels.to(fabric.device)).float().cpu().numpy()
+                embedded = model.embed(pixels.to(fabric.device)).float()
+            # NumPy has no bfloat16: its bits are kept as integers.
+            rounded = embedded.bfloat16().view(torch.int16) if tokens.dtype is np.int16 else embedded
+            yield rounded.cpu().numpy()
 
     return TokenSource(staged(fabric, build_together(fabric, tokens, embed, "tokens computed"), stage))
 
 
-def _array(name: str, model: AdaptedModel, count: int, image_size: int) -> SharedArray:
+def _array(name: str, model: AdaptedModel, count: int, image_size: int, dtype: str) -> SharedArray:
     shape = (count, *_token_shape(model, image_size)[1:])
-    return SharedArray(_folder() / f"{name}.npy", shape, np.float32, EMBED_BATCH)
+    kept = np.int16 if dtype == "bfloat16" else np.float32
+    return SharedArray(_folder() / f"{name}.npy", shape, kept, EMBED_BATCH)
 
 
 @torch.inference_mode()

@@ -58,6 +58,21 @@ def test_tokens_are_computed_once_and_are_those_of_the_images() -> None:
         np.testing.assert_allclose(first, model.embed(IMAGES).numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_in_half_the_bits_are_those_rounded(tiny: Callable[..., Config]) -> None:
+    fabric, model = launched(1), build_model(CONFIG, 4, 0).attach("cpu")
+    kept = tokens_of(fabric, model, len(IMAGES), "half", 32, "bfloat16")
+    whole = tokens_of(fabric, model, len(IMAGES), "half", 32)
+    assert kept.bytes == whole.bytes / 2
+    [half], [exact] = (
+        list(cached_tokens(fabric, model, Source(), array).batches([np.arange(len(IMAGES))])) for array in (kept, whole)
+    )
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, exact.bfloat16())
+    with torch.inference_mode():
+        torch.testing.assert_close(model(half), model(exact), rtol=0.05, atol=0.05)
+    run_federation(fabric, tiny("model.prefix_cache_dtype=bfloat16", "rounds=1", "data.resident=true"))
+
+
 def test_ranks_share_the_work_and_get_the_same_bits() -> None:
     [(alone, _)] = run_ranks(1, tokens, "alone")
     shared = run_ranks(2, tokens, "shared")
