@@ -244,9 +244,11 @@ def _sources(
         tokens_of(fabric, model, len(split), f"{data.fingerprint} {name}", size, config.model.prefix_cache_dtype)
         for name, split in (("train", data.train), ("test", data.test))
     ]
-    if not on_all_ranks(fabric, all(split.file.exists() for split in tokens)):
-        if fabric.is_global_zero:
-            say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: computed for {count:,} images")
+    there = on_all_ranks(fabric, all(split.file.exists() for split in tokens))
+    if fabric.is_global_zero:
+        done = "kept from an earlier run" if there else f"computed once for {count:,} images"
+        say(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: {done}")
+    if not there:
         data = packed(fabric, config.data, data, size, read_once=True)
     train, test = (
         cached_tokens(fabric, model, images(split), file, stage)
