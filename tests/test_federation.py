@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +16,10 @@ import lorafair.federation as federation_module
 from lorafair import assembly
 from lorafair.adapter import LoRAFactors
 from lorafair.aggregation import AGGREGATORS, Aggregator, LayerUpdate
-from lorafair.assembly import assemble
+from lorafair.assembly import NUMBERS_OF_STEP, assemble, cohort_size
 from lorafair.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.config import Config, load_config
+from lorafair.data.partition import Client
 from lorafair.errors import LorafairError
 from lorafair.exchange import make_fabric
 from lorafair.federation import run_federation
@@ -327,6 +329,28 @@ def test_the_frozen_model_is_built_once_and_stays_where_it_is(tiny: Tiny, monkey
     assert numbers == model.adapters.layout.length
     result = json.loads((config.folder / "result.json").read_text())
     assert result["totals"]["bytes"] == 2 * config.rounds * 7 * 4 * numbers  # up and down, float32
+
+
+def test_clients_side_by_side_as_many_as_pay_whatever_the_ranks(tiny: Tiny, tmp_path: Path) -> None:
+    def size(clients: int, *changes: str) -> int:
+        config = tiny("partition.scheme=iid", f"partition.clients={clients}", *changes)
+        model = build_model(config.model, classes=4, seed=0)
+        images = tuple(Client(f"client-{k}", None, np.arange(16)) for k in range(clients))
+        return cohort_size(config, images, model, 32, torch.device("cpu"))
+
+    assert [size(clients) for clients in (6, 31, 32, 100)] == [1, 1, 2, 6]  # 16 cohorts at least
+    assert size(100, "federation.clients_per_round=40") == 2
+    assert size(100, "client.cohort=9") == 9
+    per_image = build_model(tiny().model, classes=4, seed=0).numbers_per_image(32)
+    assert size(100_000) == int(NUMBERS_OF_STEP["cpu"] / (16 * per_image))
+
+    rows = []
+    for cohort in ("auto", "1"):
+        plain = ("model.gradient_checkpointing=false", "model.compile=null", f"client.cohort={cohort}")
+        options = [*TINY, *VARIANTS["side_by_side"], *plain, f"run_dir={tmp_path / cohort}"]
+        run(launched(1), options)
+        rows.append(adapter_of(tmp_path / cohort)["adapter"])
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-3, atol=1e-5)
 
 
 def test_mixed_precision_trains_too(tiny: Tiny, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lorafair.aggregation.factor_algebra import square_of_sum
 SCALES = 72  # log-spaced values of ‖XĀ‖ tried, from _SMALLEST_SCALE to 1 times its upper bound
 _SMALLEST_SCALE = 1e-9
 _SECULAR_STEPS = 10  # Newton from a bound within √R of the root: 8 leave 1e-7, 10 leave rounding
-_BISECTIONS = 52  # the bits of a float64
+_SECTIONS, _CUTS = 64, 9  # an interval is cut into 64 parts, 9 times: the bits of a float64 in few steps
 _NO_PENALTY = 1e-100  # below it, the square of 1 / penalty overflows
 
 
@@ -138,7 +138,7 @@ def _search_scales(unit: Problems) -> Correction:
     """Minimise over the scale s = ‖XĀ‖, for each of which `_solve_at_scale` knows the best X.
 
     That minimum as a function of s has the slope 2λ⟨X, X − B̄⟩/s, whose sign does not suffer from a small λ. At an
-    optimum ⟨X, X − B̄⟩ = 0, hence ‖X‖ ≤ ‖B̄‖ and s ≤ 1. A coarse search finds the valley, bisection its bottom.
+    optimum ⟨X, X − B̄⟩ = 0, hence ‖X‖ ≤ ‖B̄‖ and s ≤ 1. A coarse search finds the valley, finer ones in it its bottom.
     """
     scales = torch.logspace(
         math.log10(_SMALLEST_SCALE), 0, SCALES, dtype=unit.mean.dtype, device=unit.mean.device
@@ -148,10 +148,12 @@ def _search_scales(unit: Problems) -> Correction:
     rising = _slope_sign(unit, tried).gather(0, best.unsqueeze(0)).squeeze(0) > 0
     low = scales.take(torch.where(rising, best - 1, best).clamp(min=0))
     high = scales.take(torch.where(rising, best, best + 1).clamp(max=SCALES - 1))
-    for _ in range(_BISECTIONS):
-        middle = (low * high).sqrt()
-        rising = _slope_sign(unit, _solve_at_scale(unit, middle)) > 0
-        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    places = torch.arange(_SECTIONS + 1, dtype=low.dtype, device=low.device).unsqueeze(-1) / _SECTIONS  # (S, 1)
+    for _ in range(_CUTS):
+        cuts = low * (high / low) ** places  # (S, N), with both ends
+        inner = _slope_sign(unit, _solve_at_scale(unit, cuts[1:-1])) > 0
+        falling = (~inner).long().cumprod(0).sum(0, keepdim=True)  # (1, N) cuts before the first that rises
+        low, high = cuts.gather(0, falling).squeeze(0), cuts.gather(0, falling + 1).squeeze(0)
     return _solve_at_scale(unit, (low * high).sqrt())
 
 
