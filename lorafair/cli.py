@@ -97,7 +97,8 @@ def entry() -> NoReturn:
     status = main()
     for name in SCHEDULER_SIGNALS:  # a signal that comes while Python takes itself down must not fail what is done
         signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
-    if status == FAILED:  # a collective that a lost process has left open keeps Python from ending
+    # A collective that a lost process has left open, or a worker process that hangs, keeps Python from ending.
+    if status in (FAILED, INTERRUPTED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -273,7 +274,7 @@ def until_stopped(fabric: Any, config: FabricConfig, placement: Placement, work:
             print(f"{stop}; {line}", flush=True)
         status = fabric.broadcast(status)  # the others stay: srun ends all processes once one has left with an error
         close(fabric)
-        # Lightning kills the process that has started this one when it finds that this one failed.
+        # The process that has started this one tells; to it this one has not failed.
         return 0 if is_child(placement) else int(status)
     except SystemExit:  # rank 0 tells why
         if is_child(placement):

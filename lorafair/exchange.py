@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 
 from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors, Part, take_columns
@@ -70,10 +71,29 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
         accelerator=accelerator,
         devices=devices,
         num_nodes=placement.num_nodes,
-        strategy=DDPStrategy(timeout=timedelta(minutes=config.timeout_minutes)),
+        strategy=_Strategy(timeout=timedelta(minutes=config.timeout_minutes)),
         precision=config.precision,
         plugins=[kind() if kind is not None else _SlurmStep(placement)],
     )
+
+
+class _Strategy(DDPStrategy):
+    """Lightning's, but for the thread that ends this process by SIGKILL when one that it has started fails.
+
+    `watchdog.Watch` looks after them, tells why, saves what is done and leaves with a status that says what happened.
+    """
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+class _Launcher(_SubprocessScriptLauncher):
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+        return function(*args, **kwargs)
 
 
 class _Alone(LightningEnvironment):

@@ -39,6 +39,7 @@ class _State:
     process: int = 0  # the one whose flag this is
     asked: int = NOTHING
     ctrl_c: bool = False
+    at_once: bool = False  # Ctrl-C came twice
     deadline: float | None = None  # on the monotonic clock
 
 
@@ -57,6 +58,10 @@ def listening() -> Iterator[None]:
     before = {number: signal.signal(number, _note) for number in numbers}
     try:
         yield
+    except Exception as error:
+        if _state.at_once:  # a library may turn it into an error of its own
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -82,7 +87,7 @@ def asked() -> int:
 
 def forget() -> None:
     """Take back what was asked; for a process that goes on to other work."""
-    _state.asked, _state.ctrl_c, _state.deadline = NOTHING, False, None
+    _state.asked, _state.ctrl_c, _state.at_once, _state.deadline = NOTHING, False, False, None
 
 
 def expect_end_in(seconds: float | None) -> None:
@@ -118,6 +123,7 @@ def _note(number: int, _frame: FrameType | None) -> None:
         return  # forked with the handler: the scheduler signals every process of a job
     if number == signal.SIGINT:
         if _state.ctrl_c:
+            _state.at_once = True
             raise KeyboardInterrupt
         _state.ctrl_c = True
         os.write(2, b"stopping once the clients in training are done; press Ctrl-C again to stop at once\n")

@@ -20,7 +20,7 @@ from signal import SIGKILL, Signals
 from subprocess import Popen
 from typing import Any
 
-from lorafair.interruption import FAILED
+from lorafair.interruption import FAILED, INTERRUPTED
 
 CONTINUES = "what is saved stays, and the same command continues from it"
 _LOOK_SECONDS = 1.0
@@ -93,6 +93,8 @@ class Watch:
             return "the process that has started this one is gone"
         for number, child in enumerate(self._children, start=1):
             if status := child.poll():
+                if status == INTERRUPTED:
+                    return f"process {number} was stopped by Ctrl-C"
                 how = f"was ended by {Signals(-status).name}" if status < 0 else f"has failed with status {status}"
                 return f"process {number} {how}"
         return self._peers.gone() if self._peers is not None else ""
@@ -121,8 +123,10 @@ class Watch:
             saver = threading.Thread(target=self._save, daemon=True)
             saver.start()
             saver.join(_SAVE_SECONDS)
+        # This process may wait where Python hears of no Ctrl-C.
+        status = INTERRUPTED if any(child.poll() == INTERRUPTED for child in self._children) else FAILED
         self.end_children()
-        os._exit(FAILED)
+        os._exit(status)
 
 
 class _Peers(threading.Thread):

@@ -78,6 +78,27 @@ def test_two_processes_killed_in_the_middle_and_continued(tmp_path: Path) -> Non
     assert results[0]["accuracy"] == results[1]["accuracy"]
 
 
+def test_a_started_process_that_is_killed_ends_its_starter_with_a_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*TINY, "rounds=400", "client.steps=60", "fabric.devices=2", f"run_dir={run}"]
+    process = start(arguments)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.skip("no list of child processes")
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(run):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (child,) = (int(number) for number in children.read_text().split())
+    os.kill(child, signal.SIGKILL)
+    status, _, errors = finish(process)
+    assert status == 1
+    assert "error: process 0 on " in errors
+    assert "process 1 was ended by SIGKILL" in errors
+
+
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run the command in this process; it must end with status 2 and one line."""
     assert main(arguments) == 2

@@ -129,6 +129,21 @@ def test_a_round_may_be_stopped_again_and_again(tmp_path: Path) -> None:
     assert torch.equal(final_adapter(tmp_path / "stopped"), final_adapter(tmp_path / "whole"))
 
 
+def test_a_library_that_makes_an_error_of_its_own_of_ctrl_c_does_not_hide_it() -> None:
+    def listen(times: int) -> None:
+        with listening():
+            try:
+                for _ in range(times):
+                    os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                raise RecursionError("an import that was cut short")
+
+    with pytest.raises(KeyboardInterrupt):
+        listen(2)
+    with pytest.raises(RecursionError):
+        listen(1)
+
+
 def test_a_stop_saves_a_round_that_was_not_due(tmp_path: Path) -> None:
     arguments = [*SIX_CLIENTS, f"run_dir={tmp_path}", "rounds=3", "checkpoint.every=3"]
     end, _ = run(launched(1), arguments, asking_rank=0, after=8)

@@ -72,6 +72,15 @@ def test_a_started_process_that_fails_ends_its_starter_and_an_orphan_ends_itself
     assert "error: process 0: process 1 was ended by SIGKILL" in ended.stderr
 
     ended = python("""
+        import subprocess, sys, time
+        from lorafair.watchdog import start_watch
+        start_watch("process 0", [subprocess.Popen([sys.executable, "-c", "raise SystemExit(130)"])])
+        time.sleep(60)
+    """)
+    assert ended.returncode == 130
+    assert "error: process 0: process 1 was stopped by Ctrl-C" in ended.stderr
+
+    ended = python("""
         import os, time
         from lorafair.watchdog import start_watch
         start_watch("process 0")
@@ -127,6 +136,28 @@ def test_a_client_that_hangs_is_named_and_the_clients_before_it_are_kept(tmp_pat
     assert "has got no further for 1.8 seconds" in ended.stderr
     (unfinished,) = list_unfinished(tmp_path).values()
     assert len(list(unfinished.glob("clients_*.safetensors"))) == 1
+
+
+def test_a_reader_that_hangs_in_a_worker_process_ends_with_the_run(tmp_path: Path) -> None:
+    ended = python(
+        """
+        import os, sys, time
+        from lorafair import cli
+        from lorafair.data import loading
+        read, training = loading._Images.__getitems__, os.getpid()
+        def hang(self, indices):
+            if os.getpid() != training:
+                time.sleep(600)
+            return read(self, indices)
+        loading._Images.__getitems__ = hang
+        cli.entry()
+        """,
+        *TINY, "data.train_images=16", "fabric.devices=1", "data.workers=2", "model.prefix_cache=never",
+        "client.timeout_minutes=0.03", f"run_dir={tmp_path}",
+    )  # fmt: skip
+    # The pipes are open until the workers end, too.
+    assert ended.returncode == 1
+    assert "has got no further for 1.8 seconds" in ended.stderr
 
 
 @pytest.mark.parametrize(

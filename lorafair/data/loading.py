@@ -6,8 +6,11 @@ Letters: C clients in the cohort, N images of the largest batch, S side of the i
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,7 +95,7 @@ class ImageSource:
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             pin_memory=pin_memory,
             collate_fn=_as_is,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
         )
         if workers:
@@ -179,8 +182,18 @@ def _end_workers(reference: weakref.ref[DataLoader[Tensor]]) -> None:
         loader._iterator._shutdown_workers()
 
 
-def _ignore_signals(_worker: int) -> None:
-    """The scheduler signals every process of a job; only the training process may act on it."""
+def _begin_worker(_worker: int) -> None:
+    """The scheduler signals every process of a job; only the training process may act on it.
+
+    A worker that hangs in a file system would outlive the training process, and keep its console open.
+    """
+    threading.Thread(target=_leave_after, args=(os.getppid(),), daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _leave_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
