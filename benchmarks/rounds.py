@@ -115,15 +115,18 @@ def of_clients(clients: int, images: int) -> tuple[str, ...]:
 
 
 def overhead(_: argparse.Namespace) -> None:
-    print("clients x images | method | s a round | ms beside training | share of the round | ms of it a client")
-    for clients, images in ((6, 64), (60, 16)):
+    print("model | clients x images | method | s a round | ms beside training | share of the round | ms of it a client")
+    small = ("model.name=vit_small_patch16_224", "model.image_size=96")
+    for name, changes, clients, images, rounds in (
+        ("test_vit, 32 px", (), 6, 64, 20), ("test_vit, 32 px", (), 60, 16, 20), ("ViT-S/16, 96 px", small, 6, 64, 5),
+    ):  # fmt: skip
         for method in ("fedit", "lora_fair"):
-            r = run(*TINY, *of_clients(clients, images), f"method.name={method}", rounds=20)
+            r = run(*TINY, *changes, *of_clients(clients, images), f"method.name={method}", rounds=rounds)
             beside = statistics.median(r.beside)
             print(
-                f"{clients} x {images} | {method} | {r.median:.3f} | {1000 * beside:.1f} | {beside / r.median:.1%} | "
-                f"{1000 * beside / clients:.2f}"
-            )
+                f"{name} | {clients} x {images} | {method} | {r.median:.3f} | {1000 * beside:.1f} | "
+                f"{beside / r.median:.1%} | {1000 * beside / clients:.2f}", flush=True,
+            )  # fmt: skip
 
 
 def clients(options: argparse.Namespace) -> None:
