@@ -152,7 +152,7 @@ def _search_scales(unit: Problems) -> Correction:
     for _ in range(_CUTS):
         cuts = low * (high / low) ** places  # (S, N), with both ends
         inner = _slope_sign(unit, _solve_at_scale(unit, cuts.narrow(0, 1, _SECTIONS - 1))) > 0
-        falling = (~inner).long().cumprod(0).sum(0, keepdim=True)  # (1, N) cuts before the first that rises
+        falling = inner.logical_not().long().cumprod(0).sum(0, keepdim=True)  # (1, N) cuts before the first that rises
         low, high = cuts.gather(0, falling).squeeze(0), cuts.gather(0, falling + 1).squeeze(0)
     return _solve_at_scale(unit, (low * high).sqrt())
 
