@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from lorafair.config import ConfigError
 from lorafair.data.loading import Indices
 from lorafair.exchange import same_error_on_all_ranks
+from lorafair.interruption import NOTHING, Interrupted, asked
 from lorafair.offline import CacheError, cache_dir
 from lorafair.tracking import say
 
@@ -105,6 +106,7 @@ def build_together(
     """The file of `array`, found undamaged, or filled by the ranks of each node together. Call on every rank.
 
     `fill(parts)` yields the rows of each of these index arrays, in order. `what` is being made, for the progress line.
+    Raises Interrupted on every rank where a signal asks to stop.
     """
     strategy: Any = fabric.strategy
     share = slice(fabric.local_rank, None, strategy.num_processes)
@@ -121,8 +123,10 @@ def build_together(
                     if state == _DAMAGED:
                         array.file.unlink(missing_ok=True)
                     array.create(partial)
-            with same_error_on_all_ranks(fabric):
+            with same_error_on_all_ranks(fabric) as agreed:
                 _fill(array, partial, share, fill, what if fabric.is_global_zero else None)
+            if agreed.stop:
+                raise Interrupted(agreed.stop, f"before the first round, with {what} in part: they are made anew")
             with same_error_on_all_ranks(fabric):
                 if fabric.local_rank == 0:
                     _keep(partial, array.file)
@@ -192,6 +196,8 @@ def _fill(
     parts, mine = array.parts, list(range(len(array.parts)))[share]
     began = said = time.monotonic()
     for u, values in zip(mine, fill([parts[u] for u in mine]), strict=True):
+        if asked() != NOTHING:
+            return
         target[parts[u][0] : parts[u][-1] + 1] = values
         sums[u] = _sum(values)
         now = time.monotonic()

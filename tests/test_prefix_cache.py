@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from lorafair.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.config import Config, ConfigError, LoRAConfig, ModelConfig
 from lorafair.data.loading import Indices
 from lorafair.federation import run_federation
+from lorafair.interruption import Interrupted, listening
 from lorafair.models import build_model
 from lorafair.prefix_cache import TokenSource, cached_tokens, reason_against_cache, tokens_of
 from lorafair.seeding import seeded
@@ -154,3 +156,28 @@ def test_an_interrupted_computation_leaves_nothing_that_looks_complete(monkeypat
         cached_by(launched(1), Failing(), "interrupted")
     _, read = tokens(launched(1), "interrupted")
     assert read == len(IMAGES)
+
+
+def stopped(fabric: Any, key: str) -> str:
+    class Signalled(Source):
+        def batches(self, indices: list[Indices]) -> Any:
+            for number, batch in enumerate(super().batches(indices)):
+                if number == 0 and fabric.global_rank == 1:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                yield batch
+
+    with listening():
+        try:
+            cached_by(fabric, Signalled(), key)
+        except Interrupted as stop:
+            return str(stop)
+    return "done"
+
+
+def test_a_signal_stops_all_ranks_and_leaves_no_half_file() -> None:
+    folder = prefix_cache._folder()
+    before = set(folder.iterdir())
+    for end in run_ranks(2, stopped, "stopped"):
+        assert end.startswith("stopped by SIGUSR1 before the first round, with tokens computed in part")
+    assert set(folder.iterdir()) == before
+    assert sum(read for _, read in run_ranks(2, tokens, "stopped")) == len(IMAGES)
