@@ -124,8 +124,8 @@ def build_together(
                         array.file.unlink(missing_ok=True)
                     array.create(partial)
             with same_error_on_all_ranks(fabric) as agreed:
-                _fill(array, partial, share, fill, what if fabric.is_global_zero else None)
-            if agreed.stop:
+                full = _fill(array, partial, share, fill, what if fabric.is_global_zero else None)
+            if not on_all_ranks(fabric, full):
                 raise Interrupted(agreed.stop, f"before the first round, with {what} in part: they are made anew")
             with same_error_on_all_ranks(fabric):
                 if fabric.local_rank == 0:
@@ -191,13 +191,14 @@ def _fill(
     share: slice,
     fill: Callable[[Sequence[Indices]], Iterator[NDArray[Any]]],
     what: str | None,
-) -> None:
+) -> bool:
+    """Fill this share of the parts; returns whether all of it is done, which it is not where a signal asks to stop."""
     target, sums = array.open(partial, "r+")
     parts, mine = array.parts, list(range(len(array.parts)))[share]
     began = said = time.monotonic()
     for u, values in zip(mine, fill([parts[u] for u in mine]), strict=True):
         if asked() != NOTHING:
-            return
+            return False
         target[parts[u][0] : parts[u][-1] + 1] = values
         sums[u] = _sum(values)
         now = time.monotonic()
@@ -206,6 +207,7 @@ def _fill(
             say(f"{what}: {done:,} of {array.shape[0]:,}, {done / (now - began):,.0f}/s")
     target.flush()
     sums.flush()
+    return True
 
 
 def _keep(partial: Path, file: Path) -> None:
