@@ -27,6 +27,7 @@ from lorafair.data.images import DataError, ImageReader
 
 Indices = NDArray[np.int64]
 _PART = 64  # inputs sent to the device at a time
+_SETTLE_SECONDS = 0.1
 _MEMORY_SHARE = 0.8  # of the device's free memory that resident inputs may take
 
 
@@ -105,6 +106,11 @@ class ImageSource:
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
         """One tensor (len(i), 3, S, S) uint8 for each index array i, in order; DataError names an unreadable image."""
         self._order.batches = indices
+        loader: Any = self._loader
+        if loader.num_workers and loader._iterator is None:
+            # Workers are forked now. In CPython 3.11 a fork while another thread, of a pool that is done, say, takes
+            # its state down leaves a child that waits for ever: let such threads end.
+            time.sleep(_SETTLE_SECONDS)
         try:
             yield from self._loader
         except DataError as error:  # from a worker process it comes with a traceback in its text
