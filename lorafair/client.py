@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def train_cohort(
             _keep_rows(optimizer, active)
         adapters.use_dropout(DropoutStreams(generators[:active], step.counts))
         targets = labels[torch.from_numpy(step.indices).to(labels.device, non_blocking=True)]  # (C, N)
-        weights = _sample_weights(step, targets.device)
+        weights = _sample_weights(step.counts, step.indices.shape[1], targets.device)
         losses[:active] += train_step(model, optimizer, batch, targets, weights, rule, autocast)
     adapters.use_dropout(None)
     result = CohortResult(rows=trained.clone(), losses=losses / taken.to(losses.device))
@@ -176,7 +177,8 @@ def _keep_rows(optimizer: Optimizer, rows: int) -> None:
                 state[name] = value[:rows]
 
 
-def _sample_weights(step: CohortStep, device: torch.device) -> Tensor:
-    counts = torch.tensor(step.counts).unsqueeze(1)  # (C, 1)
-    position = torch.arange(step.indices.shape[1]).unsqueeze(0)  # (1, N)
-    return ((position < counts) / counts).to(device, non_blocking=True)  # (C, N)
+@lru_cache(maxsize=64)  # most steps are alike
+def _sample_weights(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """What each of N = `width` images of C clients counts for in its client's loss, (C, N); not to be changed."""
+    images = torch.tensor(counts).unsqueeze(1)  # (C, 1)
+    return ((torch.arange(width) < images) / images).to(device)

@@ -232,8 +232,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """What a preempted run continues from."""
 
-    every: int = 1
-    """Save after every n rounds; the last round always is."""
+    every: int | Literal["auto"] = "auto"
+    """Save after every n rounds; the last round always is. auto: after every round, and of rounds that are shorter than
+    a second about one a second."""
     keep: int = 2
     """Checkpoints kept; at least 2, so that one survives a failure while the other is written."""
     seconds: float = 60.0

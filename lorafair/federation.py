@@ -46,6 +46,7 @@ from lorafair.server_optimizer import Moments, server_step
 from lorafair.tracking import Clock, say
 from lorafair.watchdog import expecting, saving, step
 
+SHORTEST_INTERVAL = 1.0  # seconds between checkpoints: one takes some milliseconds, as does a round of a tiny model
 HALF_PRECISION_SCALE = 4096.0  # lifts gradients over half precision's smallest number, 6e-8
 
 
@@ -62,6 +63,8 @@ class ServerState:
     left_unfinished: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
     seconds: dict[int, float] = field(default_factory=dict)  # that clients took lately; decides who trains where
+    saved_rounds: int = 0  # completed rounds of the last checkpoint
+    saved_at: float = field(default_factory=time.monotonic)
 
 
 def run_federation(fabric: Fabric, config: Config) -> None:
@@ -131,7 +134,7 @@ def start_or_resume(federation: Federation, found: Checkpoint | None) -> ServerS
         for name, tensor in tensors_of(state).items():
             tensor.copy_(found.tensors[name])
         state.completed_rounds, state.totals, state.folded = found.completed_rounds, dict(found.totals), bool(base)
-        state.seconds = dict(found.seconds)
+        state.seconds, state.saved_rounds = dict(found.seconds), found.completed_rounds
     # Rank 0 looks: file systems lag between nodes.
     state.left_unfinished = fabric.broadcast(frozenset(list_unfinished(config.folder) if fabric.is_global_zero else ()))
     return state
@@ -243,7 +246,7 @@ def stop(
     fabric, config = federation.fabric, federation.config
     with same_error_on_all_ranks(fabric):
         partial.write()
-        if state.completed_rounds % config.checkpoint.every:
+        if state.completed_rounds != state.saved_rounds:
             save(federation, state, always=True)
     total = int(sum_over_ranks(fabric, torch.tensor(done, device=fabric.device)))
     raise Interrupted(
@@ -264,10 +267,10 @@ def starts(
         rows = state.adapter.expand(len(clients), -1)
     else:
         rows = take_columns(state.adapter, layout.columns_of(shard, PARTS)).expand(len(clients), -1)
-    ranks = torch.tensor([federation.ranks[client] for client in clients], device=rows.device)
-    if bool((ranks == federation.config.model.lora.rank).all()):
+    ranks = [federation.ranks[client] for client in clients]
+    if all(rank == federation.config.model.lora.rank for rank in ranks):
         return rows
-    return (shard or layout).truncated(rows, ranks)
+    return (shard or layout).truncated(rows, torch.tensor(ranks, device=rows.device))
 
 
 def shards_of(federation: Federation) -> list[AdapterLayout]:
@@ -458,7 +461,12 @@ def evaluate(federation: Federation, state: ServerState, *, always: bool = False
 def save(federation: Federation, state: ServerState, *, always: bool = False) -> None:
     """Write a checkpoint on rank 0, where it is due."""
     config = federation.config
-    due = state.completed_rounds % config.checkpoint.every == 0 or state.completed_rounds == config.rounds
+    every = config.checkpoint.every
+    if every == "auto":
+        due = time.monotonic() - state.saved_at >= SHORTEST_INTERVAL
+    else:
+        due = state.completed_rounds % every == 0
+    due |= state.completed_rounds == config.rounds
     if not federation.fabric.is_global_zero or not (due or always):
         return
     tensors = tensors_of(state)
@@ -473,3 +481,4 @@ def save(federation: Federation, state: ServerState, *, always: bool = False) ->
     )
     save_checkpoint(config.folder, checkpoint, config.checkpoint.keep)
     drop_unfinished(config.folder, state.completed_rounds)
+    state.saved_rounds, state.saved_at = state.completed_rounds, time.monotonic()

@@ -167,7 +167,7 @@ def test_nothing_leaves_the_device_or_depends_on_values(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where PyTorch is built without CUDA this also fails for t[...], which only then needs a driver: use methods."""
-    monkeypatch.setattr(directions, "_CUTS", 2)  # the solver's loops are long, and every turn is the same
+    monkeypatch.setattr(directions, "_CUT_STEPS", (6, 3))  # the solver's loops are long, and every turn is the same
     with elsewhere(device):
         layers = {
             "first": LoRAFactors(A=torch.empty(4, 3, 6, device=device), B=torch.empty(4, 7, 3, device=device)),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lorafair.federation as federation_module
 from lorafair.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.config import Config, ConfigError, numeric_settings
+from lorafair.data import loading
 from lorafair.data.augmentation import augmented, flip_and_crop
-from lorafair.data.loading import CohortStep, Indices, ResidentSource, cohort_steps
+from lorafair.data.images import DataError
+from lorafair.data.loading import CohortStep, ImageSource, Indices, ResidentSource, cohort_steps
 from lorafair.federation import run_federation
 from lorafair.seeding import below, hashed, seeded
 from tests.conftest import launched
@@ -48,6 +54,55 @@ def test_resident_inputs_are_read_once_and_are_the_same(inputs: torch.Tensor) ->
             assert found.dtype == inputs.dtype
             assert torch.equal(found, inputs[batch])
     assert source.read == len(inputs)
+
+
+class Pixels:
+    """Images whose pixels are their number."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def read_many(self, indices: Indices, size: int) -> np.ndarray:
+        return np.tile(indices.astype(np.uint8)[:, None, None, None], (1, size, size, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_come_in_the_order_that_is_asked_for(workers: int) -> None:
+    source = ImageSource(Pixels(), 4, workers)
+    for order in ([np.array([7, 3]), np.arange(5), np.array([99])], [np.array([1])]):
+        found = list(source.batches(order))
+        assert all(len(batch) == len(asked) for batch, asked in zip(found, order, strict=True))
+        assert [batch[:, 2, 3, 3].tolist() for batch in found] == [asked.tolist() for asked in order]
+
+
+@pytest.mark.parametrize("healthy_start", [2, 4], ids=["then starts", "never starts"])
+def test_workers_that_do_not_start_are_started_again(
+    healthy_start: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a process forked while another thread holds a lock: it waits for ever, and heeds no SIGTERM."""
+    begin = loading._begin_worker
+
+    def stuck(started: Semaphore, worker: int) -> None:
+        starts = tmp_path / str(worker)
+        starts.write_text(f"{starts.read_text() if starts.exists() else ''}{os.getpid()} ")
+        if worker == 1 and len(starts.read_text().split()) < healthy_start:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        begin(started, worker)
+
+    monkeypatch.setattr(loading, "_begin_worker", stuck)
+    monkeypatch.setattr(loading, "_START_SECONDS", 0.5)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # for which a worker's end is awaited
+    source = ImageSource(Pixels(), 4, workers=2)
+    if healthy_start > loading._STARTS:
+        with pytest.raises(DataError, match=r"worker processes did not start in 3 x 0\.5 s; set data.workers=0"):
+            list(source.batches([np.arange(3)]))
+    else:
+        assert [len(batch) for batch in source.batches([np.arange(3), np.arange(2)])] == [3, 2]
+    *ended, _ = (tmp_path / "1").read_text().split()
+    for process in ended:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
 
 
 @pytest.mark.parametrize("cache", ["never", "always"], ids=["images", "tokens"])

@@ -15,7 +15,6 @@ from torch import Tensor
 from lorafair.adapter import PARTS, AdapterState, LoRAFactors, Part
 from lorafair.aggregation.factor_algebra import (
     IdealUpdate,
-    add,
     inner,
     nonzero_rows,
     split_ideal_update,
@@ -175,39 +174,67 @@ def bias_metrics(clients: AdapterState, weights: Tensor, update: ServerUpdate) -
     A ratio is 0 where its denominator is. Errors below about 1e-8, of float32 factors below 3e-4, may be rounding.
     Stays on the clients' device.
     """
-    layers = [
-        _layer_metrics(split_ideal_update(factors, weights), update.factors[path], update.folded.get(path))
-        for path, factors in clients.factors.items()
-    ]
-    return {name: torch.stack([layer[name] for layer in layers]) for name in (layers[0] if layers else {})}
+    paths = list(clients.factors)
+    if not paths:
+        return {}
+    ideals = [split_ideal_update(clients.factors[path], weights) for path in paths]
+    new = [update.factors[path].to(torch.float64) for path in paths]
+    layers = zip(ideals, new, (update.folded.get(path) for path in paths), strict=True)
+    products = torch.stack([_inner_products(*layer) for layer in layers])  # (L, 6, 6)
+
+    def inner_of(left: _Sum, right: _Sum) -> Tensor:
+        terms = [a * b * products[:, i, j] for i, a in enumerate(left) if a for j, b in enumerate(right) if b]
+        return torch.stack(terms).sum(0)
+
+    def square(of: _Sum) -> Tensor:
+        return inner_of(of, of).clamp_min(0.0)  # of terms that cancel, rounding may leave less than nothing
+
+    ideal_square = square_of_sum(square(_MEAN), inner_of(_MEAN, _BIAS), square(_BIAS))
+    error_square = square_of_sum(square(_GAP), inner_of(_GAP, _BIAS), square(_BIAS))
+
+    def cosine(of: _Sum) -> Tensor:
+        return _ratio(inner_of(_MEAN, of) + inner_of(_BIAS, of), (ideal_square * square(of)).sqrt())
+
+    mean_b, new_b = [ideal.mean.B for ideal in ideals], [factors.B for factors in new]
+    size, new_size, change = (
+        torch.stack(torch._foreach_norm(B)) for B in (mean_b, new_b, torch._foreach_sub(new_b, mean_b))
+    )
+    return {
+        "error_before": _ratio(square(_BIAS), ideal_square).sqrt(),
+        "error_after": _ratio(error_square, ideal_square).sqrt(),
+        "cosine_before": cosine(_MEAN),
+        "cosine_after": cosine(_APPLIED),
+        "norm_ratio": _ratio(new_size, size),
+        "correction_ratio": _ratio(change, size),
+    }
 
 
-def _layer_metrics(ideal: IdealUpdate, factors: LoRAFactors, folded: LoRAFactors | None) -> dict[str, Tensor]:
-    mean, new = ideal.mean, factors.to(torch.float64)
-    # B̄Ā − B'A' from differences of factors: close products would cancel in a Gram matrix.
-    parts = [LoRAFactors(A=mean.A, B=mean.B - new.B), LoRAFactors(A=mean.A - new.A, B=new.B)]
-    applied = new
+_Sum = tuple[int, int, int, int, int, int]  # of the products that `_inner_products` lists, each with its sign
+_MEAN: _Sum = (1, 0, 0, 0, 0, 0)
+_APPLIED: _Sum = (0, 0, 0, 1, 0, 1)
+_BIAS: _Sum = (0, 0, 0, 0, 1, 0)
+_GAP: _Sum = (0, 1, 1, 0, 0, -1)  # B̄Ā − B'A' from differences of factors: close products would cancel
+
+
+def _inner_products(ideal: IdealUpdate, new: LoRAFactors, folded: LoRAFactors | None) -> Tensor:
+    """⟨X, Y⟩ (6, 6) of B̄Ā, (B̄ − B')Ā, B'(Ā − A'), B'A', ΔR and the folded part. All of few ranks in one product."""
+    mean, bias = ideal.mean, ideal.bias
+    A = torch.cat([mean.A, mean.A, mean.A - new.A, new.A])  # (4R, I)
+    B = torch.cat([mean.B, mean.B - new.B, new.B, new.B], dim=1)  # (O, 4R)
+
+    def with_few(other: LoRAFactors) -> Tensor:
+        return ((B.mT @ other.B) * (A @ other.A.mT)).view(4, -1).sum(1)
+
+    products = A.new_zeros(6, 6)
+    products[:4, :4] = ((B.mT @ B) * (A @ A.mT)).view(4, mean.rank, 4, mean.rank).sum((1, 3))
+    products[:4, 4] = products[4, :4] = with_few(bias)
+    products[4, 4] = ideal.bias_square()
     if folded is not None:
         merged = folded.to(torch.float64)
-        parts.append(LoRAFactors(A=-merged.A, B=merged.B))
-        applied = add(new, merged)
-    gap = add(*parts)
-
-    bias_square, mean_square = ideal.bias_square(), squared_norm(mean)
-    ideal_square = square_of_sum(mean_square, inner(mean, ideal.bias), bias_square)
-    error_square = square_of_sum(squared_norm(gap), inner(gap, ideal.bias), bias_square)
-
-    def cosine(product: LoRAFactors, square: Tensor) -> Tensor:
-        return _ratio(inner(mean, product) + inner(ideal.bias, product), (ideal_square * square).sqrt())
-
-    return {
-        "error_before": _ratio(bias_square, ideal_square).sqrt(),
-        "error_after": _ratio(error_square, ideal_square).sqrt(),
-        "cosine_before": cosine(mean, mean_square),
-        "cosine_after": cosine(applied, squared_norm(applied)),
-        "norm_ratio": _ratio(new.B.norm(), mean.B.norm()),
-        "correction_ratio": _ratio((new.B - mean.B).norm(), mean.B.norm()),
-    }
+        products[:4, 5] = products[5, :4] = with_few(merged)
+        products[4, 5] = products[5, 4] = inner(merged, bias)
+        products[5, 5] = squared_norm(merged)
+    return products
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from lorafair.aggregation.factor_algebra import square_of_sum
 SCALES = 72  # log-spaced values of ‖XĀ‖ tried, from _SMALLEST_SCALE to 1 times its upper bound
 _SMALLEST_SCALE = 1e-9
 _SECULAR_STEPS = 10  # Newton from a bound within √R of the root: 8 leave 1e-7, 10 leave rounding
-_SECTIONS, _CUTS = 64, 9  # an interval is cut into 64 parts, 9 times: the bits of a float64 in few steps
+_SECTIONS = 64  # into which the interval of a scale is cut, again and again
+_CUT_STEPS = (6, 3, 2, 2, 2, 2, 2, 2)  # of Newton from the root at the interval's upper end, closer with every cut
 _NO_PENALTY = 1e-100  # below it, the square of 1 / penalty overflows
 
 
@@ -143,18 +144,22 @@ def _search_scales(unit: Problems) -> Correction:
     scales = torch.logspace(
         math.log10(_SMALLEST_SCALE), 0, SCALES, dtype=unit.mean.dtype, device=unit.mean.device
     )  # (S,)
-    tried = _solve_at_scale(unit, scales.unsqueeze(-1))
+    tried, roots = _solve_at_scale(unit, scales.unsqueeze(-1), _SECULAR_STEPS)
     best = cosine_loss(unit, tried).argmin(0)  # (N,)
     rising = _slope_sign(unit, tried).gather(0, best.unsqueeze(0)).squeeze(0) > 0
-    low = scales.take(torch.where(rising, best - 1, best).clamp(min=0))
-    high = scales.take(torch.where(rising, best, best + 1).clamp(max=SCALES - 1))
+    first = torch.where(rising, best - 1, best).clamp(min=0)
+    last = torch.where(rising, best, best + 1).clamp(max=SCALES - 1)
+    low, high = scales.take(first), scales.take(last)
+    root = roots.squeeze(-1).gather(0, last.unsqueeze(0))  # (1, N), the least of the interval
     places = torch.arange(_SECTIONS + 1, dtype=low.dtype, device=low.device).unsqueeze(-1) / _SECTIONS  # (S, 1)
-    for _ in range(_CUTS):
+    for steps in _CUT_STEPS:
         cuts = low * (high / low) ** places  # (S, N), with both ends
-        inner = _slope_sign(unit, _solve_at_scale(unit, cuts.narrow(0, 1, _SECTIONS - 1))) > 0
-        falling = inner.logical_not().long().cumprod(0).sum(0, keepdim=True)  # (1, N) cuts before the first that rises
+        inner, roots = _solve_at_scale(unit, cuts.narrow(0, 1, _SECTIONS - 1), steps, root.unsqueeze(-1))
+        falling = (_slope_sign(unit, inner) <= 0).long().cumprod(0).sum(0, keepdim=True)  # cuts before the first rising
         low, high = cuts.gather(0, falling).squeeze(0), cuts.gather(0, falling + 1).squeeze(0)
-    return _solve_at_scale(unit, (low * high).sqrt())
+        root = torch.cat([roots.squeeze(-1), root]).gather(0, falling)
+    found, _ = _solve_at_scale(unit, (low * high).sqrt(), _CUT_STEPS[-1], root.squeeze(0).unsqueeze(-1))
+    return found
 
 
 def _slope_sign(unit: Problems, correction: Correction) -> Tensor:
@@ -163,31 +168,37 @@ def _slope_sign(unit: Problems, correction: Correction) -> Tensor:
     return unit.product(1 + x, y, x, y).sum(-1)
 
 
-def _solve_at_scale(unit: Problems, scale: Tensor) -> Correction:
-    """The best X with ‖XĀ‖ = s, for `scale` (N,) or (S, 1).
+def _solve_at_scale(
+    unit: Problems, scale: Tensor, steps: int, least: Tensor | None = None
+) -> tuple[Correction, Tensor]:
+    """The best X with ‖XĀ‖ = s, for `scale` (N,), (S, 1) or (S, N), and the root q (..., N, 1) it belongs to.
 
     Xu_r = (α Mu_r + B̄u_r)/(1 + τe_r) with M = ΔWĀᵀ, α = 1/(2λ‖ΔW‖s) and the multiplier τ > −1 that gives X its scale:
     Σ e_r‖αMu_r + B̄u_r‖²/(1 + τe_r)² = s², as in a trust-region step. With q = 1 + τ, the reciprocal root of the left
     side is concave and increasing in q, so Newton's method rises to the root from any lower bound. Here e_r ≤ 1.
+    `least` (..., N, 1) is a bound closer than that of a single term: the root falls with s, so that of a larger one.
     """
     e = unit.eigenvalues
     alpha = (1 / (2 * unit.penalty * _or_one(unit.ideal_square()).sqrt() * scale)).unsqueeze(-1)
     target = (1 / scale).unsqueeze(-1)
-    weight = (e * unit.product(alpha * e + 1, alpha, alpha * e + 1, alpha)).clamp(min=0)  # (..., N, R)
+    along = alpha * e + 1
+    weight = (e * unit.product(along, alpha, along, alpha)).clamp(min=0)  # (..., N, R)
     seen = e > 0
-    bound = torch.where(seen, (weight.sqrt() * target - 1 + e) / torch.where(seen, e, 1.0), 0.0)
     tiny = torch.finfo(e.dtype).tiny
-    q, flat = bound.amax(-1, keepdim=True).clamp(min=tiny), 1 - e  # each term alone stays below s²
-    for _ in range(_SECULAR_STEPS):
-        spread = flat + q * e
+    if least is None:
+        bound = torch.where(seen, (weight.sqrt() * target - 1 + e) / torch.where(seen, e, 1.0), 0.0)
+        least = bound.amax(-1, keepdim=True).clamp(min=tiny)  # each term alone stays below s²
+    q, flat = least, 1 - e
+    for _ in range(steps):
+        spread = torch.addcmul(flat, q, e)
         terms = weight / spread.square()
         total, slope = terms.sum(-1, keepdim=True), (terms * e / spread).sum(-1, keepdim=True)
         q = q + total * (total.sqrt() * target - 1) / slope.clamp(min=tiny)
-    spread = flat + q * e
+    spread = torch.addcmul(flat, q, e)
     return Correction(
         along_mean=(alpha - (q - 1)) * e / spread,
         along_bias=torch.where(seen, alpha / spread, 0.0),
-    )
+    ), q
 
 
 def descend(problems: Problems, *, cosine: bool, steps: int, learning_rate: float) -> Correction:

@@ -6,14 +6,17 @@ Letters: C clients in the cohort, N images of the largest batch, S side of the i
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.synchronize import Semaphore
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -27,7 +30,8 @@ from lorafair.data.images import DataError, ImageReader
 
 Indices = NDArray[np.int64]
 _PART = 64  # inputs sent to the device at a time
-_SETTLE_SECONDS = 0.1
+_START_SECONDS = 30.0  # a forked worker is there in milliseconds
+_STARTS = 3  # tries to start the workers
 _MEMORY_SHARE = 0.8  # of the device's free memory that resident inputs may take
 
 
@@ -77,44 +81,82 @@ def cohort_steps(batches: Sequence[Sequence[Indices]]) -> list[CohortStep]:
     for t in range(lengths[0]):
         active = [of_client[t] for of_client in batches if t < len(of_client)]
         width = max(len(batch) for batch in active)
-        padded = [np.pad(batch, (0, width - len(batch)), constant_values=batch[0]) for batch in active]
-        steps.append(CohortStep(indices=np.stack(padded), counts=tuple(len(batch) for batch in active)))
+        indices = np.empty((len(active), width), np.int64)
+        for row, batch in zip(indices, active, strict=True):
+            row[: len(batch)], row[len(batch) :] = batch, batch[0]
+        steps.append(CohortStep(indices=indices, counts=tuple(len(batch) for batch in active)))
     return steps
 
 
 class ImageSource:
-    """Decoded images (B, 3, S, S) uint8 of one split, through one DataLoader for the whole run."""
+    """Decoded images (B, 3, S, S) uint8 of one split; with workers through one DataLoader for the whole run."""
 
     def __init__(self, images: ImageReader, size: int, workers: int, pin_memory: bool = False) -> None:
-        self._order = _Order()
-        self._loader: DataLoader[Tensor] = DataLoader(
-            _Images(images, size),
-            batch_sampler=self._order,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            # Forked workers start at once and share what is loaded; they never touch a GPU or a collective.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            pin_memory=pin_memory,
-            collate_fn=_as_is,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
-        )
-        if workers:
-            # Before multiprocessing ends its children at exit, by a SIGTERM that they ignore, and waits for them.
-            atexit.register(_end_workers, weakref.ref(self._loader))
+        self._images, self._pin_memory = _Images(images, size), pin_memory
+        self._workers = _Workers(self._images, workers, pin_memory) if workers else None
 
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
         """One tensor (len(i), 3, S, S) uint8 for each index array i, in order; DataError names an unreadable image."""
+        if self._workers is not None:
+            return self._workers.batches(indices)
+        read = (self._images.__getitems__(batch) for batch in indices)
+        return (batch.pin_memory() for batch in read) if self._pin_memory else read
+
+
+class _Workers:
+    """The processes that read images, and the DataLoader they belong to."""
+
+    def __init__(self, images: _Images, count: int, pin_memory: bool) -> None:
+        self._order = _Order()
+        # Forked workers start at once and share what is loaded; they never touch a GPU or a collective.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        self._started = context.Semaphore(0)
+        self._loader: DataLoader[Tensor] = DataLoader(
+            images,
+            batch_sampler=cast(Any, self._order),  # of arrays, not lists
+            num_workers=count,
+            persistent_workers=True,
+            multiprocessing_context=context,
+            pin_memory=pin_memory,
+            collate_fn=_as_is,
+            worker_init_fn=partial(_begin_worker, self._started),
+            generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
+        )
+        # Before multiprocessing ends its children at exit, by a SIGTERM that they ignore, and waits for them.
+        atexit.register(_end_workers, weakref.ref(self._loader))
+
+    def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
+        """As `ImageSource.batches`."""
         self._order.batches = indices
-        loader: Any = self._loader
-        if loader.num_workers and loader._iterator is None:
-            # Workers are forked now. In CPython 3.11 a fork while another thread, of a pool that is done, say, takes
-            # its state down leaves a child that waits for ever: let such threads end.
-            time.sleep(_SETTLE_SECONDS)
         try:
-            yield from self._loader
+            yield from self._begin_pass()
         except DataError as error:  # from a worker process it comes with a traceback in its text
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_name(DataError)}: ")) from error
+
+    def _begin_pass(self) -> Iterator[Tensor]:
+        """The loader's next pass; the first one starts the workers.
+
+        A child forked while another thread holds a lock of the interpreter (CPython 3.11) or of a library waits for
+        ever. Such a worker is ended, and all of them are started again.
+        """
+        loader: Any = self._loader
+        if loader._iterator is not None:  # PyTorch has no public name for it
+            return iter(self._loader)
+        for _ in range(_STARTS):
+            iterator: Any = iter(self._loader)
+            deadline = time.monotonic() + _START_SECONDS
+            if all(self._started.acquire(timeout=max(0.0, deadline - time.monotonic())) for _ in iterator._workers):
+                return cast("Iterator[Tensor]", iterator)
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()
+            loader._iterator = None
+            while self._started.acquire(block=False):  # of those that did start
+                pass
+        raise DataError(
+            f"data.workers={loader.num_workers}: the worker processes did not start in {_STARTS} x "
+            f"{_START_SECONDS:g} s; set data.workers=0"
+        )
 
 
 class ResidentSource:
@@ -154,8 +196,8 @@ class _Order:
     def __init__(self) -> None:
         self.batches: Sequence[Indices] = []
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (batch.tolist() for batch in self.batches)
+    def __iter__(self) -> Iterator[Indices]:
+        return iter(self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -169,8 +211,8 @@ class _Images(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitems__(self, indices: Iterable[int]) -> Tensor:
-        pixels = self._images.read_many(np.fromiter(indices, np.int64), self._size)  # (B, S, S, 3)
+    def __getitems__(self, indices: Indices) -> Tensor:
+        pixels = self._images.read_many(indices, self._size)  # (B, S, S, 3)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))  # twice as fast as PyTorch's copy
 
 
@@ -184,11 +226,11 @@ def _as_is(batch: Any) -> Tensor:
 
 def _end_workers(reference: weakref.ref[DataLoader[Tensor]]) -> None:
     loader: Any = reference()
-    if loader is not None and loader._iterator is not None:  # PyTorch has no public name for it
+    if loader is not None and loader._iterator is not None:
         loader._iterator._shutdown_workers()
 
 
-def _begin_worker(_worker: int) -> None:
+def _begin_worker(started: Semaphore, _worker: int) -> None:
     """The scheduler signals every process of a job; only the training process may act on it.
 
     A worker that hangs in a file system would outlive the training process, and keep its console open.
@@ -197,6 +239,7 @@ def _begin_worker(_worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    started.release()
 
 
 def _leave_after(parent: int) -> None:
