@@ -62,16 +62,24 @@ def robust_pca(matrix: Tensor, iterations: int, tolerance: float = 1e-7) -> tupl
     size = matrix.abs().sum()
     if not bool(size > 0):
         return matrix, torch.zeros_like(matrix)
-    sparsity, mu = 1 / math.sqrt(max(matrix.shape)), matrix.numel() / (4 * size)
-    sparse, dual = torch.zeros_like(matrix), torch.zeros_like(matrix)
-    common, goal = matrix, tolerance * matrix.norm()
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    threshold = 4 * size / matrix.numel()  # 1/μ, of the singular values
+    entry = threshold / math.sqrt(len(tall))  # of the entries
+    sparse, dual = torch.zeros_like(tall), torch.zeros_like(tall)  # the latter over μ
+    common, goal = tall, tolerance * matrix.norm()
     for _ in range(iterations):
-        U, values, Vt = torch.linalg.svd(matrix - sparse + dual / mu, full_matrices=False)
-        common = (U * (values - 1 / mu).clamp(min=0)) @ Vt
-        rest = matrix - common + dual / mu
-        sparse = rest.sign() * (rest.abs() - sparsity / mu).clamp(min=0)
-        gap = matrix - common - sparse
+        shifted = tall - sparse + dual
+        # Singular values far below the threshold are lost in the Gram matrix, and are set to zero anyway.
+        squares, basis = torch.linalg.eigh(shifted.mT @ shifted)
+        values = squares.clamp(min=0).sqrt()
+        kept = torch.where(values > threshold, 1 - threshold / values, 0.0)
+        common = shifted @ ((basis * kept) @ basis.mT)
+        rest = tall - common + dual
+        step = rest.clamp(-entry, entry)
+        sparse = rest - step
+        gap = step - dual  # M − L − S
+        dual = step  # for dual + gap
         if bool(gap.norm() <= goal):
             break
-        dual = dual + mu * gap
+    common = common if tall is matrix else common.mT
     return common, matrix - common
