@@ -116,9 +116,10 @@ def of_clients(clients: int, images: int) -> tuple[str, ...]:
 
 def overhead(_: argparse.Namespace) -> None:
     print("model | clients x images | method | s a round | ms beside training | share of the round | ms of it a client")
-    small = ("model.name=vit_small_patch16_224", "model.image_size=96")
+    tiny, small = ((f"model.name=vit_{size}_patch16_224", "model.image_size=96") for size in ("tiny", "small"))
     for name, changes, clients, images, rounds in (
-        ("test_vit, 32 px", (), 6, 64, 20), ("test_vit, 32 px", (), 60, 16, 20), ("ViT-S/16, 96 px", small, 6, 64, 5),
+        ("test_vit, 32 px", (), 6, 64, 20), ("test_vit, 32 px", (), 60, 16, 20),
+        ("ViT-Ti/16, 96 px", tiny, 6, 64, 5), ("ViT-S/16, 96 px", small, 6, 64, 5),
     ):  # fmt: skip
         for method in ("fedit", "lora_fair"):
             r = run(*TINY, *changes, *of_clients(clients, images), f"method.name={method}", rounds=rounds)

@@ -37,6 +37,7 @@ TINY = (
     "model.lora.last_blocks=2",
     "client.optimizer=adamw",
     "client.learning_rate=0.005",
+    "checkpoint.every=1",
     "client.batch_size=16",
     "fabric.accelerator=cpu",
     "rounds=2",

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 TINY = (
     "data.source=synthetic", "model.name=test_vit", "model.weights=random", "model.image_size=32", "model.lora.rank=4",
     "model.lora.last_blocks=2", "client.optimizer=adamw", "client.learning_rate=0.005", "client.batch_size=16",
-    "fabric.accelerator=cpu",
+    "fabric.accelerator=cpu", "checkpoint.every=1",
 )  # fmt: skip
 
 

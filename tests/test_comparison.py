@@ -34,6 +34,7 @@ data: {source: synthetic, train_images: 32, test_images: 16}
 model: {name: test_vit, weights: random, image_size: 32, lora: {rank: 4, last_blocks: 2}}
 client: {optimizer: adamw, learning_rate: 0.005, batch_size: 16}
 fabric: {accelerator: cpu, devices: 1}
+checkpoint: {every: 1}
 """
 TWO_BY_TWO = "compare: {methods: [fedit, lora_fair], seeds: [0, 1]}"
 

@@ -80,7 +80,7 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 TINY = (
     "data.source=synthetic", "model.name=test_vit", "model.weights=random", "model.image_size=32", "model.lora.rank=4",
     "model.lora.last_blocks=2", "client.optimizer=adamw", "client.learning_rate=0.005", "client.batch_size=16",
-    "fabric.accelerator=cpu", "rounds=2", "data.train_images=40", "data.test_images=24",
+    "fabric.accelerator=cpu", "checkpoint.every=1", "rounds=2", "data.train_images=40", "data.test_images=24",
 )  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
     "fedit": ("method.name=fedit",),
@@ -268,6 +268,17 @@ def test_when_every_client_fails_the_last_good_state_is_kept(tiny: Tiny, monkeyp
     with pytest.raises(LorafairError, match=r"round 2: every client returned NaN .* lower client\.learning_rate"):
         run_federation(launched(1), tiny("rounds=3"))
     assert_same_bits(adapter_of(tiny().folder), good)
+
+
+@pytest.mark.parametrize(("interval", "saved"), [(0.0, [2, 3, 4]), (60.0, [2, 4])], ids=["long rounds", "short rounds"])
+def test_short_rounds_are_saved_once_an_interval_and_when_the_run_ends(
+    interval: float, saved: list[int], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_federation(launched(1), tiny("rounds=2"))
+    monkeypatch.setattr("lorafair.federation.SHORTEST_INTERVAL", interval)
+    run_federation(launched(1), tiny("rounds=4", "checkpoint.every=auto", "checkpoint.keep=9"))
+    kept = [load_checkpoint(path).completed_rounds for path in list_checkpoints(tiny().folder)]
+    assert kept[-len(saved) :] == saved
 
 
 def test_more_processes_than_clients_is_said_and_works(tiny: Tiny, tmp_path: Path) -> None:

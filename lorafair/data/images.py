@@ -17,6 +17,8 @@ from PIL import Image
 
 from lorafair.errors import LorafairError
 
+_BLOCK = 64  # images taken out of an array at a time
+
 
 class DataError(LorafairError):
     """The data are not there, not usable or not enough; the message names the file or the key."""
@@ -155,7 +157,10 @@ class ImagesInMemory(OneArray):
 
     def digest(self, indices: np.ndarray) -> bytes:
         """As `CheckedReader.digest`."""
-        return hashlib.sha256(self.array[indices].tobytes()).digest()
+        digest = hashlib.sha256()
+        for first in range(0, len(indices), _BLOCK):
+            digest.update(self.array[indices[first : first + _BLOCK]].tobytes())
+        return digest.digest()
 
     version = digest
 

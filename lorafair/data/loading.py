@@ -150,6 +150,7 @@ class _Workers:
             iterator._shutdown_workers()
             for worker in iterator._workers:
                 worker.kill()
+                worker.join()
             loader._iterator = None
             while self._started.acquire(block=False):  # of those that did start
                 pass

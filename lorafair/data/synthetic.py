@@ -12,7 +12,7 @@ from lorafair.seeding import seeded_numpy
 
 _CLASSES, _TRAIN, _TEST, _SIDE = 4, 64, 32, 32  # defaults of data.classes, train_images, test_images a domain; pixels
 
-_BLOCK = 4096  # images in float64 at a time
+_BLOCK = 256  # images in float64 at a time
 
 _STYLES: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "plain": lambda images, rng: images,
@@ -26,16 +26,15 @@ def synthetic(config: DataConfig, seed: int) -> Collection:
     classes = config.classes or _CLASSES
     train, test = config.train_images or _TRAIN, config.test_images or _TEST
     labels = np.concatenate([np.arange(train), np.arange(test)]) % classes  # (N,)
-    images = [
-        (255 * np.clip(style(block, rng), 0.0, 1.0)).astype(np.uint8)
-        for domain, style in _STYLES.items()
-        for rng in (seeded_numpy(seed, "synthetic", domain),)
-        for block in _gratings(labels * np.pi / classes, rng)
-    ]
+    images = np.empty((len(_STYLES), len(labels), _SIDE, _SIDE, 3), np.uint8)
+    for of_domain, (domain, style) in zip(images, _STYLES.items(), strict=True):
+        rng = seeded_numpy(seed, "synthetic", domain)
+        for i, block in enumerate(_gratings(labels * np.pi / classes, rng)):
+            of_domain[i * _BLOCK : (i + 1) * _BLOCK] = 255 * np.clip(style(block, rng), 0.0, 1.0)
     return Collection(
         domains=tuple(_STYLES),
         classes=tuple(f"grating-{180 * c / classes:.0f}deg" for c in range(classes)),
-        images=ImagesInMemory(np.concatenate(images)),
+        images=ImagesInMemory(images.reshape(-1, _SIDE, _SIDE, 3)),
         labels=np.tile(labels, len(_STYLES)),
         domain_of=np.repeat(np.arange(len(_STYLES)), train + test),
         held_out=np.tile(np.arange(train + test) >= train, len(_STYLES)),
