@@ -50,7 +50,7 @@ def train_cohort(
     `inputs` yields one (C*N, ...) tensor a step; `labels` are those of all training images, on the device;
     `generators` (C,) are the clients' own, for dropout; `corrections` (C, P) are added to every gradient (SCAFFOLD);
     `loss_scale` keeps gradients within the range of half precision. A client whose batches end earlier leaves the
-    cohort: its row stays as it is. No step waits for the device.
+    cohort: its row stays as it is. No step waits for the device. The model still has the cohort's size afterwards.
     """
     adapters = model.adapters
     adapters.resize(len(start))
@@ -70,9 +70,7 @@ def train_cohort(
         weights = _sample_weights(step.counts, step.indices.shape[1], targets.device)
         losses[:active] += train_step(model, optimizer, batch, targets, weights, rule, autocast)
     adapters.use_dropout(None)
-    result = CohortResult(rows=trained.clone(), losses=losses / taken.to(losses.device))
-    adapters.resize(1)
-    return result
+    return CohortResult(rows=trained.clone(), losses=losses / taken.to(losses.device))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ _SIGNS_OF_LOSS = (
 
 T = TypeVar("T")
 _NUMBERS_AT_A_TIME = 2**24  # of all clients, that a rank receives at a time: 64 MB of float32
+_MASKED_NUMBERS = 2**20  # of clients, that are looked through for NaN at a time
 
 
 def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
@@ -279,10 +280,10 @@ def finite_clients(fabric: Fabric, rows: Tensor, plan: RoundPlan) -> Returned:
     `rows` (n, p + 2) are this rank's numbers trained, mean loss and seconds, in the order of `plan.clients_of_rank`;
     three numbers a client are gathered. Call on every rank.
     """
-    # Row by row, because the mask of all rows would be as large as a quarter of them.
-    finite_here = [row[:-2].isfinite().all() for row in rows]
-    measured = torch.cat([rows[:, -2:], torch.stack(finite_here).to(rows).unsqueeze(1)], dim=1) if finite_here else None
-    table = gather_clients(fabric, rows.new_empty(0, 3) if measured is None else measured, plan.clients_of_rank)
+    # Some rows at a time, because the mask of all of them would be as large as a quarter of them.
+    blocks = rows.split(max(1, _MASKED_NUMBERS // rows.shape[1]))
+    finite_here = torch.cat([block[:, :-2].isfinite().all(1, keepdim=True) for block in blocks])  # (n, 1)
+    table = gather_clients(fabric, torch.cat([rows[:, -2:], finite_here.to(rows)], dim=1), plan.clients_of_rank)
     losses, seconds, finite = table.T.tolist()
     kept = [index for index, ok in enumerate(finite) if ok]
     total = sum(plan.weights[index] for index in kept)

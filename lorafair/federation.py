@@ -453,6 +453,7 @@ def evaluate(federation: Federation, state: ServerState, *, always: bool = False
     if not (due or always):
         return None
     everyone = tuple(range(len(federation.clients)))
+    federation.model.adapters.resize(1)
     adapters = starts(federation, state, everyone) if federation.aggregator.keeps else state.adapter.unsqueeze(0)
     with expecting(f"the evaluation after round {state.completed_rounds}", _seconds(config.client.timeout_minutes)):
         return federation.evaluator(federation.model, adapters)
