@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="(all)")
     parser.add_argument("--seconds", type=float, default=30, help="begin no further block after so many (30)")
-    parser.add_argument("--limit", type=float, default=600, help="give a method up after so many seconds (600)")
+    parser.add_argument("--limit", type=float, default=150, help="give a method up after so many seconds (150)")
     parser.add_argument("--memory", type=float, default=8, help="gigabytes a method may use beyond the rows (8)")
     parser.add_argument("--solvers", action="store_true", help="compare LoRA-FAIR's solvers")
     parser.add_argument(

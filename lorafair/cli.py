@@ -243,11 +243,13 @@ def is_child(placement: Placement) -> bool:
 
 def launch(config: FabricConfig, placement: Placement, what: str) -> Any:
     """Start the processes, say on what they run, and return their Fabric."""
-    from lorafair.exchange import children_of, make_fabric, meet, set_threads
+    from lorafair.exchange import children_of, keep_freed_memory, make_fabric, meet, set_threads
     from lorafair.tracking import say
 
     fabric = make_fabric(config, placement)
     threads = set_threads(fabric, config.threads)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     meet(fabric, config, start_watch(who(), children_of(fabric), is_child=is_child(placement)))
     job, left = slurm_job(os.environ), None
     if fabric.is_global_zero:

@@ -5,6 +5,7 @@ Letters: W ranks, K clients of the round, n clients of this rank, L adapted laye
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -34,6 +35,8 @@ from lorafair.schedule import RoundPlan
 from lorafair.watchdog import Watch
 
 MEETING_MINUTES = 10.0
+# Of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD with bytes. What is larger still goes back at once.
+_MALLOC_OPTIONS = ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26))
 # What gloo, NCCL and PyTorch's store say when a process is gone.
 _SIGNS_OF_LOSS = (
     "losed by peer", "eset by peer", "roken pipe", "imed out", "imeout", "NCCL", "got 0 bytes", "likely closed",
@@ -184,6 +187,18 @@ def set_threads(fabric: Fabric, threads: int | None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that Fabric starts, and so that it sets no other
     torch.set_num_threads(threads)
     return threads
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep the memory of freed tensors for the next ones; whether it can (glibc).
+
+    It would give memory of more than some megabytes back to the system at once. Each activation of a training step then
+    came as fresh pages, which the system clears and maps one by one: a tenth of a step on the CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    return all(mallopt(option, value) for option, value in _MALLOC_OPTIONS)
 
 
 def gather_clients(fabric: Fabric, rows: Tensor, clients_of_rank: Sequence[Sequence[int]]) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
+import sys
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from lorafair.exchange import (
     exchange_columns,
     finite_clients,
     gather_clients,
+    keep_freed_memory,
     make_fabric,
     same_error_on_all_ranks,
     sum_over_ranks,
@@ -143,3 +147,31 @@ def test_no_client_left_is_for_the_caller_to_handle() -> None:
 def test_cuda_where_there_is_none_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match=r"fabric\.accelerator=cuda: no CUDA device is visible"):
         make_fabric(load_config(["fabric.accelerator=cuda"]).fabric)
+
+
+def page_faults() -> int:
+    """Of 50 activations of 20 MB, one after the other."""
+    torch.ones(5_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        torch.ones(5_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def faults_before_and_after(fabric: Any) -> tuple[int, bool, int]:
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        del os.environ[name]
+    return page_faults(), keep_freed_memory(), page_faults()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_memory_of_activations_is_used_again() -> None:
+    ((before, kept, after),) = run_ranks(1, faults_before_and_after)  # in a process of its own: it cannot be undone
+    if not kept:
+        pytest.skip("another C library")
+    assert after < before / 10
+
+
+def test_the_choice_of_who_sets_malloc_options_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+    assert not keep_freed_memory()
