@@ -37,6 +37,8 @@ from lorafair.watchdog import Watch
 MEETING_MINUTES = 10.0
 # Of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD with bytes. What is larger still goes back at once.
 _MALLOC_OPTIONS = ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26))
+# By which users choose themselves.
+_MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 # What gloo, NCCL and PyTorch's store say when a process is gone.
 _SIGNS_OF_LOSS = (
     "losed by peer", "eset by peer", "roken pipe", "imed out", "imeout", "NCCL", "got 0 bytes", "likely closed",
@@ -196,7 +198,8 @@ def keep_freed_memory() -> bool:
     came as fresh pages, which the system clears and maps one by one: a tenth of a step on the CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+    chosen = any(name in os.environ for name in _MALLOC_VARIABLES)
+    if mallopt is None or chosen or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     return all(mallopt(option, value) for option, value in _MALLOC_OPTIONS)
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafair.adapter import AdapterState, LoRAFactors
-from lorafair.aggregation import aggregate
+from lorafair.aggregation import aggregate, directions
+from lorafair.aggregation.directions import Problems, cosine_loss, solve_cosine
 from lorafair.aggregation.lora_fair import LoRAFair
 from lorafair.errors import LorafairError
 from lorafair.seeding import seeded
@@ -416,3 +417,38 @@ def test_same_layer_gives_the_same_result_beside_others() -> None:
     together = aggregate(LoRAFair(), AdapterState({"small": small, "large": large}, {}), weights)
     torch.testing.assert_close(together.factors["small"].B, combine(small, weights).B)
     assert together.factors["small"].B.shape == (5, 1)
+
+
+def opposing_problems(seed: int, count: int, rank: int) -> Problems:
+    """Problems over many orders of magnitude; in some the ideal update of B is about −t times its mean."""
+    generator = seeded(seed, "problems")
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    e = 10 ** (-12 * uniform(count, rank) * uniform(count, 1))
+    mean = 10 ** (-6 * uniform(count, rank) * uniform(count, 1))
+    bias = 10 ** (12 * (uniform(count, rank) - 0.5) * uniform(count, 1) + 4 * (uniform(count, 1) - 0.5))
+    overlap = (2 * uniform(count, rank) - 1) * (mean * bias).sqrt()
+    t = e * (1 + 10 ** (2 * uniform(count, rank) - 1))
+    opposed = uniform(count, 1) < 0.3
+    bias = torch.where(opposed, t.square() * mean * (1 + 1e-6 * uniform(count, rank)), bias)
+    overlap = torch.where(opposed, -t * mean, overlap)
+    return Problems(
+        eigenvalues=e,
+        mean=mean,
+        overlap=overlap,
+        bias=bias,
+        residual=(bias / e).sum(1) * (1 + uniform(count) / 2),
+        share=torch.ones(count, dtype=torch.float64),
+        penalty=10 ** (2 - 10 * uniform(count)),
+    )
+
+
+@pytest.mark.parametrize("rank", range(1, 9))
+def test_starting_from_a_root_close_by_finds_the_same_minimum(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = opposing_problems(rank, 2000, rank)
+    found = cosine_loss(problems, solve_cosine(problems))
+    monkeypatch.setattr(directions, "_CUT_STEPS", (16,) * 9)
+    expected = cosine_loss(problems, solve_cosine(problems))
+    assert bool((found <= expected * (1 + 1e-10)).all())

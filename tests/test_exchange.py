@@ -172,6 +172,11 @@ def test_memory_of_activations_is_used_again() -> None:
     assert after < before / 10
 
 
-def test_the_choice_of_who_sets_malloc_options_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "100000"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000")]
+)
+def test_the_choice_of_who_sets_malloc_options_is_theirs(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
     assert not keep_freed_memory()

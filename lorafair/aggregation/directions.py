@@ -23,7 +23,7 @@ SCALES = 72  # log-spaced values of ‖XĀ‖ tried, from _SMALLEST_SCALE to 1 t
 _SMALLEST_SCALE = 1e-9
 _SECULAR_STEPS = 10  # Newton from a bound within √R of the root: 8 leave 1e-7, 10 leave rounding
 _SECTIONS = 64  # into which the interval of a scale is cut, again and again
-_CUT_STEPS = (6, 3, 2, 2, 2, 2, 2, 2)  # of Newton from the root at the interval's upper end, closer with every cut
+_CUT_STEPS = (10, 5, 3, 2, 2, 2, 2, 2)  # of Newton from a root of the interval before, closer with every cut
 _NO_PENALTY = 1e-100  # below it, the square of 1 / penalty overflows
 
 
@@ -150,7 +150,7 @@ def _search_scales(unit: Problems) -> Correction:
     first = torch.where(rising, best - 1, best).clamp(min=0)
     last = torch.where(rising, best, best + 1).clamp(max=SCALES - 1)
     low, high = scales.take(first), scales.take(last)
-    root = roots.squeeze(-1).gather(0, last.unsqueeze(0))  # (1, N), the least of the interval
+    root = roots.squeeze(-1).gather(0, last.unsqueeze(0))  # (1, N)
     places = torch.arange(_SECTIONS + 1, dtype=low.dtype, device=low.device).unsqueeze(-1) / _SECTIONS  # (S, 1)
     for steps in _CUT_STEPS:
         cuts = low * (high / low) ** places  # (S, N), with both ends
@@ -168,15 +168,13 @@ def _slope_sign(unit: Problems, correction: Correction) -> Tensor:
     return unit.product(1 + x, y, x, y).sum(-1)
 
 
-def _solve_at_scale(
-    unit: Problems, scale: Tensor, steps: int, least: Tensor | None = None
-) -> tuple[Correction, Tensor]:
+def _solve_at_scale(unit: Problems, scale: Tensor, steps: int, near: Tensor | None = None) -> tuple[Correction, Tensor]:
     """The best X with ‖XĀ‖ = s, for `scale` (N,), (S, 1) or (S, N), and the root q (..., N, 1) it belongs to.
 
     Xu_r = (α Mu_r + B̄u_r)/(1 + τe_r) with M = ΔWĀᵀ, α = 1/(2λ‖ΔW‖s) and the multiplier τ > −1 that gives X its scale:
     Σ e_r‖αMu_r + B̄u_r‖²/(1 + τe_r)² = s², as in a trust-region step. With q = 1 + τ, the reciprocal root of the left
-    side is concave and increasing in q, so Newton's method rises to the root from any lower bound. Here e_r ≤ 1.
-    `least` (..., N, 1) is a bound closer than that of a single term: the root falls with s, so that of a larger one.
+    side is concave and increasing in q, so Newton's method rises to the root from any lower bound, which it reaches in
+    one step from above. Here e_r ≤ 1. `near` (..., N, 1) is where to start, such as the root of a scale close by.
     """
     e = unit.eigenvalues
     alpha = (1 / (2 * unit.penalty * _or_one(unit.ideal_square()).sqrt() * scale)).unsqueeze(-1)
@@ -185,15 +183,15 @@ def _solve_at_scale(
     weight = (e * unit.product(along, alpha, along, alpha)).clamp(min=0)  # (..., N, R)
     seen = e > 0
     tiny = torch.finfo(e.dtype).tiny
-    if least is None:
-        bound = torch.where(seen, (weight.sqrt() * target - 1 + e) / torch.where(seen, e, 1.0), 0.0)
-        least = bound.amax(-1, keepdim=True).clamp(min=tiny)  # each term alone stays below s²
-    q, flat = least, 1 - e
+    flat = 1 - e
+    bound = torch.where(seen, (weight.sqrt() * target - flat) / torch.where(seen, e, 1.0), 0.0)
+    least = bound.amax(-1, keepdim=True).clamp(min=tiny)  # each term alone stays below s²
+    q = least if near is None else torch.maximum(near, least)
     for _ in range(steps):
         spread = torch.addcmul(flat, q, e)
         terms = weight / spread.square()
         total, slope = terms.sum(-1, keepdim=True), (terms * e / spread).sum(-1, keepdim=True)
-        q = q + total * (total.sqrt() * target - 1) / slope.clamp(min=tiny)
+        q = torch.maximum(q + total * (total.sqrt() * target - 1) / slope.clamp(min=tiny), least)
     spread = torch.addcmul(flat, q, e)
     return Correction(
         along_mean=(alpha - (q - 1)) * e / spread,
