@@ -180,10 +180,10 @@ def bias_metrics(clients: AdapterState, weights: Tensor, update: ServerUpdate) -
     ideals = [split_ideal_update(clients.factors[path], weights) for path in paths]
     new = [update.factors[path].to(torch.float64) for path in paths]
     layers = zip(ideals, new, (update.folded.get(path) for path in paths), strict=True)
-    products = torch.stack([_inner_products(*layer) for layer in layers])  # (L, 6, 6)
+    products = torch.stack([_inner_products(*layer) for layer in layers]).flatten(1).unbind(1)  # 36 of (L,)
 
     def inner_of(left: _Sum, right: _Sum) -> Tensor:
-        terms = [a * b * products[:, i, j] for i, a in enumerate(left) if a for j, b in enumerate(right) if b]
+        terms = [a * b * products[6 * i + j] for i, a in enumerate(left) if a for j, b in enumerate(right) if b]
         return torch.stack(terms).sum(0)
 
     def square(of: _Sum) -> Tensor:
@@ -225,16 +225,16 @@ def _inner_products(ideal: IdealUpdate, new: LoRAFactors, folded: LoRAFactors | 
     def with_few(other: LoRAFactors) -> Tensor:
         return ((B.mT @ other.B) * (A @ other.A.mT)).view(4, -1).sum(1)
 
-    products = A.new_zeros(6, 6)
-    products[:4, :4] = ((B.mT @ B) * (A @ A.mT)).view(4, mean.rank, 4, mean.rank).sum((1, 3))
-    products[:4, 4] = products[4, :4] = with_few(bias)
-    products[4, 4] = ideal.bias_square()
-    if folded is not None:
+    few = ((B.mT @ B) * (A @ A.mT)).view(4, mean.rank, 4, mean.rank).sum((1, 3))
+    bias_square = ideal.bias_square()
+    if folded is None:
+        edge = torch.stack([with_few(bias), few.new_zeros(4)])
+        corner = torch.stack([bias_square, *few.new_zeros(3).unbind()])
+    else:
         merged = folded.to(torch.float64)
-        products[:4, 5] = products[5, :4] = with_few(merged)
-        products[4, 5] = products[5, 4] = inner(merged, bias)
-        products[5, 5] = squared_norm(merged)
-    return products
+        edge, cross = torch.stack([with_few(bias), with_few(merged)]), inner(merged, bias)
+        corner = torch.stack([bias_square, cross, cross, squared_norm(merged)])
+    return torch.cat([torch.cat([few, edge.mT], dim=1), torch.cat([edge, corner.view(2, 2)], dim=1)])
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
