@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lorafair.adapter import AdapterLayout, AdapterState, LoRAFactors, Part, take_columns
 from lorafair.aggregation import ServerUpdate
+from lorafair.aggregation.factor_algebra import clients_at_a_time
 from lorafair.cluster import Placement, detect
 from lorafair.config import ConfigError, FabricConfig
 from lorafair.errors import LorafairError
@@ -47,7 +48,6 @@ _SIGNS_OF_LOSS = (
 
 T = TypeVar("T")
 _NUMBERS_AT_A_TIME = 2**24  # of all clients, that a rank receives at a time: 64 MB of float32
-_MASKED_NUMBERS = 2**20  # of clients, that are looked through for NaN at a time
 
 
 def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
@@ -299,7 +299,7 @@ def finite_clients(fabric: Fabric, rows: Tensor, plan: RoundPlan) -> Returned:
     three numbers a client are gathered. Call on every rank.
     """
     # Some rows at a time, because the mask of all of them would be as large as a quarter of them.
-    blocks = rows.split(max(1, _MASKED_NUMBERS // rows.shape[1]))
+    blocks = rows.split(clients_at_a_time(rows.shape[1]))
     finite_here = torch.cat([block[:, :-2].isfinite().all(1, keepdim=True) for block in blocks])  # (n, 1)
     table = gather_clients(fabric, torch.cat([rows[:, -2:], finite_here.to(rows)], dim=1), plan.clients_of_rank)
     losses, seconds, finite = table.T.tolist()

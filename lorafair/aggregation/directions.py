@@ -155,7 +155,8 @@ def _search_scales(unit: Problems) -> Correction:
     for steps in _CUT_STEPS:
         cuts = low * (high / low) ** places  # (S, N), with both ends
         inner, roots = _solve_at_scale(unit, cuts.narrow(0, 1, _SECTIONS - 1), steps, root.unsqueeze(-1))
-        falling = (_slope_sign(unit, inner) <= 0).long().cumprod(0).sum(0, keepdim=True)  # cuts before the first rising
+        rises = _slope_sign(unit, inner) > 0
+        falling = rises.logical_not().long().cumprod(0).sum(0, keepdim=True)  # (1, N) cuts before the first that rises
         low, high = cuts.gather(0, falling).squeeze(0), cuts.gather(0, falling + 1).squeeze(0)
         root = torch.cat([roots.squeeze(-1), root]).gather(0, falling)
     found, _ = _solve_at_scale(unit, (low * high).sqrt(), _CUT_STEPS[-1], root.squeeze(0).unsqueeze(-1))
