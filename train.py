@@ -1,4 +1,4 @@
-"""Run a federation: python train.py conf/demo.yaml [key=value ...]; see --help."""
+"""Run a federation, or a comparison: python train.py conf/demo.yaml [key=value ...]; python train.py --help."""
 
 from lorafair.cli import entry
 

@@ -1,10 +1,114 @@
-"""Federated LoRA fine-tuning of vision backbones at scale; see README.md. Importing it imports nothing heavy."""
+"""Federated LoRA fine-tuning of vision backbones at scale. README.md tells more; importing it imports nothing heavy.
 
-import sys
+import lorafair
 
-from lorafair.torchvision_import import TorchvisionFinder
+result = lorafair.run("conf/demo.yaml", "rounds=3")
+result.mean_accuracy, result.accuracy["hand"], result.metrics["train/loss"]
+model = result.load_model()
+"""
 
-__version__ = "0.1.0"
+from __future__ import annotations
 
-if "torchvision" not in sys.modules:
-    sys.meta_path.insert(0, TorchvisionFinder())
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorafair.aggregation.base import Aggregator, LayerUpdate
+    from lorafair.aggregation.registry import register_method
+    from lorafair.commands.compare import ComparisonResult, compare
+    from lorafair.commands.run import RunResult, run
+    from lorafair.config import (
+        CheckpointConfig,
+        ClientConfig,
+        Config,
+        DataConfig,
+        EvaluationConfig,
+        FabricConfig,
+        FederationConfig,
+        LoRAConfig,
+        ModelConfig,
+        PartitionConfig,
+        ServerConfig,
+        load_config,
+    )
+    from lorafair.config.options import option
+    from lorafair.data.datasets import from_datasets
+    from lorafair.data.images import ImageCollection
+    from lorafair.data.partition import Client, register_partition
+    from lorafair.data.sources import register_source
+    from lorafair.errors import ConfigError, LorafairError
+    from lorafair.evaluation import Evaluation, register_metric
+    from lorafair.model.adapter import LoRAFactors
+    from lorafair.model.backbone import register_backbone
+    from lorafair.reporting.callbacks import Callback, register_callback
+    from lorafair.reporting.loggers import register_logger
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "Aggregator",
+    "Callback",
+    "CheckpointConfig",
+    "Client",
+    "ClientConfig",
+    "ComparisonResult",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "Evaluation",
+    "EvaluationConfig",
+    "FabricConfig",
+    "FederationConfig",
+    "ImageCollection",
+    "LayerUpdate",
+    "LoRAConfig",
+    "LoRAFactors",
+    "LorafairError",
+    "ModelConfig",
+    "PartitionConfig",
+    "RunResult",
+    "ServerConfig",
+    "compare",
+    "from_datasets",
+    "load_config",
+    "option",
+    "register_backbone",
+    "register_callback",
+    "register_logger",
+    "register_method",
+    "register_metric",
+    "register_partition",
+    "register_source",
+    "run",
+]
+
+# Where each of them is; imported when it is asked for.
+_MODULES = {
+    "aggregation.base": ("Aggregator", "LayerUpdate"),
+    "aggregation.registry": ("register_method",),
+    "commands.compare": ("ComparisonResult", "compare"),
+    "commands.run": ("RunResult", "run"),
+    "config.options": ("option",),
+    "data.datasets": ("from_datasets",),
+    "data.images": ("ImageCollection",),
+    "data.partition": ("Client", "register_partition"),
+    "data.sources": ("register_source",),
+    "errors": ("ConfigError", "LorafairError"),
+    "evaluation": ("Evaluation", "register_metric"),
+    "model.adapter": ("LoRAFactors",),
+    "model.backbone": ("register_backbone",),
+    "reporting.callbacks": ("Callback", "register_callback"),
+    "reporting.loggers": ("register_logger",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, and only that (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'lorafair' has no attribute {name!r}")
+    return getattr(import_module(f"lorafair.{_MODULE_OF.get(name, 'config')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

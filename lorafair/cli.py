@@ -1,83 +1,97 @@
-"""The command: YAML files and key=value pairs in, a run directory out.
-
-    train.py [FILE.yaml ...] [key=value ...]      run, or continue, a federation
-    train.py [FILE.yaml ...] [key=value ...]      the same where a file has a compare: section: run, or continue, a
-                                                  comparison of methods and report it (README.md, "Compare methods")
-        --list       all its runs with index, options and state, and nothing else
-        --index N    only run N (for a job array); no report
-        --tune       only the tuning runs
-        --report     only the report, from what is done
-    train.py prepare [FILE.yaml ...] [key=value ...]    only fetch and build what a run, or all runs of a comparison,
-                                                  need; for a login node with network
-    train.py --doctor [FILE.yaml ...] [key=value ...]   what the processes find on their nodes, how fast their
-                                                  collectives are and what would go wrong; under srun
-    train.py slurm [FILE.yaml ...] [key=value ...]      the batch script for exactly this run or comparison on Slurm: on
-                                                  the console, with --out=FILE there, or with --submit handed to sbatch;
-        --account= --partition= --qos= --constraint= --time= --gpus-per-node= --cpus-per-task= --mem= as sbatch has,
-        --throttle=N tasks of a comparison at a time, --setup='module load x' (may be repeated) before it starts
-    train.py export RUN_DIR OUT_DIR [--peft]      the trained model for timm alone, or as a PEFT adapter
-    train.py --help                               every option with its default
+"""The command: `lorafair SUBCOMMAND ...`, or `python train.py FILE key=value` to run or compare.
 
 Nothing heavy is imported before the configuration is known to be right.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import signal
-import socket
 import sys
-import textwrap
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT, SIGTERM
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lorafair import __version__
-from lorafair.cluster import Job, Placement, detect, requeue, seconds_left, slurm_job, state_of_job
-from lorafair.comparison import Comparison, list_runs, load_comparison
-from lorafair.config import Config, ConfigError, FabricConfig, describe_options, load_config
-from lorafair.errors import LorafairError
-from lorafair.interruption import (
-    FAILED,
-    INTERRUPTED,
-    SAVED,
-    SCHEDULER_SIGNALS,
-    Interrupted,
-    expect_end_in,
-    listen_only_to,
-    listening,
-)
-from lorafair.submission import batch_of, batch_script, submit, take_options, write_script
-from lorafair.watchdog import CONTINUES, start_watch, stop_watch
+from lorafair.cluster.signals import FAILED, INTERRUPTED, SCHEDULER_SIGNALS, handling_signals
+from lorafair.cluster.watchdog import stop_watchdog
+from lorafair.commands.compare import Part, compare_command
+from lorafair.commands.run import run_command
+from lorafair.commands.slurm import SCHEDULER, Options, slurm_command
+from lorafair.comparison.section import load_comparison
+from lorafair.config.describe import describe_options, descriptions_text, groups, options_text
+from lorafair.config.hints import options_called
+from lorafair.config.loading import load_config
+from lorafair.console import log, printing
+from lorafair.errors import ConfigError, LorafairError, did_you_mean
+from lorafair.launch import SECONDS_FOR_THE_REASON, let_idle_threads_sleep, report_failure
 
-SECONDS_UNTIL_KILLED = 120.0
-SECONDS_FOR_THE_REASON = 1.0  # srun -K ends all processes of a step once one has left with an error
-PARTS = ("--list", "--index", "--tune", "--report")
+USAGE = """usage: lorafair SUBCOMMAND [FILE.yaml ...] [key=value ...]
+
+  lorafair run synthetic.yaml               run, or continue, a federation
+  lorafair compare compare/methods.yaml     run, or continue, a comparison of methods and report it
+  lorafair prepare demo.yaml                fetch and build what a run needs, on a machine with network
+  lorafair doctor demo.yaml                 what the processes find on their nodes, and what would go wrong
+  lorafair slurm demo.yaml --submit         write, print or submit a run's batch script
+  lorafair export RUN_DIR OUT_DIR           the trained model for timm, or as a PEFT adapter
+  lorafair options [GROUP]                  every option with its type, default and meaning
+  lorafair methods [NAME]                   the aggregation methods, or the options of one
+
+lorafair SUBCOMMAND --help tells more. Values come from the defaults, then YAML files, then key=value pairs; a file that
+does not exist is looked for among the shipped ones (lorafair run --list). python train.py is the same command, and may
+leave `run` and `compare` out.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError in our words instead of leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; {self.prog} --help tells what is possible")
 
 
 @dataclass(frozen=True)
-class Part:
-    """Which part of a comparison to do."""
+class Subcommand:
+    """A subcommand: what it takes, and what it does with it."""
 
-    flag: str = ""  # one of PARTS; empty: all of it
-    index: int | None = None
+    does: Callable[[argparse.Namespace], int]
+    description: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    takes_configuration: bool = True
+
+    def parser(self, name: str) -> _Parser:
+        """Of what stands behind the subcommand."""
+        parser = _Parser(
+            prog=f"lorafair {name}",
+            description=self.description,
+            epilog=f"example: {self.example}",
+            allow_abbrev=False,
+        )
+        if self.takes_configuration:
+            parser.add_argument(
+                "configuration", nargs="*", metavar="FILE.yaml | key=value", help="configuration files and options"
+            )
+        self.add_arguments(parser)
+        return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status.
 
-    0: done. 2: a mistake of the user's, or an end that is no accident. 75: stopped by the scheduler with all that is
-    done saved, the same command continues. 130: stopped by Ctrl-C. 1: anything else.
+    0: done. 2: bad input, or an end that is no accident. 75: stopped by the scheduler with all that is done saved, the
+    same command continues. 130: stopped by Ctrl-C. 1: anything else.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    let_idle_threads_sleep()
     try:
-        return command(arguments)
+        with printing():
+            return _dispatch(arguments)
     except LorafairError as error:
         if os.environ.get("SLURM_PROCID", "0") != "0":  # mostly process 0 finds the same, and once is enough
             time.sleep(SECONDS_FOR_THE_REASON)
@@ -87,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command continues after the last checkpoint", file=sys.stderr, flush=True)
         return INTERRUPTED
     except Exception as error:  # only here: whoever fails says so in one last line
-        return fail(error)
+        return report_failure(error)
     finally:
-        stop_watch()
+        stop_watchdog()
 
 
 def entry() -> NoReturn:
@@ -105,292 +119,283 @@ def entry() -> NoReturn:
     sys.exit(status)
 
 
-def fail(error: Exception) -> int:
-    """Say what has ended this process: that another one is gone in a line, all else with its traceback."""
-    from lorafair.exchange import is_loss
-
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    if is_loss(error):
-        time.sleep(SECONDS_FOR_THE_REASON)  # until the process that has failed is known to be gone
-        lost = stop_watch() or "another process of the run is gone or has not answered for fabric.timeout_minutes"
-        what = f"{lost} ({what[:200]})"
-    else:
-        traceback.print_exception(error)
-    print(f"error: {who()}: {what}; {CONTINUES}", file=sys.stderr, flush=True)
-    return FAILED
-
-
-def who() -> str:
-    """This process, for messages."""
-    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
-    return f"process {rank} on {socket.gethostname()}"
-
-
-def command(arguments: list[str]) -> int:
-    """Do what the arguments say; returns the exit status. Raises LorafairError."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print_help()
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
         return 0
-    if arguments[:1] == ["export"]:
-        export(arguments[1:])
+    if arguments[0] == "--version":
+        print(f"lorafair {version_text()}")
         return 0
-    if arguments[:1] == ["prepare"]:
-        prepare(arguments[1:])
-        return 0
-    if arguments[:1] == ["slurm"]:
-        slurm(arguments[1:])
-        return 0
-    if "--doctor" in arguments:
-        return doctor([argument for argument in arguments if argument != "--doctor"])
-    part, arguments = take_part(arguments)
-    with listening() if part.flag not in ("--list", "--report") else nullcontext():
-        comparison = load_comparison(arguments)
-        if comparison is not None:
-            return compare(comparison, part)
-        if part.flag:
-            raise ConfigError(f"{part.flag} is for a comparison, and none of the files has a compare: section")
-        return train(load_config(arguments))
-
-
-def train(config: Config) -> int:
-    """Check what can be checked without data, launch the processes and run the federation on each."""
-    placement = place(config.fabric)
-    check(config)
-
-    from lorafair.federation import run_federation
-
-    fabric = launch(config.fabric, placement, f"run directory {config.folder}")
-    return until_stopped(fabric, config.fabric, placement, lambda: run_federation(fabric, config))
-
-
-def check(config: Config) -> None:
-    """Find the mistakes in a run's method and model. Raises ConfigError."""
-    from lorafair.aggregation import method_of
-
-    method_of(config)
-
-    from lorafair.models import check_model
-
-    check_model(config.model)
-
-
-def take_part(arguments: Sequence[str]) -> tuple[Part, list[str]]:
-    """The part of a comparison that is asked for, and the other arguments. Raises ConfigError."""
-    parts, rest = [], []
-    remaining = iter(arguments)
-    for argument in remaining:
-        flag, equals, value = argument.partition("=")
-        if flag not in PARTS:
-            rest.append(argument)
-        elif flag == "--index":
-            text = value if equals else next(remaining, "")
-            if not (text.isascii() and text.isdecimal()):
-                raise ConfigError(f"--index {text}: give the number of a run, as --list shows them")
-            parts.append(Part(flag, int(text)))
-        elif equals:
-            raise ConfigError(f"{argument}: {flag} takes no value")
-        else:
-            parts.append(Part(flag))
-    if len(parts) > 1:
-        raise ConfigError(f"{' and '.join(part.flag for part in parts)}: give one of them")
-    return (parts[0] if parts else Part()), rest
-
-
-def compare(comparison: Comparison, part: Part) -> int:
-    """Do the part of a comparison that is asked for, or all of it; returns the exit status."""
-    if part.index is not None and part.index >= len(comparison.runs):
-        raise ConfigError(f"--index {part.index}: the runs are 0 to {len(comparison.runs) - 1}; --list shows them")
-    if part.flag == "--tune" and comparison.tuning is None:
-        raise ConfigError("--tune: there is no compare.tune in the file, so there is nothing to tune")
-    if part.flag == "--list":
-        print(list_runs(comparison))
-        return 0
-    if part.flag == "--report":
-        from lorafair.comparison_report import write_report
-
-        write_report(comparison)
-        return 0
-    fabric_config = next(iter(comparison.configs.values())).fabric
-    placement = place(fabric_config)
-
-    from lorafair.comparison_run import check_runs, run_comparison
-
-    check_runs(comparison)
-    what = f"{len(comparison.runs)} runs" if part.index is None else f"run {part.index} of {len(comparison.runs)}"
-    fabric = launch(fabric_config, placement, f"{what} in {comparison.folder}")
-    only_tuning = part.flag == "--tune"
-    return until_stopped(
-        fabric,
-        fabric_config,
-        placement,
-        lambda: run_comparison(fabric, comparison, index=part.index, only_tuning=only_tuning),
-    )
-
-
-def place(config: FabricConfig) -> Placement:
-    """Find out where this process runs and say so, before anything heavy is imported. Raises ConfigError."""
-    listen_only_to(config.signals)
-    placement = detect(os.environ, config, [sys.executable, *sys.argv])
-    if placement.rank == 0 and not is_child(placement):
-        print(f"lorafair {__version__}: {placement.what}", flush=True)
-    return placement
-
-
-def is_child(placement: Placement) -> bool:
-    """Whether another process of ours has started this one."""
-    return placement.launcher == "own" and os.environ.get("LOCAL_RANK", "0") != "0"
-
-
-def launch(config: FabricConfig, placement: Placement, what: str) -> Any:
-    """Start the processes, say on what they run, and return their Fabric."""
-    from lorafair.exchange import children_of, keep_freed_memory, make_fabric, meet, set_threads
-    from lorafair.tracking import say
-
-    fabric = make_fabric(config, placement)
-    threads = set_threads(fabric, config.threads)
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
-    meet(fabric, config, start_watch(who(), children_of(fabric), is_child=is_child(placement)))
-    job, left = slurm_job(os.environ), None
-    if fabric.is_global_zero:
-        say(
-            f"lorafair {__version__}: {fabric.world_size} processes on {fabric.device.type}, {threads} threads each, "
-            f"{config.precision}; {what}"
-        )
-        left = seconds_left(job) if job is not None else None
-    expect_end_in(fabric.broadcast(left))
-    return fabric
-
-
-def until_stopped(fabric: Any, config: FabricConfig, placement: Placement, work: Callable[[], None]) -> int:
-    """Do the work; if it was stopped, see to it that the job runs again; returns the exit status, on every rank."""
-    from lorafair.exchange import close
-
+    name, rest = arguments[0], arguments[1:]
+    if name not in SUBCOMMANDS:
+        name, rest = _without_subcommand(arguments)
     try:
-        work()
-        close(fabric)
-    except Interrupted as stop:
-        status = None
-        if fabric.is_global_zero:
-            status, line = after_stop(stop, slurm_job(os.environ), config.max_requeues)
-            print(f"{stop}; {line}", flush=True)
-        status = fabric.broadcast(status)  # the others stay: srun ends all processes once one has left with an error
-        close(fabric)
-        # The process that has started this one tells; to it this one has not failed.
-        return 0 if is_child(placement) else int(status)
-    except SystemExit:  # rank 0 tells why
-        if is_child(placement):
-            return 0
-        time.sleep(SECONDS_FOR_THE_REASON)
-        raise
+        namespace = _parsed(name, rest)
+    except SystemExit as leave:  # argparse has printed its help
+        return int(leave.code or 0)
+    return SUBCOMMANDS[name].does(namespace)
+
+
+def _without_subcommand(arguments: list[str]) -> tuple[str, list[str]]:
+    """What `python train.py FILE key=value` means: run, or compare where a file has a compare: section."""
+    first = arguments[0]
+    if "--doctor" in arguments:
+        rest = " ".join(argument for argument in arguments if argument != "--doctor")
+        raise ConfigError(f"--doctor is now a subcommand; type: lorafair doctor {rest}")
+    if not first.startswith("-") and "=" not in first and not first.endswith((".yaml", ".yml")) and "/" not in first:
+        hint = did_you_mean(first, SUBCOMMANDS)
+        raise ConfigError(
+            f"{first} is neither a subcommand, nor a YAML file, nor a key=value pair; {hint}subcommands: "
+            f"{', '.join(SUBCOMMANDS)}"
+        )
+    files = [argument for argument in arguments if not argument.startswith("-")]
+    of_comparison = ("--index", "--tune", "--report", *(["--list"] if files else []))
+    if any(argument.partition("=")[0] in of_comparison for argument in arguments):
+        return "compare", arguments
+    _parsed("run", arguments)  # before what stands behind an unknown flag is taken for a file
+    return ("compare" if files and load_comparison(files) is not None else "run"), arguments
+
+
+def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a subcommand. ConfigError, with the line to type, for flags that only other programs have."""
+    parser = SUBCOMMANDS[name].parser(name)
+    namespace, unknown = parser.parse_known_intermixed_args(arguments)
+    if not unknown:
+        return namespace
+    argument = unknown[0]
+    if not argument.startswith("-"):
+        parser.error(f"unrecognized arguments: {argument}")
+    flag, equals, value = argument.partition("=")
+    following = next(iter(arguments[arguments.index(argument) + 1 :]), "")
+    value = value if equals else following if not following.startswith("-") else ""
+    raise ConfigError(f"{argument} is no option of {parser.prog}; {_flag_hint(parser, flag, value)}")
+
+
+def _flag_hint(parser: _Parser, flag: str, value: str) -> str:
+    """What somebody may have meant by a flag."""
+    known = re.findall(r"(?<=[\[ ])--[a-z-]+", parser.format_usage())
+    name = flag.lstrip("-").replace("-", "_")
+    if name in ("config", "cfg", "c", "f", "file", "config_file", "config_name", "cn"):
+        return f"files stand alone; type: {parser.prog} {value or 'FILE.yaml'}"
+    if flag in ("-m", "--multirun"):
+        return "several runs are a comparison (a compare: section in a YAML file); type: lorafair compare FILE.yaml"
+    shown = value or "VALUE"
+    if keys := options_called(name):
+        return f"options are key=value; type: {' or '.join(f'{key}={shown}' for key in keys)}"
+    if near := did_you_mean(flag.lstrip("-"), [other.lstrip("-") for other in known], "--"):
+        return f"{near}possible: {' '.join([*known, '--help'])}"
+    try:
+        load_config(f"{name}={shown}")
+    except ConfigError as error:
+        if "did you mean" in str(error):
+            return f"options are key=value; {error}"
+    return f"options are key=value (lorafair options lists them); possible flags: {' '.join([*known, '--help'])}"
+
+
+def version_text() -> str:
+    """The version, with the commit where this is a checkout, or the one of the installed package."""
+    from lorafair.files.shipped import commit, installed_version
+
+    at = commit()
+    return f"{__version__} (commit {at})" if at else installed_version() or __version__
+
+
+# What the subcommands take and do
+
+
+def _run(namespace: argparse.Namespace) -> int:
+    if namespace.list:
+        from lorafair.files.shipped import about_configuration, shipped_configurations
+
+        shipped = shipped_configurations()
+        width = max(map(len, shipped))
+        for name, file in shipped.items():
+            log.info(f"{name:{width}}  {about_configuration(file)}")
+        return 0
+    if not namespace.configuration:
+        raise ConfigError("lorafair run needs a FILE.yaml or key=value; for example: lorafair run synthetic.yaml")
+    with handling_signals():
+        return run_command(load_config(namespace.configuration))
+
+
+def _compare(namespace: argparse.Namespace) -> int:
+    part = Part(namespace.index, namespace.tune, namespace.list, namespace.report)
+    with nullcontext() if part.only_list or part.only_report else handling_signals():
+        comparison = load_comparison(namespace.configuration)
+        if comparison is None:
+            raise ConfigError(
+                "none of the files has a compare: section, so there is nothing to compare; lorafair run does one run"
+            )
+        return compare_command(comparison, part)
+
+
+def _prepare(namespace: argparse.Namespace) -> int:
+    comparison = load_comparison(namespace.configuration)
+    configs = [load_config(namespace.configuration)] if comparison is None else list(comparison.configs.values())
+
+    from lorafair.commands.prepare import prepare
+
+    prepare(configs)
     return 0
 
 
-def after_stop(stop: Interrupted, job: Job | None, max_requeues: int) -> tuple[int, str]:
-    """Have the job requeued where that is due; returns the exit status and what to say."""
-    if stop.reason == SIGINT:
-        return INTERRUPTED, "the same command continues"
-    if job is None:
-        return SAVED, "the same command continues"
-    state, why = state_of_job(job)
-    # A job that was cancelled, and one that Slurm requeues by itself, are COMPLETING, too: a requeue would revive it.
-    if state and state != "RUNNING" and (state, why) != ("COMPLETING", "TimeLimit"):
-        return SAVED, f"Slurm ends job {job.name} ({state}) by itself; the same command continues"
-    if job.restarts >= max_requeues:
-        return FAILED, (
-            f"job {job.name} was requeued {job.restarts} times, and fabric.max_requeues={max_requeues} ends that; the "
-            "same command continues"
-        )
-    problem = requeue(job)
-    if not problem:
-        return SAVED, f"job {job.name} is requeued and continues"
-    if stop.reason == SIGTERM:  # Slurm is about to end the job; only a preempted one that lasts until then is requeued
-        print(f"{stop}; scontrol cannot requeue job {job.name} ({problem}); waiting for Slurm to end it", flush=True)
-        time.sleep(SECONDS_UNTIL_KILLED)
-    return SAVED, f"job {job.name} could not be requeued ({problem}); the same command continues"
+def _doctor(namespace: argparse.Namespace) -> int:
+    with handling_signals():
+        comparison = load_comparison(namespace.configuration)
+        first = load_config(namespace.configuration) if comparison is None else next(iter(comparison.configs.values()))
+
+        from lorafair.commands.doctor import doctor_command
+
+        return doctor_command(first)
 
 
-def prepare(arguments: Sequence[str]) -> None:
-    """Fetch and build what the run, or all runs of a comparison, need."""
-    comparison = load_comparison(arguments)
-    configs = [load_config(arguments)] if comparison is None else list(comparison.configs.values())
-
-    from lorafair import preparation
-
-    preparation.prepare(configs)
-
-
-def slurm(arguments: Sequence[str]) -> None:
-    """Print, write or submit the batch script of the run or comparison, once all of it is known to be right."""
-    options, arguments = take_options(arguments)
-    work = load_comparison(arguments) or load_config(arguments)
-    batch = batch_of(work, arguments, options)
-    if isinstance(work, Config):
-        check(work)
-    else:
-        from lorafair.comparison_run import check_runs
-
-        check_runs(work)
-    file = Path(options.out) if options.out else batch.logs / "job.sbatch" if options.submit else None
-    script = batch_script(batch, options, beside=file.parent if file else Path())
-    if file is None:
-        print(script, end="")
-        print("this is a dry run; --out=FILE writes the script, --submit hands it to sbatch", file=sys.stderr)
-        return
-    write_script(script, file)
-    if not options.submit:
-        print(f"written: {file}", file=sys.stderr)
-        return
-    for job in submit(batch, file, os.environ):
-        print(f"job {job}: {file}; its processes write {batch.logs}/{batch.folder.name}-{job}*-rank<n>.log")
-    print(f"curves: tensorboard --logdir {batch.folder}")
+def _slurm(namespace: argparse.Namespace) -> int:
+    scheduler = {name: str(value) for name in SCHEDULER if (value := getattr(namespace, name.replace("-", "_")))}
+    options = Options(
+        scheduler=scheduler,
+        setup=tuple(namespace.setup or ()),
+        throttle=namespace.throttle,
+        out=namespace.out,
+        submit=namespace.submit,
+    )
+    slurm_command(namespace.configuration, options)
+    return 0
 
 
-def doctor(arguments: Sequence[str]) -> int:
-    """Examine the processes as a run would start them; returns 0, or 1 if a run would not work."""
-    comparison = load_comparison(arguments)
-    config = load_config(arguments) if comparison is None else next(iter(comparison.configs.values()))
-    placement = place(config.fabric)
+def _export(namespace: argparse.Namespace) -> int:
+    from lorafair.commands.export import export_run
 
-    from lorafair.doctor import examine
-    from lorafair.exchange import close
-
-    fabric = launch(config.fabric, placement, "examination")
-    healthy = examine(fabric, config)
-    close(fabric)
-    return 0 if healthy or is_child(placement) else 1
+    log.info(export_run(namespace.run_dir, namespace.out_dir, peft=namespace.peft))
+    return 0
 
 
-def export(arguments: Sequence[str]) -> None:
-    """Write the trained model of a run into a folder and print how to load it."""
-    folders = [argument for argument in arguments if argument != "--peft"]
-    if len(folders) != 2 or any(folder.startswith("-") for folder in folders):
-        raise LorafairError("usage: train.py export RUN_DIR OUT_DIR [--peft]")
-
-    from lorafair.export import export_run
-
-    print(export_run(Path(folders[0]), Path(folders[1]), peft="--peft" in arguments))
+def _options(namespace: argparse.Namespace) -> int:
+    if not namespace.group:
+        for name, about in groups().items():
+            log.info(f"{name:12} {about}")
+        log.info("")
+    log.info(options_text(namespace.group or ""))
+    return 0
 
 
-def print_help() -> None:
-    """Print every option with its default and meaning."""
-    from lorafair.aggregation import AGGREGATORS
+def _methods(namespace: argparse.Namespace) -> int:
+    from lorafair import registry
 
-    print(__doc__)
-    print("Options (give them as key=value, or nested in a YAML file); an empty default means: see the text\n")
-    for key, default, text in describe_options():
-        _print_option(key, default, text)
-    for name, aggregator in AGGREGATORS.items():
-        print(f"Options of method.name={name}: {(aggregator.__doc__ or '').strip().splitlines()[0]}\n")
-        for field, default, text in describe_options(aggregator, "method."):
-            _print_option(field, default, text)
-
-
-def _print_option(key: str, default: str, text: str) -> None:
-    print(f"  {key}={default}")
-    print(textwrap.fill(text, 110, initial_indent="      ", subsequent_indent="      "))
-    print()
+    registry.load_plugins([registry.located(plugin, Path.cwd()) for plugin in namespace.plugin or ()])
+    registry.load_entry_points()
+    if namespace.name:
+        method = registry.METHODS[namespace.name]
+        log.info(f"{namespace.name}: {(method.__doc__ or '').strip()}\n")
+        log.info(descriptions_text(list(describe_options(method, "method."))) or "  it has no options")
+        return 0
+    for name in registry.METHODS.names:
+        about = (registry.METHODS[name].__doc__ or "").strip().partition("\n")[0]
+        log.info(f"{name:14} {about}")
+    return 0
 
 
-if __name__ == "__main__":
-    entry()
+def _add_index(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text}: give the number of a run, as --list shows them")
+    return int(text)
+
+
+def _add_value(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("give a value, or leave it out")
+    return text
+
+
+def _add_throttle(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: give how many tasks of the array may run at a time, 1 or more")
+    return int(text)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--list", action="store_true", help="all runs with index, options and state, and nothing else")
+    parts.add_argument("--index", type=_add_index, metavar="N", help="only run N, for a job array; no report")
+    parts.add_argument("--tune", action="store_true", help="only the tuning runs")
+    parts.add_argument("--report", action="store_true", help="only the report, from what is done")
+
+
+def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
+    for name in SCHEDULER:
+        parser.add_argument(f"--{name}", type=_add_value, metavar="...", help="as sbatch has it")
+    parser.add_argument("--throttle", type=_add_throttle, metavar="N", help="tasks of a comparison at a time")
+    parser.add_argument("--setup", action="append", metavar="LINE", help="a line of shell before it starts; repeatable")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the script there")
+    parser.add_argument("--submit", action="store_true", help="hand the script to sbatch")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--list", action="store_true", help="the shipped configurations, and nothing else")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    parser.add_argument("--peft", action="store_true", help="an adapter for PEFT instead of merged weights")
+
+
+def _options_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("group", nargs="?", metavar="GROUP", help="for example client, or model.lora")
+
+
+def _methods_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a method, whose options are listed")
+    parser.add_argument("--plugin", action="append", metavar="MODULE", help="import this plug-in first; repeatable")
+
+
+SUBCOMMANDS: dict[str, Subcommand] = {
+    "run": Subcommand(
+        _run,
+        "Run, or continue, a federation.",
+        "lorafair run synthetic.yaml rounds=3 method.name=fedit",
+        _run_arguments,
+    ),
+    "compare": Subcommand(
+        _compare,
+        "Run, or continue, a comparison of methods (a file with a compare: section) and report it.",
+        "lorafair compare compare/methods.yaml --list",
+        _compare_arguments,
+    ),
+    "prepare": Subcommand(
+        _prepare,
+        "Fetch and build what a run, or all runs of a comparison, need; for a login node with network.",
+        "lorafair prepare demo.yaml",
+    ),
+    "doctor": Subcommand(
+        _doctor,
+        "What the processes find on their nodes, how fast their collectives are and what would go wrong; under srun.",
+        "srun -N2 --ntasks-per-node=4 lorafair doctor demo.yaml",
+    ),
+    "slurm": Subcommand(
+        _slurm,
+        "The batch script for exactly this run or comparison on Slurm: printed, written with --out, or submitted.",
+        "lorafair slurm demo.yaml --partition=gpu --time=2:00:00 --submit",
+        _slurm_arguments,
+    ),
+    "export": Subcommand(
+        _export,
+        "The trained model of a run: weights for timm with the adapters merged in, or a PEFT adapter.",
+        "lorafair export runs/demo/lora_fair-seed0 out",
+        _export_arguments,
+        takes_configuration=False,
+    ),
+    "options": Subcommand(
+        _options,
+        "Every option, or those of a group, with type, default and meaning.",
+        "lorafair options client",
+        _options_arguments,
+        takes_configuration=False,
+    ),
+    "methods": Subcommand(
+        _methods,
+        "The aggregation methods, or one of them with its options.",
+        "lorafair methods lora_fair",
+        _methods_arguments,
+        takes_configuration=False,
+    ),
+}

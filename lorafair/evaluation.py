@@ -1,35 +1,56 @@
-"""Top-1 accuracy and loss of every domain, exact on any number of ranks.
+"""Top-1 accuracy, loss and the metrics of plug-ins for every domain, exact on any number of ranks.
 
 Every test image is visited once: batches do not depend on the number of ranks, ranks take them in turn, and what is
-added up over ranks are integers, or numbers that only one rank holds.
+added up over ranks are integers, or numbers that only one rank holds. Metrics of plug-ins see all batches on rank 0, in
+their order.
 
 Letters: M adapters evaluated (1, or one a client), D domains, Q classes, U batches, P packed length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from lorafair import third_party
+from lorafair.cluster.watchdog import heartbeat
+from lorafair.communication.agreement import same_error_on_all_ranks
+from lorafair.communication.collectives import gather_objects, sum_over_ranks
+from lorafair.communication.progress import SharedProgress
+from lorafair.data.images import ImageData
 from lorafair.data.loading import BatchSource, Indices
-from lorafair.exchange import same_error_on_all_ranks, sum_over_ranks
-from lorafair.models import AdaptedModel
-from lorafair.watchdog import step
+from lorafair.errors import ConfigError, LorafairError
+from lorafair.model.adapted_model import AdaptedModel
+from lorafair.registry import METRICS
+
+third_party.make_torchvision_importable()
+
+from torchmetrics.functional.classification import multiclass_confusion_matrix  # noqa: E402
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from torchmetrics import Metric
+
+_TAKEN = ("accuracy", "loss", "confusion")  # names of curves that every run has
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What M adapters do on the test images of D domains; the same on every rank."""
 
-    accuracy: Tensor  # (M, D) share of right answers
+    accuracy: Tensor  # (M, D) fraction of right answers
     loss: Tensor  # (M, D) mean cross-entropy in nats
     confusion: Tensor  # (D, Q, Q) images by true and predicted class, added up over the adapters
+    metrics: dict[str, float] = field(default_factory=dict)  # of plug-ins: name, or name/domain
 
     @property
     def mean_accuracy(self) -> float:
@@ -42,50 +63,218 @@ class Evaluation:
         return float(self.loss.mean())
 
 
+def register_metric(name: str) -> Callable[[Callable[[int], Metric]], Callable[[int], Metric]]:
+    """Make a torchmetrics object a value of evaluation.metrics.
+
+    Args:
+        name: What evaluation.metrics then lists. Its curves are eval/<name>, over all test images, and
+            eval/<name>/<domain>.
+
+    Returns:
+        A decorator for a function that makes the metric for a number of classes. Its `update` gets the logits (N, Q)
+        and the labels (N,) of one batch, and, where it has parameters of these names, `domain`: the index of the
+        batch's domain, and `client`: the index of the client whose own model answered (None for the global one). A
+        metric that asks for the domain is made once; any other one is also made for each domain. `compute` returns a
+        number, or numbers by name.
+
+    Raises:
+        ConfigError: The name is taken.
+
+    Example:
+        >>> @lorafair.register_metric("top5")
+        ... def top5(classes):
+        ...     return torchmetrics.classification.MulticlassAccuracy(classes, top_k=5, average="micro")
+    """
+
+    def register(make: Callable[[int], Metric]) -> Callable[[int], Metric]:
+        if name in _TAKEN:
+            raise ConfigError(
+                f"there is a metric {name} already, which every run has; register yours under another name"
+            )
+        METRICS.add(name, make)
+        return make
+
+    return register
+
+
 class Evaluator:
     """The test images of a run, cut into batches of one domain each."""
 
     def __init__(
-        self, fabric: Fabric, source: BatchSource, labels: Indices, domains: Indices, *, classes: int, batch_size: int
+        self, fabric: Fabric, source: BatchSource, data: ImageData, *, batch_size: int, metrics: Sequence[str] = ()
     ) -> None:
-        self._fabric = fabric
-        self._source = source
-        self._labels = torch.from_numpy(labels).to(fabric.device)
-        self._classes = classes
+        self._fabric, self._source, self._data, self._metrics = fabric, source, data, metrics
+        _PluginMetrics(metrics, data, personal=False)  # one that cannot be made is an error now
+        self._labels = torch.from_numpy(data.test.labels).to(fabric.device)
         self._batches: list[Indices] = []
         self._domain_of_batch: list[int] = []
         self._images: list[int] = []  # (D,)
-        for domain in range(int(np.max(domains)) + 1):
-            members = np.flatnonzero(domains == domain)
+        for domain in range(len(data.domains)):
+            members = np.flatnonzero(data.test.domains == domain)
             cut = [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
             self._batches += cut
             self._domain_of_batch += [domain] * len(cut)
             self._images.append(len(members))
 
     @torch.inference_mode()
-    def __call__(self, model: AdaptedModel, adapters: Tensor) -> Evaluation:
+    def __call__(self, model: AdaptedModel, adapters: Tensor, what: str = "evaluation") -> Evaluation:
         """Evaluate packed adapters (M, P). Call on every rank; the model is left with the last adapter written."""
-        fabric = self._fabric
-        domains, units = len(self._images), len(self._batches)
-        right = torch.zeros(len(adapters), domains, dtype=torch.int64, device=fabric.device)
-        confusion = torch.zeros(domains, self._classes, self._classes, dtype=torch.int64, device=fabric.device)
-        losses = torch.zeros(len(adapters), units, dtype=torch.float64, device=fabric.device)  # (M, U)
-        with same_error_on_all_ranks(fabric):
-            for index, adapter in enumerate(adapters):
-                mine = range((fabric.global_rank - index * units) % fabric.world_size, units, fabric.world_size)
-                model.adapters.write(adapter)
-                for u, inputs in zip(mine, self._source.batches([self._batches[u] for u in mine]), strict=True):
-                    step()
-                    labels = self._labels[torch.from_numpy(self._batches[u])]
-                    with fabric.autocast():
-                        logits = model(inputs.to(fabric.device, non_blocking=True))
-                    losses[index, u] = F.cross_entropy(logits.double(), labels, reduction="sum")
-                    counts = multiclass_confusion_matrix(logits, labels, self._classes, validate_args=False)
-                    right[index, self._domain_of_batch[u]] += counts.trace()
-                    confusion[self._domain_of_batch[u]] += counts
-        for partial in (right, confusion, losses):
+        counts = _Counts.zero(
+            len(adapters), len(self._images), len(self._batches), len(self._data.classes), self._fabric
+        )
+        metrics = _PluginMetrics(self._metrics, self._data, personal=len(adapters) > 1)
+        everyone = list(range(len(adapters)))
+        with SharedProgress(self._fabric, what, len(adapters) * sum(self._images), "images") as progress:
+            # In one go, unless the answers of each adapter have to be brought to rank 0 before the next one.
+            for indices in [[index] for index in everyone] if self._metrics else [everyone]:
+                answers: list[tuple[int, Tensor]] = []
+                with same_error_on_all_ranks(self._fabric):
+                    for index in indices:
+                        model.adapters.write(adapters[index])
+                        answers += self._evaluate(model, index, counts, progress)
+                if self._metrics:
+                    self._update(metrics, indices[0], answers)
+        return counts.evaluation(self._fabric, self._images, self._domain_of_batch, self._computed(metrics))
+
+    def _evaluate(
+        self, model: AdaptedModel, index: int, counts: _Counts, progress: SharedProgress
+    ) -> list[tuple[int, Tensor]]:
+        """This rank's batches of one adapter into `counts`; returns batch and logits where metrics need them."""
+        fabric, units = self._fabric, len(self._batches)
+        mine = range((fabric.global_rank - index * units) % fabric.world_size, units, fabric.world_size)
+        answers: list[tuple[int, Tensor]] = []
+        for u, inputs in zip(mine, self._source.batches([self._batches[u] for u in mine]), strict=True):
+            heartbeat()
+            labels = self._labels[torch.from_numpy(self._batches[u])]
+            with fabric.autocast():
+                logits = model(inputs.to(fabric.device, non_blocking=True))
+            counts.add(index, u, self._domain_of_batch[u], logits, labels)
+            if self._metrics:
+                answers.append((u, logits.float().cpu()))
+            progress.add(len(labels))
+        return answers
+
+    def _update(self, metrics: _PluginMetrics, index: int, answers: list[tuple[int, Tensor]]) -> None:
+        """Show the metrics on rank 0 all ranks' answers of one adapter, batch by batch in their order."""
+        gathered = gather_objects(self._fabric, answers) or []
+        with same_error_on_all_ranks(self._fabric):
+            for u, logits in sorted(chain.from_iterable(gathered), key=lambda answer: answer[0]):
+                labels = torch.from_numpy(self._data.test.labels[self._batches[u]])
+                metrics.update(logits, labels, self._domain_of_batch[u], index)
+
+    def _computed(self, metrics: _PluginMetrics) -> dict[str, float]:
+        """The values of the metrics, on every rank."""
+        values: dict[str, float] = {}
+        if not self._metrics:
+            return values
+        with same_error_on_all_ranks(self._fabric):
+            if self._fabric.is_global_zero:
+                values = metrics.compute()
+        return dict(self._fabric.broadcast(values))
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What is added up over batches and ranks."""
+
+    right: Tensor  # (M, D) int64
+    confusion: Tensor  # (D, Q, Q) int64
+    losses: Tensor  # (M, U) float64, each from one rank
+
+    @staticmethod
+    def zero(adapters: int, domains: int, batches: int, classes: int, fabric: Fabric) -> _Counts:
+        """Nothing yet."""
+        return _Counts(
+            right=torch.zeros(adapters, domains, dtype=torch.int64, device=fabric.device),
+            confusion=torch.zeros(domains, classes, classes, dtype=torch.int64, device=fabric.device),
+            losses=torch.zeros(adapters, batches, dtype=torch.float64, device=fabric.device),
+        )
+
+    def add(self, adapter: int, batch: int, domain: int, logits: Tensor, labels: Tensor) -> None:
+        """One batch of one adapter."""
+        self.losses[adapter, batch] = F.cross_entropy(logits.double(), labels, reduction="sum")
+        counts = multiclass_confusion_matrix(logits, labels, self.confusion.shape[1], validate_args=False)
+        self.right[adapter, domain] += counts.trace()
+        self.confusion[domain] += counts
+
+    def evaluation(
+        self, fabric: Fabric, images: Sequence[int], domain_of_batch: Sequence[int], metrics: dict[str, float]
+    ) -> Evaluation:
+        """The result over all ranks. Call on every rank."""
+        for partial in (self.right, self.confusion, self.losses):
             sum_over_ranks(fabric, partial)
-        by_domain = torch.zeros(len(adapters), domains, dtype=torch.float64)
-        by_domain.index_add_(1, torch.tensor(self._domain_of_batch), losses.cpu())
-        images = torch.tensor(self._images, dtype=torch.float64)  # (D,)
-        return Evaluation(accuracy=right.cpu() / images, loss=by_domain / images, confusion=confusion.cpu())
+        by_domain = torch.zeros(self.right.shape, dtype=torch.float64)
+        by_domain.index_add_(1, torch.tensor(domain_of_batch), self.losses.cpu())
+        of_domain = torch.tensor(images, dtype=torch.float64)  # (D,)
+        return Evaluation(
+            accuracy=self.right.cpu() / of_domain,
+            loss=by_domain / of_domain,
+            confusion=self.confusion.cpu(),
+            metrics=metrics,
+        )
+
+
+class _PluginMetrics:
+    """The metrics that evaluation.metrics names, over all test images and for each domain. Used on rank 0."""
+
+    def __init__(self, names: Sequence[str], data: ImageData, *, personal: bool) -> None:
+        self._domains, self._personal = data.domains, personal
+        self._overall: dict[str, Any] = {}
+        self._by_domain: dict[str, list[Any]] = {}
+        for name in names:
+            with _named(name):
+                self._overall[name] = _make(name, len(data.classes))
+                if "domain" not in inspect.signature(self._overall[name].update).parameters:
+                    self._by_domain[name] = [_make(name, len(data.classes)) for _ in data.domains]
+
+    def update(self, logits: Tensor, labels: Tensor, domain: int, adapter: int) -> None:
+        """One batch (N, Q), (N,) of one domain, answered by one adapter."""
+        for name, metric in self._overall.items():
+            known = {"domain": domain, "client": adapter if self._personal else None}
+            wanted = inspect.signature(metric.update).parameters
+            more = {key: value for key, value in known.items() if key in wanted}
+            with _named(name):
+                metric.update(logits, labels, **more)
+                if name in self._by_domain:
+                    self._by_domain[name][domain].update(logits, labels, **more)
+
+    def compute(self) -> dict[str, float]:
+        """All values by name, and by name/domain."""
+        values: dict[str, float] = {}
+        for name, metric in self._overall.items():
+            with _named(name):
+                values |= _numbers(name, metric.compute())
+                for domain, of_domain in zip(self._domains, self._by_domain.get(name, ()), strict=False):
+                    values |= {f"{key}/{domain}": value for key, value in _numbers(name, of_domain.compute()).items()}
+        return values
+
+
+def _make(name: str, classes: int) -> Any:
+    """A metric that computes from what it has seen on this rank: by itself it would wait for the others."""
+    metric: Any = METRICS[name](classes)
+    for part in metric.modules():
+        part.distributed_available_fn = lambda: False
+    return metric
+
+
+@contextmanager
+def _named(metric: str) -> Iterator[None]:
+    """An error of a plug-in's metric tells which one it was."""
+    try:
+        yield
+    except LorafairError:
+        raise
+    except Exception as error:
+        raise LorafairError(f"evaluation.metrics: {metric} failed: {type(error).__name__}: {error}") from error
+
+
+def _numbers(name: str, value: Any) -> dict[str, float]:
+    """What a metric has computed, as numbers by name."""
+    if isinstance(value, Mapping):
+        return {f"{name}/{key}": number for key, part in value.items() for number in _numbers(name, part).values()}
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ConfigError(
+            f"evaluation.metrics: {name} computes a tensor of shape {tuple(value.shape)}; a metric computes one "
+            "number, or numbers by name"
+        )
+    return {name: float(value)}

@@ -1,19 +1,22 @@
-"""Who takes part in a round, with which weight, and which rank trains whom.
+"""What a round's number decides: who takes part, with which weight, which rank trains whom, and the learning rate.
 
-Everything is a pure function of the seed, the round and the clients, so every rank computes the same plan and nothing
-is sent. Only the last field depends on the number of ranks, and nothing numerical depends on it.
+Everything is a pure function of the configuration, the round and the clients, so every rank computes the same plan and
+nothing is sent. Only which rank trains whom depends on the number of ranks, and nothing numerical depends on it.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
 import torch
 
+from lorafair.config.schema import ClientConfig
+from lorafair.model.adapter import Part
 from lorafair.seeding import seeded
 
 
@@ -31,45 +34,51 @@ class RoundPlan:
         return tuple(tuple(chain.from_iterable(cohorts)) for cohorts in self.cohorts_of_rank)
 
 
-def plan_round(
-    round_index: int,
-    *,
-    seed: int,
-    sizes: Sequence[int],
-    costs: Sequence[float],
-    measured: Mapping[int, float] | None = None,
-    clients_per_round: int | None,
-    weighting: Literal["size", "uniform"],
-    cohort: int,
-    world_size: int,
-    finished: Collection[tuple[int, ...]] = (),
-) -> RoundPlan:
-    """Plan round `round_index`, given each client's training images (`sizes`) and expected work (`costs`, any unit).
+@dataclass(frozen=True)
+class Scheduler:
+    """Plans the rounds of a run of N clients."""
 
-    Clients are drawn uniformly without replacement. Cohorts are cut from the clients sorted by cost, so that clients
-    trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least work. How
-    long they take is expected from the seconds `measured` before: times differ from run to run, and only who trains
-    where may, too. Cohorts that an earlier attempt at the round has `finished` are rank 0's, which has their rows, and
-    no work.
-    """
-    total = len(sizes)
-    if clients_per_round is None or clients_per_round == total:
-        clients = list(range(total))
-    else:
-        drawn = torch.randperm(total, generator=seeded(seed, "clients", round_index))[:clients_per_round]
-        clients = sorted(drawn.tolist())
-    shares = [float(sizes[c]) if weighting == "size" else 1.0 for c in clients]
-    by_cost = sorted(clients, key=lambda c: (-costs[c], c))
-    cohorts = [tuple(by_cost[i : i + cohort]) for i in range(0, len(by_cost), cohort)]
-    done = tuple(cohort for cohort in cohorts if cohort in finished)
-    seconds = expected_seconds({client: costs[client] for client in clients}, measured or {})
-    first, *others = _longest_first([cohort for cohort in cohorts if cohort not in finished], seconds, world_size)
-    whole = sum(shares)
-    return RoundPlan(
-        clients=tuple(clients),
-        weights=tuple(share / whole for share in shares),
-        cohorts_of_rank=(done + first, *others),
-    )
+    seed: int
+    sizes: Sequence[int]  # (N,) training images of each client
+    costs: Sequence[float]  # (N,) its expected work in a round, in any unit
+    clients_per_round: int | None  # None: all
+    weighting: Literal["size", "uniform"]
+    cohort: int  # C, clients trained side by side
+    world_size: int
+
+    def plan(
+        self, round_index: int, measured: Mapping[int, float], finished: Collection[tuple[int, ...]] = ()
+    ) -> RoundPlan:
+        """The plan of round `round_index` (from 0); the same on every rank.
+
+        Clients are drawn uniformly without replacement. Cohorts are cut from the clients sorted by cost, so that
+        clients trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least
+        work. How long they take is expected from the seconds `measured` before: times differ from run to run, and only
+        who trains where may, too. Cohorts that an earlier attempt at the round has `finished` are rank 0's, which has
+        their rows, and no work.
+        """
+        clients = self._drawn(round_index)
+        amounts = [float(self.sizes[c]) if self.weighting == "size" else 1.0 for c in clients]
+        total = sum(amounts)
+        by_cost = sorted(clients, key=lambda c: (-self.costs[c], c))
+        cohorts = [tuple(by_cost[i : i + self.cohort]) for i in range(0, len(by_cost), self.cohort)]
+        done = tuple(cohort for cohort in cohorts if cohort in finished)
+        left = [cohort for cohort in cohorts if cohort not in finished]
+        seconds = expected_seconds({client: self.costs[client] for client in clients}, measured)
+        first, *others = _longest_first(left, seconds, self.world_size)
+        return RoundPlan(
+            clients=tuple(clients),
+            weights=tuple(amount / total for amount in amounts),
+            cohorts_of_rank=(done + first, *others),
+        )
+
+    def _drawn(self, round_index: int) -> list[int]:
+        """The clients of a round, ascending."""
+        total = len(self.sizes)
+        if self.clients_per_round is None or self.clients_per_round == total:
+            return list(range(total))
+        order = torch.randperm(total, generator=seeded(self.seed, "clients", round_index))
+        return sorted(order[: self.clients_per_round].tolist())
 
 
 def expected_seconds(costs: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
@@ -80,7 +89,7 @@ def expected_seconds(costs: Mapping[int, float], measured: Mapping[int, float]) 
     return {client: measured.get(client, pace * cost) for client, cost in costs.items()}
 
 
-def learn_seconds(measured: dict[int, float], clients: Sequence[int], seconds: Sequence[float]) -> None:
+def update_client_seconds(measured: dict[int, float], clients: Sequence[int], seconds: Sequence[float]) -> None:
     """Update what was `measured` by how long `clients` (K,) have just taken: halfway, because times are noisy."""
     for client, now in zip(clients, seconds, strict=True):
         measured[client] = float(f"{(measured.get(client, now) + now) / 2:.4g}")  # short, for the checkpoint
@@ -98,3 +107,30 @@ def _longest_first(
         assigned[rank].append(cohort)
         heapq.heappush(ranks, (load + cost, rank))
     return tuple(tuple(cohorts) for cohorts in assigned)
+
+
+def with_scheduled_learning_rate(config: ClientConfig, round_index: int) -> ClientConfig:
+    """The local training of one round (from 0): its learning rate follows client.schedule."""
+    fraction = 1.0
+    if config.schedule == "exponential":
+        assert config.decay is not None
+        fraction = config.decay**round_index
+    elif config.schedule != "constant":
+        assert config.schedule_rounds is not None
+        assert config.final_fraction is not None
+        done = min(round_index / config.schedule_rounds, 1.0)
+        left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        fraction = config.final_fraction + (1 - config.final_fraction) * left
+    return replace(config, learning_rate=fraction * config.learning_rate)
+
+
+def part_learning_rate(config: ClientConfig, part: Part) -> float:
+    """The learning rate of a part: LoRA+ trains B faster than A (arXiv 2402.12354)."""
+    return config.learning_rate * (config.b_learning_rate_ratio if part == "B" else 1.0)
+
+
+def effective_step_size(config: ClientConfig, part: Part, steps: int) -> float:
+    """How far a constant gradient of 1 moves a parameter in so many SGD steps: Σ_j lr·(1 − m^j)/(1 − m)."""
+    momentum = config.momentum or 0.0
+    units = sum((1 - momentum**step) / (1 - momentum) for step in range(1, steps + 1))
+    return part_learning_rate(config, part) * units

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorafair.config import Config, load_config
-from lorafair.exchange import make_fabric
+from lorafair import console, third_party
+from lorafair.config.loading import load_config
+from lorafair.config.schema import Config
+from lorafair.launch import make_fabric
 from lorafair.seeding import seeded_numpy
 from tests.slurm_cluster import slurm  # noqa: F401
+
+third_party.make_torchvision_importable()  # tests may import torchmetrics or timm before lorafair does
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -53,6 +57,13 @@ def cache(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def printed() -> Iterator[None]:
+    """Print the lines of a run, as the command does."""
+    with console.printing():
+        yield
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Config]:
     """A federation of three clients on made-up images with a small ViT; arguments are key=value overrides."""
@@ -72,7 +83,7 @@ def run_ranks(
     must be picklable; a rank that raises fails the test with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "lorafair.comparison_run"])
+    context.set_forkserver_preload(["tests.conftest", "lorafair.comparison.run"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -106,8 +117,9 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     try:
-        fabric = launched(world_size)
-        results.put((rank, (True, function(fabric, *arguments))))
+        with console.printing():
+            console.set_rank(rank)
+            results.put((rank, (True, function(launched(world_size), *arguments))))
     except BaseException:
         results.put((rank, (False, traceback.format_exc())))
         raise

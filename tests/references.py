@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafair.adapter import LoRAFactors
+from lorafair.model.adapter import LoRAFactors
 from lorafair.seeding import seeded
 
 

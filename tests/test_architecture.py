@@ -10,22 +10,18 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lorafair"
 
-# A part may import what stands before it. A folder is one part.
+# A part of the package, a file or a folder, may import what stands before it.
 ORDER = [
-    "errors", "torchvision_import", "config", "cluster", "interruption", "watchdog", "tables", "comparison",
-    "submission", "seeding", "adapter", "schedule", "server_optimizer", "control_variates", "offline", "weights",
-    "data", "aggregation",
-    "lora", "models", "client", "exchange", "tracking", "shared_array", "staging", "image_cache", "prefix_cache",
-    "evaluation", "checkpoint", "partial_round", "assembly", "report", "federation", "comparison_findings",
-    "comparison_plots", "comparison_report", "comparison_run", "export", "preparation", "doctor", "cli",
+    "errors", "console", "third_party", "registry", "files", "config", "cluster", "seeding", "model", "data",
+    "schedule", "aggregation", "communication", "caching", "evaluation", "checkpointing", "experiment", "server",
+    "client", "reporting", "federation", "launch", "comparison", "commands", "cli", "__main__",
 ]  # fmt: skip
-KNOW_FABRIC = {
-    "exchange", "shared_array", "staging", "image_cache", "prefix_cache", "evaluation", "assembly", "report",
-    "federation", "comparison_run", "doctor",
-}  # fmt: skip
+ROOMS = 27  # parts of the package, __init__.py among them
+# Nothing heavy may be imported by these: a mistake is found, and a list printed, in a fraction of a second.
+LIGHT = ("errors", "console", "third_party", "registry", "files", "config", "cluster", "launch", "cli")
 
 
 def part_of(file: Path) -> str:
@@ -33,8 +29,14 @@ def part_of(file: Path) -> str:
 
 
 def imports_of(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+    yield from imports_in(ast.parse(file.read_text()))
+
+
+def imports_in(tree: ast.AST, *, deep: bool = True) -> Iterator[str]:
+    for node in ast.walk(tree) if deep else [tree]:
+        if isinstance(node, ast.ImportFrom) and node.module == "lorafair":
+            yield from (f"lorafair.{alias.name}" for alias in node.names if alias.name != "__version__")
+        elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -52,12 +54,48 @@ def test_imports_point_one_way(file: Path) -> None:
             assert ORDER.index(parts[1]) <= mine, f"{file.name} imports {name}"
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_few_parts_know_fabric(file: Path) -> None:
-    if part_of(file) not in KNOW_FABRIC:
-        assert not [name for name in imports_of(file) if name.split(".")[0] == "lightning"]
+def test_every_part_has_its_place_and_there_are_few() -> None:
+    parts = {part_of(file) for file in MODULES}
+    assert parts == set(ORDER)
+    assert len(parts) + 1 <= ROOMS
 
 
+def test_files_state_their_subject_in_the_first_line() -> None:
+    for file in MODULES:
+        first = file.read_text().splitlines()[0]
+        assert first.startswith('"""'), file
+        assert len(first) > 20, file
+
+
+def test_light_parts_import_nothing_heavy() -> None:
+    names = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in MODULES if part_of(f) in LIGHT]
+    names = [name.removesuffix(".__init__") for name in names]
+    code = (
+        f"for name in {names!r}: __import__(name)\n"
+        "import sys\n"
+        "print([m for m in ('torch', 'numpy', 'lightning', 'timm', 'scipy', 'matplotlib') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_lightning_is_imported_where_it_is_used() -> None:
+    """It takes seconds; everywhere else its names are for types alone."""
+    for file in MODULES:
+        tree = ast.parse(file.read_text())
+        typed = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+        for_types = {name for node in typed for name in imports_in(node)}
+        at_top = {name for node in tree.body if not isinstance(node, ast.If) for name in imports_in(node, deep=False)}
+        assert not [name for name in at_top - for_types if name.split(".")[0] == "lightning"], file
+
+
+def test_tests_mirror_the_package() -> None:
+    """A folder of tests has the name of a part, or of something beside the package that is tested."""
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= {*ORDER, "slurm"}
+
+
+@pytest.mark.slow
 def test_importing_does_nothing() -> None:
     modules = [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in MODULES]
     code = (
@@ -75,7 +113,7 @@ def test_importing_does_nothing() -> None:
 
 def test_no_module_draws_from_a_global_generator() -> None:
     """`seeded` everywhere; timm's initial weights are the exception, drawn in a fork of the global generator."""
-    allowed = {"seeding.py": {"default_rng", "manual_seed"}, "models.py": {"manual_seed", "fork_rng"}}
+    allowed = {"seeding.py": {"default_rng", "manual_seed"}, "backbone.py": {"manual_seed", "fork_rng"}}
     forbidden = {"default_rng", "manual_seed", "manual_seed_all", "seed_everything", "fork_rng", "RandomState"}
     for file in MODULES:
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}

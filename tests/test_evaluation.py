@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 
-from lorafair.config import LoRAConfig, ModelConfig
+from lorafair.config.schema import LoRAConfig, ModelConfig
+from lorafair.data.images import ImageData, ImagesInMemory, Split
 from lorafair.data.loading import Indices
-from lorafair.evaluation import Evaluation, Evaluator
-from lorafair.models import AdaptedModel, build_model
+from lorafair.errors import LorafairError
+from lorafair.evaluation import Evaluation, Evaluator, register_metric
+from lorafair.model.adapted_model import AdaptedModel
+from lorafair.model.backbone import build_model
+from lorafair.registry import METRICS
 from lorafair.seeding import seeded
 from tests.conftest import launched, run_ranks
 
@@ -19,6 +26,11 @@ CONFIG = ModelConfig(name="test_vit", weights="random", image_size=32, lora=LoRA
 IMAGES = torch.randint(0, 256, (53, 3, 32, 32), dtype=torch.uint8, generator=seeded(0, "images"))
 LABELS = torch.randint(0, 4, (53,), generator=seeded(0, "labels")).numpy()
 DOMAINS = np.array([0] * 20 + [2] * 10 + [1] * 23)
+
+
+IN_MEMORY = ImagesInMemory(np.zeros((53, 1, 1, 3), np.uint8))  # nobody reads them: batches come from Source
+SPLIT = Split(IN_MEMORY, LABELS, DOMAINS)
+DATA = ImageData("made-up", ("photo", "sketch", "art"), ("a", "b", "c", "d"), SPLIT, SPLIT, "made up", "none")
 
 
 class Source:
@@ -36,14 +48,14 @@ def adapters(m: AdaptedModel, count: int) -> torch.Tensor:
 
 def evaluated(fabric: Any, count: int) -> Evaluation:
     m = model()
-    evaluator = Evaluator(fabric, Source(), LABELS, DOMAINS, classes=4, batch_size=8)
+    evaluator = Evaluator(fabric, Source(), DATA, batch_size=8)
     found = evaluator(m, adapters(m, count))
     return Evaluation(*(t.numpy() for t in (found.accuracy, found.loss, found.confusion)))  # plain arrays travel
 
 
 def test_equal_to_brute_force() -> None:
     m = model()
-    found = Evaluator(launched(1), Source(), LABELS, DOMAINS, classes=4, batch_size=8)(m, adapters(m, 2))
+    found = Evaluator(launched(1), Source(), DATA, batch_size=8)(m, adapters(m, 2))
     for index, adapter in enumerate(adapters(m, 2)):
         m.adapters.write(adapter)
         for domain in range(3):
@@ -57,6 +69,7 @@ def test_equal_to_brute_force() -> None:
     assert found.mean_accuracy == pytest.approx(found.accuracy.mean().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_same_on_1_2_and_3_ranks(count: int) -> None:
     results = [found for world_size in (1, 2, 3) for found in run_ranks(world_size, evaluated, count)]
@@ -64,3 +77,106 @@ def test_the_same_on_1_2_and_3_ranks(count: int) -> None:
         assert np.array_equal(found.accuracy, results[0].accuracy)
         assert np.array_equal(found.loss, results[0].loss)
         assert np.array_equal(found.confusion, results[0].confusion)
+
+
+class Seen(Metric):
+    """Keeps what it was shown: by domain and client, the number of images and the sum of their true classes' logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, float] = {}
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, domain: int, client: int | None) -> None:
+        key = f"{domain}-{client}"
+        self.counts[f"images-{key}"] = self.counts.get(f"images-{key}", 0) + len(labels)
+        own = logits.gather(1, labels.unsqueeze(1)).sum()
+        self.counts[f"logits-{key}"] = self.counts.get(f"logits-{key}", 0.0) + float(own)
+
+    def compute(self) -> dict[str, float]:
+        return self.counts
+
+
+@pytest.fixture
+def metrics() -> Iterator[None]:
+    register()
+    yield
+    for name in ("top2", "seen", "vector", "broken"):
+        METRICS.remove(name)
+
+
+def register() -> None:
+    register_metric("top2")(top2)
+    register_metric("seen")(seen)
+    register_metric("vector")(vector)
+    register_metric("broken")(broken)
+
+
+def top2(classes: int) -> Metric:
+    return MulticlassAccuracy(classes, top_k=2, average="micro")
+
+
+def seen(classes: int) -> Metric:
+    return Seen()
+
+
+def vector(classes: int) -> Metric:
+    return MulticlassAccuracy(classes, average=None)
+
+
+def broken(classes: int) -> Metric:
+    return MulticlassAccuracy(classes + 1, top_k=7, average="micro")
+
+
+def with_metrics(fabric: Any, count: int, names: tuple[str, ...]) -> dict[str, float]:
+    register()
+    m = model()
+    return Evaluator(fabric, Source(), DATA, batch_size=8, metrics=names)(m, adapters(m, count)).metrics
+
+
+def test_a_metric_of_a_plug_in_is_fed_with_all_answers(metrics: None) -> None:
+    m = model()
+    found = Evaluator(launched(1), Source(), DATA, batch_size=8, metrics=["top2", "seen"])(m, adapters(m, 2)).metrics
+    right = torch.zeros(2, 3, 2)  # adapter, domain, (right, all)
+    for index, adapter in enumerate(adapters(m, 2)):
+        m.adapters.write(adapter)
+        for domain in range(3):
+            members = np.flatnonzero(domain == DOMAINS)
+            logits, labels = m(IMAGES[members]), torch.from_numpy(LABELS[members])
+            among = (logits.topk(2).indices == labels.unsqueeze(1)).any(1).sum()
+            right[index, domain] = torch.tensor([float(among), len(members)])
+            assert found[f"seen/images-{domain}-{index}"] == len(members)
+            own = logits.gather(1, labels.unsqueeze(1)).sum()
+            assert found[f"seen/logits-{domain}-{index}"] == pytest.approx(own.item(), rel=1e-4)
+    total = right.sum((0, 1))
+    assert found["top2"] == pytest.approx(float(total[0] / total[1]))
+    for domain, name in enumerate(DATA.domains):
+        of_domain = right[:, domain].sum(0)
+        assert found[f"top2/{name}"] == pytest.approx(float(of_domain[0] / of_domain[1]))
+    one = Evaluator(launched(1), Source(), DATA, batch_size=8, metrics=["seen"])(m, adapters(m, 1)).metrics
+    assert set(one) == {f"seen/{kind}-{domain}-None" for kind in ("images", "logits") for domain in range(3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3])
+def test_metrics_of_plug_ins_are_the_same_on_1_2_and_3_ranks(count: int) -> None:
+    results = [r for world_size in (1, 2, 3) for r in run_ranks(world_size, with_metrics, count, ("top2", "seen"))]
+    assert results[0]
+    assert all(result == results[0] for result in results[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vector", r"evaluation\.metrics: vector computes a tensor of shape \(4,\); a metric computes one number"),
+        ("broken", r"evaluation\.metrics: broken failed: "),
+    ],
+)
+def test_a_metric_that_cannot_be_used_is_named(name: str, message: str, metrics: None) -> None:
+    m = model()
+    with pytest.raises(LorafairError, match=message):
+        Evaluator(launched(1), Source(), DATA, batch_size=8, metrics=[name])(m, adapters(m, 1))
+
+
+def test_a_metric_cannot_take_the_name_of_what_every_run_has() -> None:
+    with pytest.raises(LorafairError, match="there is a metric accuracy already"):
+        register_metric("accuracy")(top2)

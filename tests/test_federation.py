@@ -13,17 +13,19 @@ import pytest
 import torch
 
 import lorafair.federation as federation_module
-from lorafair import assembly
-from lorafair.adapter import LoRAFactors
-from lorafair.aggregation import AGGREGATORS, Aggregator, LayerUpdate
-from lorafair.assembly import NUMBERS_OF_STEP, assemble, cohort_size
-from lorafair.checkpoint import list_checkpoints, load_checkpoint
-from lorafair.config import Config, load_config
+from lorafair import experiment
+from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
+from lorafair.config.loading import load_config
+from lorafair.config.schema import Config
 from lorafair.data.partition import Client
 from lorafair.errors import LorafairError
-from lorafair.exchange import make_fabric
+from lorafair.experiment import NUMBERS_OF_STEP, build_experiment, cohort_size
 from lorafair.federation import run_federation
-from lorafair.models import build_model
+from lorafair.launch import make_fabric
+from lorafair.model.adapter import LoRAFactors
+from lorafair.model.backbone import build_model
+from lorafair.registry import METHODS
 from tests.conftest import damaged_folder, launched, run_ranks
 
 Tiny = Callable[..., Config]
@@ -46,13 +48,13 @@ class Stacking(Aggregator):
 
 def run(fabric: Any, arguments: Sequence[str], stop_after: int | None = None) -> None:
     """Run a federation on a rank; with stop_after, end it abruptly once so many rounds are saved."""
-    AGGREGATORS["stacking"] = Stacking
+    METHODS.add("stacking", Stacking)
     config = load_config(arguments)
     if stop_after is not None:
         save = federation_module.save
 
-        def save_and_stop(federation: Any, state: Any, *, always: bool = False) -> None:
-            save(federation, state, always=always)
+        def save_and_stop(experiment: Any, state: Any, *, always: bool = False) -> None:
+            save(experiment, state, always=always)
             if state.completed_rounds == stop_after:
                 raise KeyboardInterrupt
 
@@ -94,7 +96,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
     "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
-        "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_shares=[0.5,0.5]",
+        "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_probabilities=[0.5,0.5]",
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=3", "client.cohort=2",
     ),
@@ -171,6 +173,7 @@ def all_variants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_same_bits_on_1_2_and_3_ranks_and_after_a_resume_on_another_number(
     variant: str, all_variants: Path
@@ -202,7 +205,7 @@ def test_training_helps_and_leaves_everything_to_look_at(tiny: Tiny, capsys: pyt
         "server/error_before", "server/error_after", "server/cosine_before", "server/cosine_after",
         "server/norm_ratio", "server/correction_ratio", "server/error_after/blocks.5.attn.proj",
         "server/dropped_clients", "comm/up_bytes", "comm/down_bytes", "comm/total_bytes", "time/train", "time/gather",
-        "time/server", "time/broadcast", "time/evaluate", "time/idle_share/rank0",
+        "time/server", "time/broadcast", "time/evaluate", "time/idle_fraction/rank0",
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert "round 8/8" in printed
@@ -210,16 +213,34 @@ def test_training_helps_and_leaves_everything_to_look_at(tiny: Tiny, capsys: pyt
     assert load_config([str(config.folder / "config.yaml")]) == config
 
 
-def test_a_finished_run_is_not_trained_again(tiny: Tiny) -> None:
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_computes_nothing_again(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny()
     run_federation(launched(1), config)
     first = adapter_of(config.folder), (config.folder / "metrics.csv").read_text()
+    table = capsys.readouterr().out.split("seed 0\n")[1]
+    monkeypatch.setattr(experiment, "open_inputs", lambda *_: pytest.fail("something is computed again"))
     run_federation(launched(1), config)
+    printed = capsys.readouterr().out
+    assert "this run was finished before, with 2 rounds" in printed
+    assert printed.split("seed 0\n")[1] == table
     assert_same_bits(adapter_of(config.folder), first[0])
     assert (config.folder / "metrics.csv").read_text() == first[1]
-    assert (config.folder / "result.json").exists()
 
 
+@pytest.mark.slow
+def test_a_run_whose_result_is_lost_is_evaluated_again(tiny: Tiny) -> None:
+    config = tiny()
+    run_federation(launched(1), config)
+    result = json.loads((config.folder / "result.json").read_text())
+    (config.folder / "result.json").unlink()
+    run_federation(launched(1), config)
+    assert json.loads((config.folder / "result.json").read_text())["domains"] == result["domains"]
+
+
+@pytest.mark.slow
 def test_more_rounds_continue_a_finished_run(tiny: Tiny, tmp_path: Path) -> None:
     run_federation(launched(1), tiny("rounds=1"))
     run_federation(launched(1), tiny("rounds=3"))
@@ -228,6 +249,7 @@ def test_more_rounds_continue_a_finished_run(tiny: Tiny, tmp_path: Path) -> None
     assert_same_bits(continued, adapter_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_another_configuration_does_not_continue_a_run(tiny: Tiny) -> None:
     run_federation(launched(1), tiny("rounds=1"))
     with pytest.raises(LorafairError, match=r"model\.lora\.rank is 4 there and 8 here.*resume=never"):
@@ -239,8 +261,8 @@ def with_nan_from(monkeypatch: pytest.MonkeyPatch, *broken: int) -> None:
     """Let these clients return NaN, as a diverged one does."""
     train = federation_module.train_clients
 
-    def train_and_break(federation: Any, state: Any, plan: Any, *others: Any) -> torch.Tensor:
-        rows: torch.Tensor = train(federation, state, plan, *others)
+    def train_and_break(experiment: Any, state: Any, plan: Any, *others: Any) -> torch.Tensor:
+        rows: torch.Tensor = train(experiment, state, plan, *others)
         for index, client in enumerate(plan.clients_of_rank[0]):
             if client in broken:
                 rows[index, 3] = float("nan")
@@ -261,6 +283,7 @@ def test_a_client_with_nan_is_left_out_of_the_round(
     assert "2,server/dropped_clients,1.0" in (config.folder / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_when_every_client_fails_the_last_good_state_is_kept(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     run_federation(launched(1), tiny("rounds=1", "checkpoint.every=5"))
     good = adapter_of(tiny().folder)
@@ -270,6 +293,7 @@ def test_when_every_client_fails_the_last_good_state_is_kept(tiny: Tiny, monkeyp
     assert_same_bits(adapter_of(tiny().folder), good)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("interval", "saved"), [(0.0, [2, 3, 4]), (60.0, [2, 4])], ids=["long rounds", "short rounds"])
 def test_short_rounds_are_saved_once_an_interval_and_when_the_run_ends(
     interval: float, saved: list[int], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
@@ -281,6 +305,7 @@ def test_short_rounds_are_saved_once_an_interval_and_when_the_run_ends(
     assert kept[-len(saved) :] == saved
 
 
+@pytest.mark.slow
 def test_more_processes_than_clients_is_said_and_works(tiny: Tiny, tmp_path: Path) -> None:
     printed = run_ranks(3, captured, [*TINY, "data.domains=[plain, noisy]", f"run_dir={tmp_path}", "rounds=1"])
     assert "warning: 1 of 3 processes have no client to train; fabric.devices x fabric.num_nodes = 2" in printed[0]
@@ -296,6 +321,7 @@ def captured(fabric: Any, arguments: Sequence[str]) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_initialisations_differ_in_where_clients_start(tiny: Tiny, tmp_path: Path) -> None:
     states = {}
     for initialization in ("average", "fresh", "local"):
@@ -304,9 +330,9 @@ def test_initialisations_differ_in_where_clients_start(tiny: Tiny, tmp_path: Pat
         states[initialization] = adapter_of(config.folder)
     length = states["average"]["adapter"].shape[0]
     assert set(states["average"]) == {"adapter"}
-    assert states["local"]["own"].shape == (3, length)
+    assert states["local"]["personal_adapters"].shape == (3, length)
     assert torch.equal(states["local"]["adapter"], states["average"]["adapter"])
-    assert not torch.equal(states["local"]["own"][0], states["local"]["own"][1])
+    assert not torch.equal(states["local"]["personal_adapters"][0], states["local"]["personal_adapters"][1])
     assert {name.partition(".")[0] for name in states["fresh"]} == {"adapter", "base"}
     results = [json.loads((tmp_path / i / "result.json").read_text()) for i in ("average", "fresh", "local")]
     # After round 1 the global model is the same function, whether the update sits in the factors or in W0.
@@ -317,13 +343,14 @@ def test_initialisations_differ_in_where_clients_start(tiny: Tiny, tmp_path: Pat
 def test_the_centralised_reference_sees_as_many_images_a_round(tiny: Tiny) -> None:
     work = {}
     for method in ("centralized", "fedit"):
-        federation, _ = assemble(launched(1), tiny(f"method.name={method}", "client.steps=3"))
-        steps = federation.local.steps
+        built, _ = build_experiment(launched(1), tiny(f"method.name={method}", "client.steps=3"))
+        steps = built.local.steps
         assert steps is not None
-        work[method] = steps * len(federation.clients)
+        work[method] = steps * len(built.clients)
     assert work == {"centralized": 9, "fedit": 9}
 
 
+@pytest.mark.slow
 def test_the_frozen_model_is_built_once_and_stays_where_it_is(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many clients there are, a process has one backbone; nobody copies, sends or saves it."""
     built = []
@@ -332,7 +359,7 @@ def test_the_frozen_model_is_built_once_and_stays_where_it_is(tiny: Tiny, monkey
         built.append(build_model(*arguments))
         return built[-1]
 
-    monkeypatch.setattr(assembly, "build_model", build_and_count)
+    monkeypatch.setattr(experiment, "build_model", build_and_count)
     config = tiny("partition.scheme=iid", "partition.clients=7")
     run_federation(launched(1), config)
     [model] = built
@@ -342,12 +369,13 @@ def test_the_frozen_model_is_built_once_and_stays_where_it_is(tiny: Tiny, monkey
     assert result["totals"]["bytes"] == 2 * config.rounds * 7 * 4 * numbers  # up and down, float32
 
 
+@pytest.mark.slow
 def test_clients_side_by_side_as_many_as_pay_whatever_the_ranks(tiny: Tiny, tmp_path: Path) -> None:
     def size(clients: int, *changes: str) -> int:
         config = tiny("partition.scheme=iid", f"partition.clients={clients}", *changes)
         model = build_model(config.model, classes=4, seed=0)
         images = tuple(Client(f"client-{k}", None, np.arange(16)) for k in range(clients))
-        return cohort_size(config, images, model, 32, torch.device("cpu"))
+        return cohort_size(config, images, model, torch.device("cpu"))
 
     assert [size(clients) for clients in (6, 31, 32, 100)] == [1, 1, 2, 6]  # 16 cohorts at least
     assert size(100, "federation.clients_per_round=40") == 2
@@ -364,6 +392,7 @@ def test_clients_side_by_side_as_many_as_pay_whatever_the_ranks(tiny: Tiny, tmp_
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_too(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny("fabric.precision=bf16-mixed", "rounds=8", "data.train_images=120", f"run_dir={tmp_path}")
     fabric = make_fabric(config.fabric)
@@ -383,6 +412,7 @@ def outcome(fabric: Any, arguments: list[str]) -> str:
     return "went on"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "never"])
 def test_an_image_that_breaks_on_one_rank_ends_all_of_them_with_its_name(cache: str, tmp_path: Path) -> None:
     root = damaged_folder(tmp_path / "pictures")
@@ -408,6 +438,7 @@ BYTES_OF = {  # in units of A, B and head of one client: what the papers charge,
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BYTES_OF)
 def test_bytes_are_those_that_the_papers_charge(method: str, tiny: Tiny) -> None:
     config = tiny(f"method.name={method}", "rounds=1")
@@ -440,8 +471,8 @@ def moved(fabric: Any, arguments: Sequence[str]) -> tuple[int, int]:
         real_broadcast(tensor, src=src)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafair.exchange.dist.all_to_all_single", all_to_all_single)
-        patch.setattr("lorafair.exchange.dist.broadcast", broadcast_)
+        patch.setattr("lorafair.communication.collectives.dist.all_to_all_single", all_to_all_single)
+        patch.setattr("lorafair.communication.collectives.dist.broadcast", broadcast_)
         run(fabric, arguments)
     return sum(gathered), sum(broadcast)
 
@@ -451,9 +482,10 @@ def all_moved(fabric: Any, methods: Sequence[str], folder: Path) -> dict[str, tu
     return {m: moved(fabric, [*common, f"method.name={m}", f"run_dir={folder / m}"]) for m in methods}
 
 
+@pytest.mark.slow
 def test_the_collectives_carry_the_bytes_that_are_reported(tmp_path: Path) -> None:
     """Four clients, two ranks, two rounds. What clients keep is not charged, and yet moved by the simulation."""
-    methods = [name for name, method in AGGREGATORS.items() if not (method.keeps or method.pools_data)]
+    methods = [name for name in METHODS.names if not (METHODS[name].personal_parts or METHODS[name].pools_data)]
     ranks = run_ranks(2, all_moved, methods, tmp_path)
     for method in methods:
         rows = [line.split(",") for line in (tmp_path / method / "metrics.csv").read_text().splitlines()]
@@ -475,6 +507,7 @@ def test_control_variates_are_charged_both_ways(tiny: Tiny) -> None:
     assert f"comm/down_bytes,{4.0 * 3 * 2 * numbers}" in text
 
 
+@pytest.mark.slow
 def test_control_variates_change_nothing_in_the_first_round_and_something_later(tiny: Tiny, tmp_path: Path) -> None:
     found = {}
     for rounds in (1, 2):
@@ -498,6 +531,7 @@ def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:
     assert f"comm/up_bytes,{4.0 * (layout.adapter_length * 7 // 4 + 3 * head)}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

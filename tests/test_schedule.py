@@ -9,27 +9,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafair.schedule import RoundPlan, expected_seconds, learn_seconds, plan_round
+from lorafair.schedule import RoundPlan, Scheduler, expected_seconds, update_client_seconds
 
 
-def plan(sizes: list[int], **changes: Any) -> RoundPlan:
+def scheduler(sizes: list[int], **changes: Any) -> Scheduler:
     options: dict[str, Any] = {
         "seed": 0, "sizes": sizes, "costs": sizes, "clients_per_round": None, "weighting": "size", "cohort": 1,
         "world_size": 2,
     }  # fmt: skip
-    return plan_round(changes.pop("round_index", 0), **(options | changes))
+    return Scheduler(**(options | changes))
+
+
+def plan(sizes: list[int], **changes: Any) -> RoundPlan:
+    """The first round, before any time is measured."""
+    return scheduler(sizes, **changes).plan(0, measured={})
 
 
 @given(
     sizes=st.lists(st.integers(1, 500), min_size=1, max_size=30),
     world_size=st.integers(1, 9),
     cohort=st.integers(1, 5),
-    share=st.floats(0.1, 1.0),
+    fraction=st.floats(0.1, 1.0),
 )
 def test_every_client_of_a_round_is_trained_once_whatever_the_ranks(
-    sizes: list[int], world_size: int, cohort: int, share: float
+    sizes: list[int], world_size: int, cohort: int, fraction: float
 ) -> None:
-    count = max(1, int(share * len(sizes)))
+    count = max(1, int(fraction * len(sizes)))
     made = plan(sizes, world_size=world_size, cohort=cohort, clients_per_round=count)
     assert sorted(chain.from_iterable(made.clients_of_rank)) == list(made.clients)
     assert len(made.clients) == count
@@ -55,8 +60,9 @@ def test_clients_side_by_side_have_similar_work() -> None:
 
 
 def test_clients_are_drawn_anew_each_round_and_reproducibly() -> None:
-    drawn = [plan([5] * 20, clients_per_round=6, round_index=r).clients for r in range(30)]
-    assert drawn == [plan([5] * 20, clients_per_round=6, round_index=r).clients for r in range(30)]
+    rounds, same = (scheduler([5] * 20, clients_per_round=6) for _ in range(2))
+    drawn = [rounds.plan(r, measured={}).clients for r in range(30)]
+    assert drawn == [same.plan(r, measured={}).clients for r in range(30)]
     assert len(set(drawn)) > 25
     counts = [sum(client in clients for clients in drawn) for client in range(20)]
     assert all(2 <= count <= 18 for count in counts)  # 9 expected
@@ -66,22 +72,30 @@ def test_clients_are_drawn_anew_each_round_and_reproducibly() -> None:
 @given(seconds=st.lists(st.floats(0.01, 100), min_size=12, max_size=12), cohort=st.integers(1, 4))
 def test_measured_times_decide_who_trains_where_and_nothing_else(seconds: list[float], cohort: int) -> None:
     sizes = [5, 9, 2, 8, 4, 7, 11, 3, 6, 1, 10, 12]
-    by_cost, by_time = (
-        plan(sizes, world_size=3, cohort=cohort, measured=given) for given in (None, dict(enumerate(seconds)))
-    )
+    rounds = scheduler(sizes, world_size=3, cohort=cohort)
+    by_cost, by_time = (rounds.plan(0, measured) for measured in ({}, dict(enumerate(seconds))))
     assert (by_time.clients, by_time.weights) == (by_cost.clients, by_cost.weights)
     assert sorted(chain.from_iterable(by_time.cohorts_of_rank)) == sorted(chain.from_iterable(by_cost.cohorts_of_rank))
 
 
 def test_the_slowest_client_gets_a_rank_of_its_own() -> None:
-    assert plan([5, 5, 5, 5], measured={0: 1, 1: 1, 2: 1, 3: 3}).clients_of_rank == ((3,), (0, 1, 2))
+    measured = {0: 1.0, 1: 1.0, 2: 1.0, 3: 3.0}
+    assert scheduler([5, 5, 5, 5]).plan(0, measured).clients_of_rank == ((3,), (0, 1, 2))
+
+
+def test_what_an_earlier_attempt_has_finished_is_on_rank_0_and_no_work() -> None:
+    rounds = scheduler([7, 6, 5, 4, 3])
+    assert rounds.plan(0, {}, finished=[(0,), (3,)]).clients_of_rank == ((0, 3, 1), (2, 4))
+    everything = rounds.plan(0, {}, finished=[(client,) for client in range(5)])
+    assert everything.clients_of_rank == ((0, 1, 2, 3, 4), ())
+    assert (everything.clients, everything.weights) == (rounds.plan(0, {}).clients, rounds.plan(0, {}).weights)
 
 
 def test_times_are_learned_halfway_and_expected_by_cost_where_nothing_is_known() -> None:
     measured: dict[int, float] = {}
     costs = {0: 4.0, 1: 2.0, 2: 1.0}
     assert expected_seconds(costs, measured) == costs
-    learn_seconds(measured, (0, 2), (2.0, 1.0))
+    update_client_seconds(measured, (0, 2), (2.0, 1.0))
     assert expected_seconds(costs, measured) == {0: 2, 1: pytest.approx(1.2), 2: 1}  # 3 s for a cost of 5
-    learn_seconds(measured, (0,), (4.0,))
+    update_client_seconds(measured, (0,), (4.0,))
     assert measured == {0: 3.0, 2: 1.0}

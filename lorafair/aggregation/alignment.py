@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
+from lorafair.model.adapter import LoRAFactors
 
 
 def aligned(clients: LoRAFactors, start: LoRAFactors, strength: float = 1.0) -> LoRAFactors:

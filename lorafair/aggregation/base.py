@@ -1,10 +1,11 @@
-"""The contract of an aggregation method, the server step that applies one to all layers, and the bias it leaves.
+"""The contract of an aggregation method, and the server step that applies one to all layers.
 
 Letters: K clients, R rank, I in_features, O out_features, L adapted layers.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
@@ -12,16 +13,11 @@ from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from lorafair.adapter import PARTS, AdapterState, LoRAFactors, Part
 from lorafair.aggregation.factor_algebra import (
-    IdealUpdate,
-    inner,
     nonzero_rows,
-    split_ideal_update,
-    square_of_sum,
-    squared_norm,
     weighted_mean,
 )
+from lorafair.model.adapter import PARTS, AdapterState, LoRAFactors, Part
 
 T = TypeVar("T")
 
@@ -68,8 +64,22 @@ class ServerUpdate:
         )
 
 
-class Aggregator(Protocol):
-    """An aggregation method. Concrete ones are frozen dataclasses; their fields are the options of `method:`."""
+class Aggregator(ABC):
+    """An aggregation method: a frozen dataclass with `combine`, whose fields are the options of `method:`.
+
+    Register one with `lorafair.register_method`. The round asks what clients train, send, receive and keep, and takes
+    bytes, checkpoints and mixed ranks from the answers.
+
+    Example:
+        >>> @lorafair.register_method("trimmed")
+        ... @dataclass(frozen=True)
+        ... class Trimmed(lorafair.Aggregator):
+        ...     cut: int = 1
+        ...
+        ...     def combine(self, clients, weights, start=None):
+        ...         A, B = (factor.sort(0).values[self.cut : -self.cut].mean(0) for factor in (clients.A, clients.B))
+        ...         return lorafair.LayerUpdate(lorafair.LoRAFactors(A=A, B=B))
+    """
 
     pools_data: ClassVar[bool] = False
     """One client trains on everybody's images."""
@@ -81,7 +91,7 @@ class Aggregator(Protocol):
     """The factors that come back are a new decomposition of the update: their difference from the old says nothing."""
     initializations: ClassVar[tuple[str, ...]] = ("average", "fresh", "local")
     """Values of federation.initialization that fit the method; the first leaves it as published."""
-    keeps: ClassVar[tuple[Part, ...]] = ()
+    personal_parts: ClassVar[tuple[Part, ...]] = ()
     """What each client keeps to itself from round to round. Where it is not empty, every client is evaluated."""
 
     @property
@@ -99,15 +109,21 @@ class Aggregator(Protocol):
 
     def sends(self, round_index: int) -> tuple[Part, ...]:
         """What clients send up after this round."""
-        return tuple(part for part in self.trains(round_index) if part not in self.keeps)
+        return tuple(part for part in self.trains(round_index) if part not in self.personal_parts)
 
+    @abstractmethod
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """One layer of the next round, from A (K, R, I), B (K, O, R) and weights (K,) that sum to 1.
+        """One layer of the next round.
 
-        `start` (R, I), (O, R) is what the clients of this round were sent. To be computed in float64, as the functions
-        of `factor_algebra` do; `aggregate` casts the result back.
+        Args:
+            clients: The factors after training, A (K, R, I) and B (K, O, R), clients ascending.
+            weights: (K,) float64, the aggregation weights; they sum to 1.
+            start: What the clients of this round were sent, A (R, I) and B (O, R).
+
+        Returns:
+            Where clients start the next round, and what is folded into the frozen weight first. To be computed in
+            float64, as the functions of `factor_algebra` do; `aggregate` casts the result back.
         """
-        ...
 
 
 @runtime_checkable
@@ -163,79 +179,3 @@ def _keep_unused(update: LayerUpdate, clients: LoRAFactors, start: LoRAFactors) 
     A, B = start.A.to(new.A), start.B.to(new.B)
     factors = LoRAFactors(A=torch.where(used.unsqueeze(1), new.A, A), B=torch.where(used, new.B, B))
     return replace(update, factors=factors)
-
-
-def bias_metrics(clients: AdapterState, weights: Tensor, update: ServerUpdate) -> dict[str, Tensor]:
-    """How far the server's update is from the ideal one, ΔW = Σ p_k B_k A_k: metric -> (L,) float64, layers in order.
-
-    error_before, cosine_before: ‖ΔW − X‖/‖ΔW‖ and the cosine of ΔW and X, for X = B̄Ā (plain averaging of the factors).
-    error_after, cosine_after: the same for what the method leaves the clients with, folded part included.
-    norm_ratio, correction_ratio: ‖B'‖/‖B̄‖ and ‖B' − B̄‖/‖B̄‖; cosine alone does not show an inflated B.
-    A ratio is 0 where its denominator is. Errors below about 1e-8, of float32 factors below 3e-4, may be rounding.
-    Stays on the clients' device.
-    """
-    paths = list(clients.factors)
-    if not paths:
-        return {}
-    ideals = [split_ideal_update(clients.factors[path], weights) for path in paths]
-    new = [update.factors[path].to(torch.float64) for path in paths]
-    layers = zip(ideals, new, (update.folded.get(path) for path in paths), strict=True)
-    products = torch.stack([_inner_products(*layer) for layer in layers]).flatten(1).unbind(1)  # 36 of (L,)
-
-    def inner_of(left: _Sum, right: _Sum) -> Tensor:
-        terms = [a * b * products[6 * i + j] for i, a in enumerate(left) if a for j, b in enumerate(right) if b]
-        return torch.stack(terms).sum(0)
-
-    def square(of: _Sum) -> Tensor:
-        return inner_of(of, of).clamp_min(0.0)  # of terms that cancel, rounding may leave less than nothing
-
-    ideal_square = square_of_sum(square(_MEAN), inner_of(_MEAN, _BIAS), square(_BIAS))
-    error_square = square_of_sum(square(_GAP), inner_of(_GAP, _BIAS), square(_BIAS))
-
-    def cosine(of: _Sum) -> Tensor:
-        return _ratio(inner_of(_MEAN, of) + inner_of(_BIAS, of), (ideal_square * square(of)).sqrt())
-
-    mean_b, new_b = [ideal.mean.B for ideal in ideals], [factors.B for factors in new]
-    size, new_size, change = (
-        torch.stack(torch._foreach_norm(B)) for B in (mean_b, new_b, torch._foreach_sub(new_b, mean_b))
-    )
-    return {
-        "error_before": _ratio(square(_BIAS), ideal_square).sqrt(),
-        "error_after": _ratio(error_square, ideal_square).sqrt(),
-        "cosine_before": cosine(_MEAN),
-        "cosine_after": cosine(_APPLIED),
-        "norm_ratio": _ratio(new_size, size),
-        "correction_ratio": _ratio(change, size),
-    }
-
-
-_Sum = tuple[int, int, int, int, int, int]  # of the products that `_inner_products` lists, each with its sign
-_MEAN: _Sum = (1, 0, 0, 0, 0, 0)
-_APPLIED: _Sum = (0, 0, 0, 1, 0, 1)
-_BIAS: _Sum = (0, 0, 0, 0, 1, 0)
-_GAP: _Sum = (0, 1, 1, 0, 0, -1)  # B̄Ā − B'A' from differences of factors: close products would cancel
-
-
-def _inner_products(ideal: IdealUpdate, new: LoRAFactors, folded: LoRAFactors | None) -> Tensor:
-    """⟨X, Y⟩ (6, 6) of B̄Ā, (B̄ − B')Ā, B'(Ā − A'), B'A', ΔR and the folded part. All of few ranks in one product."""
-    mean, bias = ideal.mean, ideal.bias
-    A = torch.cat([mean.A, mean.A, mean.A - new.A, new.A])  # (4R, I)
-    B = torch.cat([mean.B, mean.B - new.B, new.B, new.B], dim=1)  # (O, 4R)
-
-    def with_few(other: LoRAFactors) -> Tensor:
-        return ((B.mT @ other.B) * (A @ other.A.mT)).view(4, -1).sum(1)
-
-    few = ((B.mT @ B) * (A @ A.mT)).view(4, mean.rank, 4, mean.rank).sum((1, 3))
-    bias_square = ideal.bias_square()
-    if folded is None:
-        edge = torch.stack([with_few(bias), few.new_zeros(4)])
-        corner = torch.stack([bias_square, *few.new_zeros(3).unbind()])
-    else:
-        merged = folded.to(torch.float64)
-        edge, cross = torch.stack([with_few(bias), with_few(merged)]), inner(merged, bias)
-        corner = torch.stack([bias_square, cross, cross, squared_norm(merged)])
-    return torch.cat([torch.cat([few, edge.mT], dim=1), torch.cat([edge, corner.view(2, 2)], dim=1)])
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, 0.0)

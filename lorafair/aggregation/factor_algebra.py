@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
+from lorafair.model.adapter import LoRAFactors
 
 _BLOCK = 256  # rows of an (N, N) or (O, I) matrix held at a time
 _CLIENT_NUMBERS = 2**23  # numbers of clients' factors that are cast to float64 at a time: 64 MB
-_ROUNDING = 1e-14  # a square below this share of its terms is rounding noise
+_ROUNDING = 1e-14  # a square below this fraction of its terms is rounding noise
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def clients_at_a_time(numbers: int) -> int:
 def blocks_of(clients: LoRAFactors, weights: Tensor) -> Iterator[tuple[LoRAFactors, Tensor]]:
     """The factors of some clients at a time, in their own precision, and their weights in float64 on their device."""
     size = clients_at_a_time(clients.rank * (clients.A.shape[2] + clients.B.shape[1]))
-    shares = weights.to(clients.A.device, torch.float64)
-    for A, B, own in zip(clients.A.split(size), clients.B.split(size), shares.split(size), strict=True):
+    exact = weights.to(clients.A.device, torch.float64)
+    for A, B, own in zip(clients.A.split(size), clients.B.split(size), exact.split(size), strict=True):
         yield LoRAFactors(A=A, B=B), own
 
 
@@ -109,7 +109,7 @@ def _stacked(clients: LoRAFactors, weights: Tensor, origin: LoRAFactors | None =
 
 def _summed(clients: LoRAFactors, weights: Tensor, origin: LoRAFactors | None = None) -> LoRAFactors:
     """The same as a product of rank min(O, I), one of whose factors is the identity, a block of clients at a time."""
-    stacks = (_stacked(block, shares, origin) for block, shares in blocks_of(clients, weights))
+    stacks = (_stacked(block, own, origin) for block, own in blocks_of(clients, weights))
     outputs, inputs = clients.B.shape[1], clients.A.shape[2]
     dense = torch.zeros(outputs, inputs, dtype=torch.float64, device=clients.A.device)
     for stack in stacks:

@@ -9,22 +9,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import aggregation_bias, mean_factors, truncated_svd
-from lorafair.config import ConfigError
+from lorafair.config.options import option
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
 class FedExLoRA(Aggregator):
     """(Ā, B̄), and ΔR = ΔW − B̄Ā folded as factors of rank (K − 1)·R (arXiv 2410.09432)."""
 
-    residual_rank: int | None = None
-    """Send only the best approximation of ΔR of this rank (all of it, which is exact)."""
-
-    def __post_init__(self) -> None:
-        if self.residual_rank is not None and self.residual_rank < 1:
-            raise ConfigError(f"method.residual_rank={self.residual_rank} is out of range: it must be at least 1")
+    residual_rank: int | None = option(
+        None, "Send only the best approximation of ΔR of this rank (all of it, which is exact).", at_least=1
+    )
 
     @property
     def folds(self) -> bool:

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.alignment import aligned
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import blocks_of, mean_factors, total
-from lorafair.config import ConfigError
+from lorafair.config.options import option
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,11 @@ class FedRotLoRA(Aggregator):
 
     mixed_ranks: ClassVar[bool] = False
 
-    strength: float = 0.5
-    """How far to turn: 1 aligns, 0 is FedIT."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(f"method.strength={self.strength} is out of range: it must be from 0 to 1")
+    strength: float = option(0.5, "How far to turn: 1 aligns, 0 is FedIT.", at_least=0, at_most=1)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Ā and B̄ of the turned factors; without `start` those of the factors as they are."""
         if start is None:
             return LayerUpdate(factors=mean_factors(clients, weights))
-        means = [
-            mean_factors(aligned(block, start, self.strength), shares) for block, shares in blocks_of(clients, weights)
-        ]
+        means = [mean_factors(aligned(block, start, self.strength), own) for block, own in blocks_of(clients, weights)]
         return LayerUpdate(factors=LoRAFactors(A=total(mean.A for mean in means), B=total(mean.B for mean in means)))

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.config import ConfigError
+from lorafair.config.options import option
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,8 @@ class FedRPCA(Aggregator):
 
     mixed_ranks: ClassVar[bool] = False
 
-    amplification: float = 2.0
-    """β, the weight of the sparse parts; 1 is FedIT."""
-    iterations: int = 200
-    """At most so many steps of the robust PCA."""
-
-    def __post_init__(self) -> None:
-        if not (self.amplification >= 0 and math.isfinite(self.amplification)):
-            raise ConfigError(f"method.amplification={self.amplification} is out of range: it must be 0 or more")
-        if self.iterations < 1:
-            raise ConfigError(f"method.iterations={self.iterations} is out of range: it must be at least 1")
+    amplification: float = option(2.0, "β, the weight of the sparse parts; 1 is FedIT.", at_least=0)
+    iterations: int = option(200, "At most so many steps of the robust PCA.", at_least=1)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """start + Σ p_k L_k + β Σ p_k S_k for each factor, where L + S are the changes since `start` (zero if None)."""
@@ -42,8 +34,8 @@ class FedRPCA(Aggregator):
             base = torch.zeros_like(exact[0]) if origin is None else origin.to(exact)
             changes = (exact - base).flatten(1).mT  # (n, K)
             common, own = robust_pca(changes, self.iterations)
-            shares = weights.to(exact)
-            return base + ((common + self.amplification * own) @ shares).view_as(base)
+            exact_weights = weights.to(exact)
+            return base + ((common + self.amplification * own) @ exact_weights).view_as(base)
 
         return LayerUpdate(
             factors=LoRAFactors(

@@ -10,16 +10,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors, Part
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import mean_factors
+from lorafair.model.adapter import LoRAFactors, Part
 
 
 @dataclass(frozen=True)
 class FedSALoRA(Aggregator):
     """A is averaged; every client has its own B and head and is evaluated with them (arXiv 2410.01463)."""
 
-    keeps: ClassVar[tuple[Part, ...]] = ("B", "head")
+    personal_parts: ClassVar[tuple[Part, ...]] = ("B", "head")
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors, Part
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import mean_factors
+from lorafair.model.adapter import LoRAFactors, Part
 
 
 @dataclass(frozen=True)

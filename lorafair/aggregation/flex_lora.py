@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import truncated_svd, weighted_sum
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import svd, weighted_sum
-from lorafair.config import ConfigError
+from lorafair.config.options import option
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
 class FLoRIST(Aggregator):
-    """The fewest singular triples of ΔW that hold a share of its squared norm, at most R (arXiv 2506.09199)."""
+    """The fewest singular triples of ΔW that hold a fraction of its squared norm, at most R (arXiv 2506.09199)."""
 
     decomposes: ClassVar[bool] = True
 
-    energy: float = 0.95
-    """Share of ‖ΔW‖² to keep."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.energy <= 1:
-            raise ConfigError(f"method.energy={self.energy} is out of range: it must be above 0 and at most 1")
+    energy: float = option(0.95, "Fraction of ‖ΔW‖² to keep.", above=0, at_most=1)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """B = UΣ, A = Vᵀ of the kept triples.

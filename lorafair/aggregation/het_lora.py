@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import blocks_of, mean_factors
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class HETLoRA(Aggregator):
         """Σ w_k A_k and Σ w_k B_k with w_k = ‖B_k A_k‖ / Σ ‖B_j A_j‖; the given weights where all products are zero."""
         norms = torch.cat([_squared_norms(block.to(torch.float64)) for block, _ in blocks_of(clients, weights)]).sqrt()
         total = norms.sum()
-        shares = torch.where(total > 0, norms / total, weights.to(norms))
-        return LayerUpdate(factors=mean_factors(clients, shares))
+        normalized = torch.where(total > 0, norms / total, weights.to(norms))
+        return LayerUpdate(factors=mean_factors(clients, normalized))
 
 
 def _squared_norms(clients: LoRAFactors) -> Tensor:

@@ -9,7 +9,6 @@ Letters: K clients, R rank, I in_features, O out_features.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,10 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.alignment import aligned
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.directions import Correction, Problems, descend, solve_cosine, solve_frobenius
 from lorafair.aggregation.factor_algebra import (
     add,
     aggregation_bias,
@@ -30,48 +27,50 @@ from lorafair.aggregation.factor_algebra import (
     transpose,
     weighted_sum,
 )
-from lorafair.aggregation.fixed_factor import correct_b
-from lorafair.aggregation.free_factors import descend_from_mean, minimize_from
-from lorafair.aggregation.layer_objective import LayerObjective, layer_objective, penalty_of_b
-from lorafair.config import ConfigError
+from lorafair.aggregation.solvers.directions import Correction, Problems, descend, solve_cosine, solve_frobenius
+from lorafair.aggregation.solvers.fixed_factor import correct_b
+from lorafair.aggregation.solvers.free_factors import descend_from_mean, minimize_from
+from lorafair.aggregation.solvers.layer_objective import LayerObjective, layer_objective, penalty_of_b
+from lorafair.config.options import option, when
 from lorafair.errors import LorafairError
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
 class LoRAFair(Aggregator):
     """FedIT with a server-side correction of the averaged factors (arXiv 2411.14961)."""
 
-    similarity: Literal["cosine", "cosine_columns", "frobenius"] = "cosine"
-    """How the corrected product X is compared with ΔW. cosine: 1 − cos of the flattened matrices. cosine_columns: 1 −
-    the mean cosine of their columns. frobenius: ‖ΔW − X‖², with λ relative to the fixed factor."""
-    residual: Literal["B", "A", "both"] = "B"
-    """The factor that is corrected; the other stays the clients' mean."""
-    regularization: float = 0.01
-    """λ, the weight of the correction's squared norm. Large values give FedIT."""
-    solver: Literal["exact", "sgd"] = "exact"
-    """exact: the minimiser (with residual=both, or cosine_columns on B, a local one). sgd: the paper's gradient descent
-    from zero, which inflates B where B is small and stops short where λ is."""
-    rescale: bool = False
-    """Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale."""
-    align: bool = False
-    """First turn every client's factors towards those it was sent (orthogonal Procrustes); the products stay as they
-    are. Done by the server, at no extra communication."""
-    fold: bool = False
-    """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost."""
-    sgd_steps: int | None = None
-    """Gradient steps; for solver=sgd (1000)."""
-    sgd_learning_rate: float | None = None
-    """Step size; for solver=sgd (0.01)."""
-
-    def __post_init__(self) -> None:
-        if not (self.regularization >= 0 and math.isfinite(self.regularization)):
-            raise ConfigError(f"method.regularization={self.regularization} is out of range: it must be 0 or more")
-        for option in ("sgd_steps", "sgd_learning_rate"):
-            value = getattr(self, option)
-            if value is not None and self.solver != "sgd":
-                raise ConfigError(f"method.{option}={value} has no effect: it needs method.solver=sgd")
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"method.{option}={value} is out of range: it must be above 0")
+    similarity: Literal["cosine", "cosine_columns", "frobenius"] = option(
+        "cosine",
+        """How the corrected product X is compared with ΔW. cosine: 1 − cos of the flattened matrices. cosine_columns:
+        1 − the mean cosine of their columns. frobenius: ‖ΔW − X‖², with λ relative to the fixed factor.""",
+    )
+    residual: Literal["B", "A", "both"] = option(
+        "B", "The factor that is corrected; the other stays the clients' mean."
+    )
+    regularization: float = option(
+        0.01, "λ, the weight of the correction's squared norm. Large values give FedIT.", at_least=0
+    )
+    solver: Literal["exact", "sgd"] = option(
+        "exact",
+        """exact: the minimiser (with residual=both, or cosine_columns on B, a local one). sgd: the paper's gradient
+        descent from zero, which inflates B where B is small and stops short where λ is.""",
+    )
+    rescale: bool = option(
+        False,
+        "Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale.",
+    )
+    align: bool = option(
+        False,
+        """First turn every client's factors towards those it was sent (orthogonal Procrustes); the products stay as
+        they are. Done by the server, at no extra communication.""",
+    )
+    fold: bool = option(
+        False,
+        """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost.""",
+    )
+    sgd_steps: int | None = option(None, "Gradient steps.", at_least=1, needs=when("method.solver", "sgd"), then=1000)
+    sgd_learning_rate: float | None = option(None, "Step size.", above=0, needs=when("method.solver", "sgd"), then=0.01)
 
     @property
     def folds(self) -> bool:

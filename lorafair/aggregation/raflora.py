@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import add, ranks_of, truncated_svd, weighted_sum
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class RaFLoRA(Aggregator):
         ranks, parts, low = ranks_of(clients), [], 0
         for high in sorted({rank for rank in ranks.tolist() if rank > 0}):
             have = ranks >= high
-            shares = weights.to(have.device, torch.float64)[have]
+            having = weights.to(have.device, torch.float64)[have]
             # A boolean index copies.
             some = clients if have.all() else LoRAFactors(A=clients.A[have], B=clients.B[have])
             part = LoRAFactors(A=some.A[:, low:high], B=some.B[:, :, low:high])
-            parts.append(weighted_sum(part, shares / shares.sum()))
+            parts.append(weighted_sum(part, having / having.sum()))
             low = high
         whole = add(*parts) if parts else weighted_sum(clients, weights)
         return LayerUpdate(factors=truncated_svd(whole, clients.rank))

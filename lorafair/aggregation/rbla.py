@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafair.adapter import LoRAFactors
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import blocks_of, ranks_of, total
+from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,15 @@ class RBLA(Aggregator):
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k of a rank above r; zero if there is none."""
         have = torch.arange(clients.rank, device=clients.A.device) < ranks_of(clients).unsqueeze(1)  # (K, R)
-        shares = have * weights.to(clients.A.device, torch.float64).unsqueeze(1)
-        shares = shares / torch.where(have.any(0), shares.sum(0), 1.0)
+        normalized = have * weights.to(clients.A.device, torch.float64).unsqueeze(1)
+        normalized = normalized / torch.where(have.any(0), normalized.sum(0), 1.0)
         return LayerUpdate(
             factors=LoRAFactors(
-                A=total(torch.einsum("kr,kri->ri", s, b.A.to(torch.float64)) for b, s in blocks_of(clients, shares)),
-                B=total(torch.einsum("kr,kor->or", s, b.B.to(torch.float64)) for b, s in blocks_of(clients, shares)),
+                A=total(
+                    torch.einsum("kr,kri->ri", s, b.A.to(torch.float64)) for b, s in blocks_of(clients, normalized)
+                ),
+                B=total(
+                    torch.einsum("kr,kor->or", s, b.B.to(torch.float64)) for b, s in blocks_of(clients, normalized)
+                ),
             )
         )

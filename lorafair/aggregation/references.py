@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lorafair.adapter import PARTS, LoRAFactors, Part
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import mean_factors
+from lorafair.model.adapter import PARTS, LoRAFactors, Part
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Centralized(Aggregator):
 class LocalOnly(Aggregator):
     """Clients never exchange anything: what taking part has to beat."""
 
-    keeps: ClassVar[tuple[Part, ...]] = PARTS
+    personal_parts: ClassVar[tuple[Part, ...]] = PARTS
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """The mean, which nobody is sent."""

@@ -1,1 +1,1 @@
-"""Which images there are (sources), which client has which (partition), and their way to the model (loading)."""
+"""Images: where they come from, which client has which, and how they become batches."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lorafair.config import DataConfig
+from lorafair.config.schema import DataConfig
 from lorafair.data.files import ImageFiles
-from lorafair.data.images import Collection, DataError
+from lorafair.data.images import DataError, ImageCollection, Source
 from lorafair.seeding import seeded_numpy
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -24,7 +24,7 @@ _PROBED = 20  # entries of a list that are looked for to find out where they beg
 Row = tuple[str, str, int, bool]
 
 
-def listed(config: DataConfig, seed: int) -> Collection:
+def load_lists(config: DataConfig, seed: int) -> ImageCollection:
     """The images named in <domain>_train.txt and <domain>_test.txt, as DomainNet and NICO++ are distributed.
 
     The lists lie in the root, in root/NICO_DG_official or in root/splits. A line is a path and a label; the path begins
@@ -42,7 +42,7 @@ def listed(config: DataConfig, seed: int) -> Collection:
     return _collection(root, rows, domains, label_of, f"{config.source}: real images of data.root, split by its lists")
 
 
-def folder(config: DataConfig, seed: int) -> Collection:
+def load_folder(config: DataConfig, seed: int) -> ImageCollection:
     """The images in root/domain/class, or in root/train/domain/class and root/test/domain/class where both exist.
 
     Without a given split, the seed draws data.test_fraction of every domain's class for the test: at least one image
@@ -69,15 +69,18 @@ def folder(config: DataConfig, seed: int) -> Collection:
     return _collection(root, rows, domains, label_of, f"folder: the images of data.root, {split}")
 
 
+LISTED, FOLDER = Source(load_lists), Source(load_folder)
+
+
 def _collection(
     root: Path, rows: Sequence[Row], domains: tuple[str, ...], label_of: Mapping[str, int], description: str
-) -> Collection:
+) -> ImageCollection:
     """`label_of` gives every class its label; labels may leave gaps, which are closed here."""
     class_of: dict[int, str] = {}
     for name, label in label_of.items():
         class_of.setdefault(label, name)  # of two spellings, the first
     known = sorted(class_of)
-    return Collection(
+    return ImageCollection(
         domains=domains,
         classes=tuple(class_of[label] for label in known),
         images=ImageFiles(root, np.array([os.fsencode(entry) for entry, _, _, _ in rows], np.bytes_)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from lorafair.config.schema import DataConfig
 from lorafair.errors import LorafairError
 
 _BLOCK = 64  # images taken out of an array at a time
@@ -83,7 +85,7 @@ class ImageData:
 
 
 @dataclass(frozen=True, eq=False)
-class Collection:
+class ImageCollection:
     """All images of a source, before the configuration selects among them."""
 
     domains: tuple[str, ...]
@@ -93,6 +95,14 @@ class Collection:
     domain_of: np.ndarray  # (N,) int64, indices into domains
     held_out: np.ndarray  # (N,) bool, true for test images
     description: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from: a value of data.source."""
+
+    load: Callable[[DataConfig, int], ImageCollection]  # from the group `data` of the configuration and the seed
+    domains: tuple[str, ...] | None = None  # where they are known before anything is loaded
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.synchronize import Semaphore
+from multiprocessing import resource_tracker
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lorafair.config import ClientConfig, ConfigError
+from lorafair import registry, third_party
+from lorafair.config.schema import ClientConfig
 from lorafair.data.images import DataError, ImageReader
+from lorafair.errors import ConfigError, one_line
 
 Indices = NDArray[np.int64]
 _PART = 64  # inputs sent to the device at a time
-_START_SECONDS = 30.0  # a forked worker is there in milliseconds
-_STARTS = 3  # tries to start the workers
-_MEMORY_SHARE = 0.8  # of the device's free memory that resident inputs may take
+_SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_MEMORY_FRACTION = 0.8  # of the device's free memory that resident inputs may take
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,29 @@ class ImageSource:
 
 
 class _Workers:
-    """The processes that read images, and the DataLoader they belong to."""
+    """The processes that read images, and the DataLoader they belong to.
+
+    They are forked from a server process without threads (multiprocessing's forkserver): forked from this one, they
+    could inherit a lock that another thread holds, and wait for ever.
+    """
 
     def __init__(self, images: _Images, count: int, pin_memory: bool) -> None:
         self._order = _Order()
-        # Forked workers start at once and share what is loaded; they never touch a GPU or a collective.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        self._started = context.Semaphore(0)
+        try:
+            content = pickle.dumps(images)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"data.workers={count} starts processes, and the data set cannot be sent there: {one_line(error)}; use "
+                "functions and classes of a file instead of lambdas and local ones, or set data.workers=0"
+            ) from error
+        self._needs_main = b"__main__" in content  # the user's script defines how images are read
+        if self._needs_main and getattr(sys.modules["__main__"], "__file__", None) is None:
+            raise ConfigError(
+                f"data.workers={count} starts processes, which cannot know what a notebook or a prompt has defined; "
+                "put the data source into a file and name that in `plugins`, or set data.workers=0"
+            )
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self._loader: DataLoader[Tensor] = DataLoader(
             images,
             batch_sampler=cast(Any, self._order),  # of arrays, not lists
@@ -119,45 +136,46 @@ class _Workers:
             multiprocessing_context=context,
             pin_memory=pin_memory,
             collate_fn=_as_is,
-            worker_init_fn=partial(_begin_worker, self._started),
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
         )
-        # Before multiprocessing ends its children at exit, by a SIGTERM that they ignore, and waits for them.
-        atexit.register(_end_workers, weakref.ref(self._loader))
+        # The workers act on no SIGTERM, by which they are ended otherwise: at exit by multiprocessing, which then waits
+        # for them, and by the loader where the garbage collector finds it, which may close its queues first.
+        atexit.register(weakref.finalize(self, third_party.end_loader_workers, self._loader))
 
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
         """As `ImageSource.batches`."""
         self._order.batches = indices
         try:
-            yield from self._begin_pass()
+            with _starting_workers(self._needs_main):
+                batches = iter(self._loader)  # the first pass starts the server and the workers
+            yield from batches
         except DataError as error:  # from a worker process it comes with a traceback in its text
             raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_name(DataError)}: ")) from error
 
-    def _begin_pass(self) -> Iterator[Tensor]:
-        """The loader's next pass; the first one starts the workers.
 
-        A child forked while another thread holds a lock of the interpreter (CPython 3.11) or of a library waits for
-        ever. Such a worker is ended, and all of them are started again.
-        """
-        loader: Any = self._loader
-        if loader._iterator is not None:  # PyTorch has no public name for it
-            return iter(self._loader)
-        for _ in range(_STARTS):
-            iterator: Any = iter(self._loader)
-            deadline = time.monotonic() + _START_SECONDS
-            if all(self._started.acquire(timeout=max(0.0, deadline - time.monotonic())) for _ in iterator._workers):
-                return cast("Iterator[Tensor]", iterator)
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
-                worker.kill()
-                worker.join()
-            loader._iterator = None
-            while self._started.acquire(block=False):  # of those that did start
-                pass
-        raise DataError(
-            f"data.workers={loader.num_workers}: the worker processes did not start in {_STARTS} x "
-            f"{_START_SECONDS:g} s; set data.workers=0"
-        )
+@contextmanager
+def _starting_workers(needs_main: bool) -> Iterator[None]:
+    """Start processes in this block that neither get the scheduler's signals nor run the user's script again.
+
+    Signals go to every process of a job: a process inherits what is blocked, and this one gets what comes meanwhile
+    afterwards. The script is `__main__`: multiprocessing imports it in every process that it starts, unless it has no
+    file, and without `if __name__ == "__main__"` it would begin another run there.
+    """
+    main = sys.modules["__main__"]
+    found = () if needs_main else ("__file__", "__spec__")
+    hidden = {name: getattr(main, name) for name in found if hasattr(main, name)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULER_SIGNALS)
+    resource_tracker.ensure_running()  # comes before the server, and when it is started it unblocks SIGTERM
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULER_SIGNALS)
+    for name in hidden:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class ResidentSource:
@@ -183,7 +201,7 @@ class ResidentSource:
 def _check_room(size: int, device: torch.device) -> None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        if size > _MEMORY_SHARE * free:
+        if size > _MEMORY_FRACTION * free:
             raise ConfigError(
                 f"data.resident=true: the training images need {size / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} "
                 "GB free, also for training; set data.resident=false, or a smaller model.image_size or "
@@ -209,12 +227,23 @@ class _Images(Dataset[Tensor]):
         self._images = images
         self._size = size
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To a worker process, which has to import the plug-ins that have defined what it gets."""
+        content = pickle.dumps((self._images, self._size))
+        plugins = [file for file in registry.loaded_files() if registry.module_name(file).encode() in content]
+        return _unpickled, (plugins, content)
+
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitems__(self, indices: Indices) -> Tensor:
         pixels = self._images.read_many(indices, self._size)  # (B, S, S, 3)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))  # twice as fast as PyTorch's copy
+
+
+def _unpickled(plugins: Sequence[str], content: bytes) -> _Images:
+    registry.load_plugins(plugins)
+    return _Images(*pickle.loads(content))
 
 
 def _name(kind: type) -> str:
@@ -225,25 +254,17 @@ def _as_is(batch: Any) -> Tensor:
     return cast(Tensor, batch)
 
 
-def _end_workers(reference: weakref.ref[DataLoader[Tensor]]) -> None:
-    loader: Any = reference()
-    if loader is not None and loader._iterator is not None:
-        loader._iterator._shutdown_workers()
-
-
-def _begin_worker(started: Semaphore, _worker: int) -> None:
-    """The scheduler signals every process of a job; only the training process may act on it.
-
-    A worker that hangs in a file system would outlive the training process, and keep its console open.
-    """
-    threading.Thread(target=_leave_after, args=(os.getppid(),), daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def _begin_worker(_worker: int) -> None:
+    """A worker that hangs in a file system would outlive the training process, and keep its console open."""
+    threading.Thread(target=_leave_with_training, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the training process acts on it
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULER_SIGNALS)  # the server may have been started by others before
     torch.set_num_threads(1)
-    started.release()
 
 
-def _leave_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _leave_with_training() -> None:
+    """What the system calls its parent is the server process, which in turn stays as long as there are workers."""
+    training = multiprocessing.parent_process()
+    assert training is not None
+    training.join()
     os._exit(1)

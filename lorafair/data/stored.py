@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorafair.data.images import Collection, DataError, StoredImages
+from lorafair.data.images import DataError, ImageCollection, StoredImages
 
 _IMAGES, _INDEX, _NAMES = "images.npy", "index.npz", "names.json"
 
@@ -28,7 +28,7 @@ def store(
     classes: Sequence[str],
     description: str,
 ) -> None:
-    """Write images (N, S, S, 3) uint8 and what belongs to them (see Collection) into `folder`."""
+    """Write images (N, S, S, 3) uint8 and what belongs to them (see ImageCollection) into `folder`."""
     digests = [np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8) for image in images]
     np.save(folder / _IMAGES, images)
     np.savez(
@@ -42,14 +42,14 @@ def store(
     (folder / _NAMES).write_text(json.dumps(names, indent=1), encoding="utf-8")
 
 
-def load_stored(folder: Path) -> Collection:
+def load_stored(folder: Path) -> ImageCollection:
     """Read what `store` wrote; the images stay on the disk until they are used. DataError if files are missing."""
     missing = [name for name in (_IMAGES, _INDEX, _NAMES) if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder} has lost {', '.join(missing)}; delete that folder and it is built again")
     names = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
     with np.load(folder / _INDEX) as index:
-        return Collection(
+        return ImageCollection(
             domains=tuple(names["domains"]),
             classes=tuple(names["classes"]),
             images=StoredImages(folder / _IMAGES, index["digests"]),

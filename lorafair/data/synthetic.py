@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lorafair.config import DataConfig
-from lorafair.data.images import Collection, ImagesInMemory
+from lorafair.config.schema import DataConfig
+from lorafair.data.images import ImageCollection, ImagesInMemory, Source
 from lorafair.seeding import seeded_numpy
 
 _CLASSES, _TRAIN, _TEST, _SIDE = 4, 64, 32, 32  # defaults of data.classes, train_images, test_images a domain; pixels
@@ -21,7 +21,7 @@ _STYLES: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 }
 
 
-def synthetic(config: DataConfig, seed: int) -> Collection:
+def synthetic(config: DataConfig, seed: int) -> ImageCollection:
     """3 domains of gratings in random colours and phases, drawn with the seed; nothing is fetched or stored."""
     classes = config.classes or _CLASSES
     train, test = config.train_images or _TRAIN, config.test_images or _TEST
@@ -31,7 +31,7 @@ def synthetic(config: DataConfig, seed: int) -> Collection:
         rng = seeded_numpy(seed, "synthetic", domain)
         for i, block in enumerate(_gratings(labels * np.pi / classes, rng)):
             of_domain[i * _BLOCK : (i + 1) * _BLOCK] = 255 * np.clip(style(block, rng), 0.0, 1.0)
-    return Collection(
+    return ImageCollection(
         domains=tuple(_STYLES),
         classes=tuple(f"grating-{180 * c / classes:.0f}deg" for c in range(classes)),
         images=ImagesInMemory(images.reshape(-1, _SIDE, _SIDE, 3)),
@@ -40,6 +40,9 @@ def synthetic(config: DataConfig, seed: int) -> Collection:
         held_out=np.tile(np.arange(train + test) >= train, len(_STYLES)),
         description="synthetic: made-up gratings in 3 styles, for tests and trials only",
     )
+
+
+SYNTHETIC = Source(synthetic, tuple(_STYLES))
 
 
 def _gratings(angles: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -1,0 +1,188 @@
+"""From the group `method` of a configuration to a checked aggregation method."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from omegaconf import OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from lorafair.aggregation.base import Aggregator
+from lorafair.config.options import choices_of, option_of
+from lorafair.config.schema import Config
+from lorafair.errors import ConfigError, did_you_mean, first_line
+from lorafair.registry import METHODS
+
+Method = TypeVar("Method", bound=type[Aggregator])
+
+
+def register_method(name: str) -> Callable[[Method], Method]:
+    """Make a class a value of method.name.
+
+    Args:
+        name: What method.name is then set to.
+
+    Returns:
+        A decorator for a frozen dataclass that extends `Aggregator` and has `combine`. Its fields are its options.
+
+    Raises:
+        ConfigError: The name is taken, or the class is not such a dataclass.
+
+    Example:
+        >>> @lorafair.register_method("mine")
+        ... @dataclass(frozen=True)
+        ... class Mine(lorafair.Aggregator):
+        ...     def combine(self, clients, weights, start=None): ...
+    """
+
+    def register(method: Method) -> Method:
+        if not (isinstance(method, type) and issubclass(method, Aggregator) and not inspect.isabstract(method)):
+            raise ConfigError(f"method {name}: {method} must extend lorafair.Aggregator and have `combine`")
+        if not dataclasses.is_dataclass(method) or _has_undeclared_fields(method):
+            raise ConfigError(f"method {name}: {method.__name__} must be a dataclass: @dataclass(frozen=True)")
+        METHODS.add(name, method)
+        return method
+
+    return register
+
+
+def _has_undeclared_fields(method: type) -> bool:
+    """Whether a class without @dataclass extends one and adds options, which nobody would see."""
+    own = vars(method)
+    return "__dataclass_fields__" not in own and bool(own.get("__annotations__"))
+
+
+def build_aggregator(options: Mapping[str, Any]) -> Aggregator:
+    """The method that `options["name"]` names, with the other options as its fields.
+
+    Raises ConfigError with one line that names method.<option>, what was given and what is possible.
+    """
+    name = options.get("name")
+    METHODS.check(name)
+    assert isinstance(name, str)
+    method: type[Aggregator] = METHODS[name]
+    given = {str(key): value for key, value in options.items() if key != "name"}
+    for key, value in given.items():
+        _check_option(key, value, name)
+    try:
+        values = OmegaConf.structured(method)
+        # The dataclasses are frozen, and OmegaConf would not let values be merged into a read-only node.
+        with flag_override(values, "readonly", False):
+            values.merge_with(given)
+            values.merge_with(_conditional_options(method, values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"method.{error.full_key}: {first_line(error)}") from error
+    for declared in dataclasses.fields(cast(Any, method)):
+        option, value = option_of(declared), values[declared.name]
+        if not option.is_in_range(value):
+            raise ConfigError(f"method.{declared.name}={value} is out of range: it must be {option.range_text}")
+    return cast(Aggregator, OmegaConf.to_object(values))
+
+
+def method_of(config: Config) -> Aggregator:
+    """The method of a run, checked against the settings that it has to work with.
+
+    Raises ConfigError that names the key to change.
+    """
+    method, name = build_aggregator(config.method), str(config.method["name"])
+    start = config.federation.initialization
+    if start not in method.initializations:
+        raise ConfigError(
+            f"federation.initialization={start} does not fit method.name={name}; "
+            f"possible: {', '.join(method.initializations)}"
+        )
+    _check_client_ranks(config, method, name)
+    _check_sharding(config, method, name)
+    for key, used, fits in (
+        (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _keeps_its_factors),
+        ("client.scaffold=true", config.client.scaffold, _starts_all_clients_alike),
+    ):
+        if used and start != "average":
+            raise ConfigError(f"{key} needs federation.initialization=average, not {start}")
+        if used and not fits(method):
+            raise ConfigError(f"{key} does not fit method.name={name}; possible: {', '.join(_methods_that(fits))}")
+    return method
+
+
+def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
+    mixed = config.model.lora.client_ranks is not None
+    if mixed and not _takes_mixed_ranks(method):
+        raise ConfigError(
+            f"model.lora.client_ranks: method.name={name} needs the same rank everywhere; "
+            f"methods for mixed ranks: {', '.join(_methods_that(_takes_mixed_ranks))}"
+        )
+    if config.client.scaffold and config.client.optimizer != "sgd":
+        raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {config.client.optimizer}")
+    if config.client.scaffold and mixed:
+        raise ConfigError("client.scaffold=true needs clients of the same rank; leave model.lora.client_ranks out")
+
+
+def _check_sharding(config: Config, method: Aggregator, name: str) -> None:
+    if config.fabric.server != "sharded":
+        return
+    for key, used in (
+        (f"method.name={name}", bool(method.personal_parts)),
+        ("federation.initialization=local", config.federation.initialization == "local"),
+        ("client.scaffold=true", config.client.scaffold),
+    ):
+        if used:
+            raise ConfigError(
+                f"fabric.server=sharded does not fit {key}, for which every process holds all clients' rows; "
+                "possible: fabric.server=rank0"
+            )
+
+
+def _methods_that(fit: Callable[[type[Aggregator]], bool]) -> list[str]:
+    return [name for name in METHODS.names if fit(METHODS[name])]
+
+
+def _takes_mixed_ranks(method: Aggregator | type[Aggregator]) -> bool:
+    return method.mixed_ranks and not method.pools_data
+
+
+def _keeps_its_factors(method: Aggregator | type[Aggregator]) -> bool:
+    """Whether the factors the server returns can be compared with those it sent."""
+    personal = set(method.personal_parts) >= {"A", "B"}
+    return not (method.decomposes or method.restarts or method.pools_data or personal)
+
+
+def _starts_all_clients_alike(method: Aggregator | type[Aggregator]) -> bool:
+    """Whether, beyond that, all clients start from the same numbers, so that their gradients can be compared."""
+    return _keeps_its_factors(method) and not method.personal_parts
+
+
+def _conditional_options(method: type[Aggregator], values: Any) -> dict[str, Any]:
+    """Defaults of options that belong to a choice which was made; ConfigError for one without its choice."""
+    settled: dict[str, Any] = {}
+    for declared in dataclasses.fields(cast(Any, method)):
+        option, value = option_of(declared), values[declared.name]
+        if option.needs is None:
+            continue
+        if option.needs.holds(lambda key: values[key.removeprefix("method.")]):
+            settled |= {} if value is not None else {declared.name: option.then}
+        elif value is not None:
+            raise ConfigError(f"method.{declared.name}={value} has no effect: it needs {option.needs}")
+    return settled
+
+
+def _check_option(key: str, value: Any, name: str) -> None:
+    """Raise ConfigError for a key that is no option of the method, and for a value that its type does not list."""
+    known = _option_names(name)
+    if key not in known:
+        owners = [other for other in METHODS.names if key in _option_names(other)]
+        hint = f"it belongs to {', '.join(owners)}; " if owners else did_you_mean(key, known, "method.")
+        raise ConfigError(f"method.{key} is no option of {name}; {hint}options of {name}: {', '.join(known) or 'none'}")
+    declared = {field.name: field for field in dataclasses.fields(METHODS[name])}[key]
+    if isinstance(declared.default, bool) and not isinstance(value, bool):
+        raise ConfigError(f"method.{key}={value} must be true or false")
+    choices = choices_of(METHODS[name], key)
+    if choices and value is not None and value not in choices:
+        hint = did_you_mean(value, choices)
+        raise ConfigError(f"method.{key}={value} is not possible; {hint}possible: {', '.join(choices)}")
+
+
+def _option_names(name: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(METHODS[name])]

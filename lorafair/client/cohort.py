@@ -1,0 +1,150 @@
+"""Local training of a cohort of clients. A client is its images, a start and a generator; nothing outlives the round.
+
+Letters: C clients in the cohort, N images of the largest batch, P packed length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW, Optimizer
+
+from lorafair.config.schema import ClientConfig
+from lorafair.data.loading import CohortStep
+from lorafair.model.adapted_model import AdaptedModel
+from lorafair.model.adapter import PARTS, Part
+from lorafair.model.lora import DropoutStreams, TrainedColumns
+from lorafair.schedule import part_learning_rate
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """C clients that train side by side: where they start and what they see."""
+
+    start: Tensor  # (C, P) packed adapters
+    steps: Sequence[CohortStep]
+    generators: Sequence[torch.Generator]  # (C,) each client's own, for dropout
+    corrections: Tensor | None = None  # (C, P) added to every gradient (SCAFFOLD)
+
+
+@dataclass(frozen=True)
+class CohortResult:
+    """What a cohort leaves, on the training device."""
+
+    rows: Tensor  # (C, P) packed adapters
+    losses: Tensor  # (C,) mean training loss over a client's steps
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How the clients of a round train on one rank."""
+
+    model: AdaptedModel
+    labels: Tensor  # of all training images, on the device
+    config: ClientConfig
+    parts: Sequence[Part] = PARTS  # what is trained
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    loss_scale: float = 1.0  # keeps gradients within the range of half precision
+
+    def train(self, cohort: Cohort, inputs: Iterable[Tensor]) -> CohortResult:
+        """Train C clients, each on its own batches; `inputs` yields one (C*N, ...) tensor a step.
+
+        A client whose batches end earlier leaves the cohort: its row stays as it is. No step waits for the device. The
+        model still has the cohort's size afterwards.
+        """
+        adapters, config = self.model.adapters, self.config
+        adapters.resize(len(cohort.start))
+        adapters.write(cohort.start)
+        columns = adapters.train_only(self.parts, separately=config.b_learning_rate_ratio != 1)
+        optimizer = make_optimizer(columns, config)
+        rule = GradientRule(config.clip_norm, config.proximal, cohort.start, cohort.corrections, self.loss_scale)
+        trained = adapters.flat.data  # (C, P) all rows, also those that leave
+        losses = torch.zeros(len(cohort.start), device=trained.device)  # (C,)
+        for step, batch in zip(cohort.steps, inputs, strict=True):
+            active = len(step.counts)
+            if active < len(adapters.flat):
+                adapters.resize(active)
+                _keep_rows(optimizer, active)
+            adapters.use_dropout(DropoutStreams(cohort.generators[:active], step.counts))
+            losses[:active] += self.step(optimizer, rule, batch, step)
+        adapters.use_dropout(None)
+        taken = torch.tensor([sum(c < len(step.counts) for step in cohort.steps) for c in range(len(cohort.start))])
+        return CohortResult(rows=trained.clone(), losses=losses / taken.to(losses.device))
+
+    def step(self, optimizer: Optimizer, rule: GradientRule, inputs: Tensor, step: CohortStep) -> Tensor:
+        """One optimiser step of every client of `step`; returns their losses (C,) without waiting for the device."""
+        targets = self.labels[torch.from_numpy(step.indices).to(self.labels.device, non_blocking=True)]  # (C, N)
+        weights = _sample_weights(step.counts, step.indices.shape[1], targets.device)
+        gradient = self.model.adapters.flat.grad
+        assert gradient is not None
+        gradient.zero_()
+        with self.autocast():
+            logits = self.model(inputs)  # (C*N, classes)
+        losses = client_losses(logits, targets, weights)
+        (losses.sum() * rule.loss_scale).backward()
+        rule.apply(gradient, self.model.adapters.flat.data)
+        optimizer.step()
+        return losses.detach()
+
+
+@dataclass(frozen=True)
+class GradientRule:
+    """What clients make of the gradient of their loss before the optimiser's step."""
+
+    clip_norm: float | None = None  # largest norm of a client's whole gradient
+    proximal: float = 0.0  # μ of FedProx, whose objective adds μ/2·‖w − start‖² (arXiv 1812.06127, equation 2)
+    start: Tensor | None = None  # (C, P) where the clients started
+    corrections: Tensor | None = None  # (C, P) c − c_k of SCAFFOLD (arXiv 1910.06378, equation 3), not clipped
+    loss_scale: float = 1.0  # by which the gradient is too large
+
+    def apply(self, gradient: Tensor, values: Tensor) -> None:
+        """Change `gradient` (c, P) at the parameters `values` (c, P) in place; the first c clients are at work."""
+        active = len(gradient)
+        if self.loss_scale != 1:  # half precision: what overflows counts as zero
+            gradient.div_(self.loss_scale)
+            gradient.masked_fill_(~gradient.isfinite().all(dim=1, keepdim=True), 0.0)
+        if self.proximal:
+            assert self.start is not None
+            gradient.add_(values - self.start[:active], alpha=self.proximal)
+        if self.clip_norm is not None:
+            norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)  # (c, 1): each client is clipped by itself
+            gradient.mul_((self.clip_norm / (norms + 1e-6)).clamp(max=1.0))
+        if self.corrections is not None:
+            gradient.add_(self.corrections[:active])
+
+
+def client_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of each client (C,) from logits (C*N, classes), targets (C, N) and sample weights (C, N)."""
+    of_images = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
+    return (of_images.view_as(weights) * weights).sum(1)
+
+
+def make_optimizer(trained: Sequence[TrainedColumns], config: ClientConfig) -> Optimizer:
+    """A fresh optimiser over columns (C, n); every operation is element-wise, so clients do not mix."""
+    # PyTorch's fused steps take every tensor for contiguous, which some columns of several clients' rows are not.
+    fused = all(t.parameter.device.type in ("cpu", "cuda") and t.parameter.is_contiguous() for t in trained)
+    groups = [{"params": [t.parameter], "lr": part_learning_rate(config, t.parts[0])} for t in trained]
+    if config.optimizer == "adamw":
+        return AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+    return SGD(groups, lr=0.0, momentum=config.momentum or 0.0, weight_decay=config.weight_decay, fused=fused)
+
+
+def _keep_rows(optimizer: Optimizer, rows: int) -> None:
+    """Drop the optimiser state of the clients that have left the cohort."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim == 2:
+                state[name] = value[:rows]
+
+
+@lru_cache(maxsize=64)  # most steps are alike
+def _sample_weights(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """What each of N = `width` images of C clients counts for in its client's loss, (C, N); not to be changed."""
+    images = torch.tensor(counts).unsqueeze(1)  # (C, 1)
+    return ((torch.arange(width) < images) / images).to(device)

@@ -1,0 +1,154 @@
+"""Take a trained model out of a run: as plain weights with the adapters merged in, or as a PEFT adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorafair.aggregation.registry import build_aggregator
+from lorafair.checkpointing.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from lorafair.config.loading import load_config
+from lorafair.config.schema import Config
+from lorafair.errors import ConfigError, LorafairError
+from lorafair.model.adapted_model import AdaptedModel
+from lorafair.model.adapter import LoRAFactors
+from lorafair.model.backbone import build_model, create_backbone, plain_head
+from lorafair.model.lora import ClientHead, LoRALinear
+from lorafair.registry import BACKBONES
+from lorafair.reporting.run_dir import CONFIG_FILE
+from lorafair.server.state import base_weights_in
+
+
+def export_run(run_dir: Path, out: Path, *, peft: bool) -> str:
+    """Write the global model of a run's last checkpoint into the folder `out`; returns how to load it.
+
+    Without `peft`: model.safetensors for timm's create_model, with W0 + s·B·A in place of the adapted weights. With it:
+    adapter and head in PEFT's format, to be put on the same frozen weights. Raises LorafairError for a run without a
+    global model, and for PEFT if the federation has changed the frozen weights or the package is missing.
+    """
+    if peft and importlib.util.find_spec("peft") is None:
+        raise ConfigError("export to PEFT needs its package: pip install peft")
+    trained = _load_run(run_dir)
+    if peft and trained.folded:
+        raise ConfigError(
+            f"{run_dir} merged updates into the frozen weights, which an adapter cannot hold; leave --peft"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LorafairError(f"{out} cannot be made a folder ({error.strerror}); name another one") from error
+    mean, std = ((tensor / 255).flatten().tolist() for tensor in (trained.model.mean, trained.model.std))
+    code = _write_peft(trained, out) if peft else _write_merged(trained, out)
+    return f"{code}\ninput: RGB in 0 to 1, normalised with mean {_short(mean)} and standard deviation {_short(std)}"
+
+
+def merged_model(run_dir: Path) -> nn.Module:
+    """The global model of a run's last checkpoint as the backbone's own module, adapters merged into its weights."""
+    return _merged(_load_run(run_dir))
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The model after the last round of a run."""
+
+    config: Config
+    model: AdaptedModel
+    classes: int
+    folded: bool  # updates were merged into the frozen weights
+
+    @property
+    def factors(self) -> dict[str, LoRAFactors]:
+        """Of the global adapter, by layer."""
+        return self.model.adapters.layout.unpack(self.model.adapters.flat.detach().squeeze(0)).factors
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """Of the global adapter, by parameter."""
+        return self.model.adapters.layout.unpack(self.model.adapters.flat.detach().squeeze(0)).head
+
+
+def _load_run(run_dir: Path) -> _Trained:
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints or not (run_dir / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{run_dir} is no run directory with a checkpoint")
+    config, checkpoint = load_config(str(run_dir / CONFIG_FILE)), load_checkpoint(checkpoints[-1])
+    if build_aggregator(config.method).personal_parts:
+        name = config.method["name"]
+        raise ConfigError(f"{run_dir} has no global model: with method.name={name} every client has its own")
+    classes = len(checkpoint.identity["classes"])
+    model = build_model(config.model, classes, config.seed).attach()
+    model.adapters.write(checkpoint.tensors["adapter"])
+    folded = base_weights_in(checkpoint)
+    model.adapters.load_base_weights(folded)
+    return _Trained(config, model, classes, bool(folded))
+
+
+def _merged(trained: _Trained) -> nn.Module:
+    """The backbone without our modules in it."""
+    model, backbone = trained.model, trained.model.backbone
+    head = plain_head(model, trained.config.model.name)
+    model.adapters.fold_into_base(trained.factors)
+    for path, module in list(backbone.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, LoRALinear):
+            setattr(backbone.get_submodule(parent), name, module.base)
+        elif isinstance(module, ClientHead):
+            setattr(backbone.get_submodule(parent), name, head)
+    return backbone.requires_grad_(False).eval()
+
+
+def _write_merged(trained: _Trained, out: Path) -> str:
+    """model.safetensors; returns the line that loads it."""
+    name, config = trained.config.model.name, trained.config.model
+    backbone = _merged(trained)
+    file = out / "model.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in backbone.state_dict().items()}, file)
+    if BACKBONES.is_added(name):
+        return f'model.load_state_dict(safetensors.torch.load_file("{file}"))  # a {name} of {trained.classes} classes'
+    return f'timm.create_model("{name}", {_options(config, backbone, trained.classes)}, checkpoint_path="{file}")'
+
+
+def _write_peft(trained: _Trained, out: Path) -> str:
+    """PEFT's files; returns the line that loads them."""
+    from peft import LoraConfig, get_peft_model
+
+    config, factors, head = trained.config, trained.factors, trained.head
+    head_path = next(iter(head)).rpartition(".")[0]
+    lora: Any = config.model.lora  # PEFT declares alpha an int and takes any number
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(factors),
+        modules_to_save=[head_path],
+    )
+    backbone = create_backbone(config.model, trained.classes, config.seed)
+    wrapped: Any = get_peft_model(backbone, settings)
+    with torch.no_grad():
+        for path, of_layer in factors.items():
+            layer = wrapped.base_model.model.get_submodule(path)
+            layer.lora_A["default"].weight.copy_(of_layer.A)
+            layer.lora_B["default"].weight.copy_(of_layer.B)
+        for name, tensor in head.items():
+            module = wrapped.base_model.model.get_submodule(head_path).modules_to_save["default"]
+            getattr(module, name.rpartition(".")[2]).copy_(tensor)
+    wrapped.save_pretrained(out)
+    options = _options(config.model, backbone, trained.classes)
+    return f'PeftModel.from_pretrained(<{config.model.name} with its frozen weights, {options}>, "{out}")'
+
+
+def _options(config: Any, backbone: nn.Module, classes: int) -> str:
+    """What timm.create_model needs to make this backbone again; a convolutional one takes no img_size."""
+    size = config.image_size if "img_size" in inspect.signature(type(backbone).__init__).parameters else None
+    return f"num_classes={classes}" + (f", img_size={size}" if size else "")
+
+
+def _short(values: list[float]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"

@@ -1,0 +1,246 @@
+"""Run a federation: from the command on the processes of a launched Fabric, from Python in place or as a child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafair.cluster.placement import processes_started, without_launch
+from lorafair.cluster.signals import INTERRUPTED, Interrupted, handling_signals
+from lorafair.config.loading import load_config, settle, to_yaml
+from lorafair.config.schema import Config
+from lorafair.console import printing
+from lorafair.errors import ConfigError, LorafairError
+from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_placement, run_until_stopped
+from lorafair.reporting.run_dir import CONFIG_FILE, Curve, read_metrics, read_result
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorafair.reporting.callbacks import Callback
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run has left in its directory."""
+
+    run_dir: Path
+
+    @cached_property
+    def _result(self) -> dict[str, Any]:
+        return read_result(self.run_dir)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Top-1 accuracy, the unweighted mean over domains (and clients, where each has a model of its own)."""
+        return float(self._result["mean_accuracy"])
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Top-1 accuracy by domain."""
+        return dict(self._result["accuracy"])
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All of result.json: totals of bytes and seconds, settings, versions, sums of what the run began from."""
+        return self._result
+
+    @cached_property
+    def metrics(self) -> dict[str, Curve]:
+        """Every scalar by TensorBoard tag, as {round: value}."""
+        return read_metrics(self.run_dir)
+
+    @cached_property
+    def config(self) -> Config:
+        """The complete configuration."""
+        return load_config(str(self.run_dir / CONFIG_FILE))
+
+    def load_model(self) -> nn.Module:
+        """The global model of the last round, on the CPU, in evaluation mode.
+
+        Returns:
+            A timm model (or the module of a plug-in's backbone) with the adapters merged into its weights and the
+            trained head in its place. Its input are images normalised as the run has done it (`model.pretrained_cfg`
+            tells, unless model.normalization names another one).
+
+        Raises:
+            LorafairError: The run has no global model, as its clients keep one each.
+        """
+        from lorafair.commands.export import merged_model
+
+        return merged_model(self.run_dir)
+
+    def __repr__(self) -> str:
+        accuracy = ", ".join(f"{domain} {100 * value:.1f}" for domain, value in self.accuracy.items())
+        return f"RunResult(mean accuracy {100 * self.mean_accuracy:.1f} %: {accuracy}; {self.run_dir})"
+
+
+def run(
+    *arguments: Config | str | Path | Sequence[str], callbacks: Sequence[Callback] = (), **options: Any
+) -> RunResult:
+    """Run, or continue, a federation and return its result.
+
+    One process runs in place: no process group is opened, and a first Ctrl-C (or "interrupt" in a notebook) stops the
+    run once the client in training is done, with everything saved. More processes (fabric.devices, fabric.num_nodes)
+    are started as a child, whose lines are shown.
+
+    Args:
+        arguments: A `Config`; or YAML files and `key=value` pairs, as for `load_config`.
+        callbacks: Objects whose methods are called while the run goes on; for one process. Those that plug-ins have
+            registered are named by the option of that name: `"callbacks=[best_round]"`.
+        options: Further values by key: `rounds=3`, `**{"method.name": "fedit"}`.
+
+    Returns:
+        The result, also of a run that was finished before: nothing is computed again.
+
+    Raises:
+        ConfigError: One line that names the key, what was given and what is possible.
+        LorafairError: The data, the weights or a checkpoint cannot be used.
+        KeyboardInterrupt: The run was interrupted; the same call continues it.
+
+    Example:
+        >>> result = lorafair.run("conf/synthetic.yaml", "rounds=3")
+        >>> result.mean_accuracy, result.accuracy["plain"], result.metrics["train/loss"][3]
+    """
+    check_called_once("run")
+    let_idle_threads_sleep()
+    config = _config_of(arguments, options)
+    with printing():
+        if (config.fabric.devices or 1) * (config.fabric.num_nodes or 1) > 1:
+            if callbacks:
+                raise ConfigError(
+                    "callbacks= is for one process; with more, register them in a plug-in (lorafair.register_callback) "
+                    "and name them in `callbacks` and `plugins`"
+                )
+            _check_child_can_know(config)
+            run_as_child("run", config)
+        else:
+            _run_in_place(config, callbacks)
+    return RunResult(config.folder)
+
+
+def run_command(config: Config) -> int:
+    """Check what needs no images, launch the processes and run the federation on each; returns the exit status."""
+    placement = resolve_placement(config.fabric)
+
+    from lorafair.commands.checks import check_devices, check_run
+
+    check_devices(config, placement)
+    check_run(config)
+
+    from lorafair.federation import run_federation
+
+    fabric = launch(config.fabric, placement, f"run directory {config.folder}")
+    return run_until_stopped(fabric, config.fabric, placement, lambda: run_federation(fabric, config))
+
+
+def check_called_once(command: str) -> None:
+    """Raise ConfigError where several processes call lorafair.run or compare, and each would do all of it."""
+    processes = processes_started(os.environ)
+    if processes > 1:
+        raise ConfigError(
+            f"lorafair.{command} is called by each of {processes} processes that srun or torchrun has started, and "
+            "each would do all of it; call it in one process, or have the command started: "
+            f"srun lorafair {command} FILE.yaml"
+        )
+
+
+def run_as_child(command: str, config: Config, *more: str) -> None:
+    """Run a complete configuration by a subcommand in processes of its own and show their lines.
+
+    Raises LorafairError with the last line where it fails, KeyboardInterrupt where it was interrupted.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"{config.folder.parent.name or 'run'}.yaml")
+        file.write_text(to_yaml(config), encoding="utf-8")
+        show_child([command, str(file), *more])
+
+
+def show_child(arguments: Sequence[str]) -> None:
+    """Run the command in a child process and print its lines as they come. Raises as `run_as_child`."""
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lorafair", *arguments],
+        env={**without_launch(os.environ), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches this process alone, which hands it on
+    )
+    assert child.stdout is not None
+    last = ""
+    while True:
+        try:
+            for line in child.stdout:
+                print(line, end="", flush=True)
+                last = line.strip() or last
+            status = child.wait()
+            break
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if status:
+        raise LorafairError(last.removeprefix("error: ") or f"the run has ended with status {status}")
+
+
+def _config_of(arguments: Sequence[Config | str | Path | Sequence[str]], options: dict[str, Any]) -> Config:
+    """The configuration that `run` was given."""
+    if not any(isinstance(argument, Config) for argument in arguments):
+        return load_config(*arguments, **options)  # type: ignore[arg-type]
+    if len(arguments) > 1:
+        raise ConfigError("give one Config, or files and key=value pairs, not both")
+    (config,) = arguments
+    assert isinstance(config, Config)
+    if options:
+        raise ConfigError(
+            f"a Config is complete: change it by dataclasses.replace(config, {next(iter(options))}=...) instead of "
+            f"{next(iter(options))}="
+        )
+    return settle(config)
+
+
+def _run_in_place(config: Config, callbacks: Sequence[Callback]) -> None:
+    from lorafair.commands.checks import check_run
+
+    check_run(config)
+
+    from lorafair.federation import run_federation
+
+    with handling_signals():
+        try:
+            with in_place(config.fabric) as fabric:
+                run_federation(fabric, config, callbacks)
+        except Interrupted as stop:
+            raise KeyboardInterrupt(f"{stop}; the same call continues") from None
+
+
+def _check_child_can_know(config: Config) -> None:
+    """Raise ConfigError for a name that was registered in this process alone, outside of any plug-in."""
+    from lorafair import registry
+
+    for names, name in (
+        (registry.METHODS, str(config.method["name"])),
+        (registry.SOURCES, config.data.source),
+        (registry.PARTITIONS, config.partition.scheme),
+        (registry.BACKBONES, config.model.name),
+        *((registry.METRICS, name) for name in config.evaluation.metrics),
+        *((registry.CALLBACKS, name) for name in config.callbacks),
+        *((registry.LOGGERS, name) for name in config.loggers),
+    ):
+        if not names.is_known_to_others(name, config.plugins):
+            raise ConfigError(
+                f"{names.kind} {name} is registered in this process alone, and fabric.devices={config.fabric.devices} "
+                "starts others; put it into a file and name that in `plugins`, or set fabric.devices=1"
+            )

@@ -1,0 +1,60 @@
+"""What a real federation would send: bytes up and down in a round, over all its clients.
+
+Letters: R rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorafair.aggregation.base import Aggregator, ServerUpdate
+from lorafair.model.adapter import AdapterLayout, Part
+
+BYTES_PER_NUMBER = 4  # adapters travel in float32
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one round."""
+
+    up: int = 0
+    down: int = 0
+
+    @property
+    def total(self) -> int:
+        """Both ways."""
+        return self.up + self.down
+
+
+def round_traffic(
+    layout: AdapterLayout,
+    aggregator: Aggregator,
+    update: ServerUpdate,
+    round_index: int,
+    lora_ranks: Sequence[int],
+) -> Traffic:
+    """What the clients of a round, of these LoRA ranks, send and receive; nothing where data is pooled.
+
+    A client of rank r sends and receives r rows of A and columns of B, and no more than the server has to send.
+    """
+    if aggregator.pools_data:
+        return Traffic()
+    folded = sum(f.A.numel() + f.B.numel() for f in update.folded.values())
+    sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
+    up = sum(_numbers(layout, sends, rank, {}) for rank in lora_ranks)
+    down = sum(_numbers(layout, receives, rank, update.sent_rank) + folded for rank in lora_ranks)
+    return Traffic(up * BYTES_PER_NUMBER, down * BYTES_PER_NUMBER)
+
+
+def with_control_variates(traffic: Traffic) -> Traffic:
+    """The same with SCAFFOLD: control variates of what is trained travel both ways, as in its paper."""
+    return Traffic(2 * traffic.up, traffic.down + traffic.up)
+
+
+def _numbers(layout: AdapterLayout, parts: Sequence[Part], rank: int, sent_rank: Mapping[str, int]) -> int:
+    """Numbers in these parts of one client's adapter of this LoRA rank."""
+    total = layout.length - layout.adapter_length if "head" in parts else 0
+    for path, (a, b) in layout.factors.items():
+        total += min(rank, sent_rank.get(path, rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
+    return total

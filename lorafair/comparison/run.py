@@ -1,0 +1,165 @@
+"""Run what a comparison has left to do, one run after the other, on the processes of one launched Fabric."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorafair.cluster.signals import Interrupted
+from lorafair.communication.agreement import abort_on_all_ranks, same_error_on_all_ranks
+from lorafair.comparison.listing import options_text
+from lorafair.comparison.plan import FAILED, Comparison, Run, check_folders, failure_of
+from lorafair.comparison.report import write_report
+from lorafair.config.schema import Config
+from lorafair.console import log
+from lorafair.errors import LorafairError, one_line
+from lorafair.federation import run_federation
+from lorafair.files.writing import write_atomically
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What rank 0 says about one run."""
+
+    candidate: int  # which of the tuned options a final run takes
+    skip: bool = False  # it is done
+    failure: str = ""  # why it cannot be tried
+
+
+def run_comparison(
+    fabric: Fabric, comparison: Comparison, *, index: int | None = None, only_tuning: bool = False
+) -> None:
+    """Do the runs that are not done yet, and report unless a part was asked for. Call on every rank.
+
+    A run that fails is recorded in its folder, and the others go on. Raises LorafairError at the end if a final run
+    failed, or the one run of `index`, or all tuning runs of a method with `only_tuning`; at once if a folder holds
+    another run.
+    """
+    runs = [run for run in comparison.runs if run.candidate is not None] if only_tuning else comparison.runs
+    runs = [comparison.runs[index]] if index is not None else runs
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero and index is None:
+            check_folders(comparison)
+    failures: list[str] = []  # of the runs that count; the same on all ranks
+    for number, run in enumerate(runs, start=1):
+        failure = execute_run(fabric, comparison, run, f"[{number}/{len(runs)}]")
+        if failure and (run.candidate is None or index is not None):
+            failures.append(f"{run.name}: {failure}")
+    if index is None:
+        with same_error_on_all_ranks(fabric):
+            if fabric.is_global_zero and only_tuning:
+                report_tuning(comparison)
+            elif fabric.is_global_zero:
+                write_report(comparison)
+    if failures:
+        abort_on_all_ranks(fabric, f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}")
+
+
+def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str) -> str:
+    """One run, unless it is done; returns why it failed, on every rank alike, or an empty text.
+
+    Raises Interrupted on every rank where the comparison is asked to stop.
+    """
+    decision: Decision | None = None
+    with same_error_on_all_ranks(fabric) as agreed:  # rank 0 reads what is done: file systems lag between nodes
+        if fabric.is_global_zero:
+            decision = decide(comparison, run)
+    if agreed.stop:
+        raise Interrupted(agreed.stop, f"before {run.name}")
+    decision = fabric.broadcast(decision)
+    assert decision is not None
+    config = comparison.config(run, decision.candidate)
+    chosen = comparison.candidates[run.candidate if run.candidate is not None else decision.candidate]
+    options = f" with {options_text(chosen)}" if chosen else ""
+    log.info(f"\n{progress} {run.name}{options}{': done before' if decision.skip else ''}")
+    if decision.skip:
+        return ""
+    failure = decision.failure
+    if not failure:
+        with clearing_failure(fabric, run):
+            failure = try_federation(fabric, config)
+    if failure:
+        with same_error_on_all_ranks(fabric):
+            if fabric.is_global_zero:
+                record_failure(run, failure)
+                log.info(f"failed: {failure}")
+    return str(fabric.broadcast(failure))  # the ranks above 0 leave a run without a text
+
+
+def decide(comparison: Comparison, run: Run) -> Decision:
+    """What to do about a run, as the folders are now. Raises ConfigError if its tuning is not complete."""
+    if run.candidate is not None:
+        return Decision(run.candidate, skip=comparison.state(run)[0] == "done")
+    choice = comparison.choice(run.setting, run.method)
+    if choice is None:
+        left = ", ".join(map(str, comparison.waits_for(run)))
+        raise LorafairError(f"{run.name} waits for its tuning; run --index {left} first (or --tune)")
+    if choice.best is None:
+        return Decision(0, failure=f"all of its tuning runs failed: {'; '.join(choice.failures)}")
+    return Decision(choice.best, skip=comparison.state(run)[0] == "done")
+
+
+@contextmanager
+def clearing_failure(fabric: Fabric, run: Run) -> Iterator[None]:
+    """Forget an earlier failure of a run that is tried again, and give its memory back afterwards."""
+    if fabric.is_global_zero:
+        (run.folder / FAILED).unlink(missing_ok=True)
+    yield
+    gc.collect()  # models and loaders refer to themselves
+    if fabric.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def try_federation(fabric: Fabric, config: Config) -> str:
+    """Run a federation; returns why it failed, or an empty text.
+
+    An error of a run is raised on all ranks (agreement.abort_on_all_ranks): rank 0 knows the reason, the others leave.
+    """
+    try:
+        run_federation(fabric, config)
+    except LorafairError as error:
+        return str(error)
+    except SystemExit as leave:
+        if fabric.is_global_zero or leave.code != 2:
+            raise
+        return "see rank 0"
+    return ""
+
+
+def record_failure(run: Run, failure: str) -> None:
+    """Leave a failure in the run's folder."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.folder / FAILED, f"{one_line(failure)}\n")
+
+
+def report_tuning(comparison: Comparison) -> None:
+    """Say what tuning has chosen. Raises LorafairError if all runs of a grid failed."""
+    problems = []
+    log.info("")
+    for setting in comparison.settings:
+        for method in comparison.methods:
+            choice = comparison.choice(setting, method)
+            if choice is None or choice.best is None:
+                problems.append(
+                    f"{setting} / {method}: all tuning runs failed: {failures_of(comparison, setting, method)}"
+                )
+                continue
+            accuracy = 100 * (choice.accuracies[choice.best] or 0)
+            chosen = options_text(comparison.candidates[choice.best])
+            log.info(f"{setting} / {method}: {chosen} ({accuracy:.1f} % of the held-out images)")
+    if problems:
+        raise LorafairError("; ".join(problems))
+
+
+def failures_of(comparison: Comparison, setting: str, method: str) -> str:
+    """The failures of a grid in one line."""
+    runs: Sequence[Run] = comparison.tuning_runs(setting, method)
+    return "; ".join(f"{run.folder.name}: {failure_of(run)}" for run in runs)

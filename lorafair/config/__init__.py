@@ -1,0 +1,37 @@
+"""The configuration of a run: what its options are, how they are read, checked and explained."""
+
+from lorafair.config.identity import identity_settings
+from lorafair.config.loading import load_config, settle, to_yaml
+from lorafair.config.schema import (
+    CheckpointConfig,
+    ClientConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    FabricConfig,
+    FederationConfig,
+    LoRAConfig,
+    ModelConfig,
+    PartitionConfig,
+    ServerConfig,
+)
+from lorafair.errors import ConfigError
+
+__all__ = [
+    "CheckpointConfig",
+    "ClientConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "FabricConfig",
+    "FederationConfig",
+    "LoRAConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "ServerConfig",
+    "identity_settings",
+    "load_config",
+    "settle",
+    "to_yaml",
+]

@@ -1,0 +1,83 @@
+"""What somebody may have meant who typed an option that there is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lorafair.config.options import all_options, group_of
+from lorafair.config.schema import Config
+from lorafair.errors import ConfigError, did_you_mean
+
+# Options that had another name, by the name they had.
+RENAMED = {
+    "client.final_share": "client.final_fraction",
+    "model.lora.client_rank_shares": "model.lora.client_rank_probabilities",
+}
+# What other programs call them.
+_ELSEWHERE = {
+    "lr": "client.learning_rate",
+    "wd": "client.weight_decay",
+    "bs": "client.batch_size",
+    "optim": "client.optimizer",
+    "local_epochs": "client.epochs",
+    "local_steps": "client.steps",
+    "num_rounds": "rounds",
+    "n_rounds": "rounds",
+    "global_rounds": "rounds",
+    "num_clients": "partition.clients",
+    "n_clients": "partition.clients",
+    "num_users": "partition.clients",
+    "dataset": "data.source",
+    "data_dir": "data.root",
+    "backbone": "model.name",
+    "pretrained": "model.weights",
+    "img_size": "model.image_size",
+    "r": "model.lora.rank",
+    "lora_rank": "model.lora.rank",
+    "lora_r": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "target_modules": "model.lora.targets",
+    "dirichlet_alpha": "partition.alpha",
+    "gpus": "fabric.devices",
+    "nodes": "fabric.num_nodes",
+    "device": "fabric.accelerator",
+    "output_dir": "run_dir",
+    "log_dir": "run_dir",
+    "out": "run_dir",
+    "algorithm": "method.name",
+    "aggregator": "method.name",
+    "strategy": "method.name",
+    "lambda": "method.regularization",
+    "mu": "client.proximal",
+}
+
+
+def unknown_option(key: str, value: Any, origin: str) -> ConfigError:
+    """The error for a key that is no option: what it could have been, and what there is in its group."""
+    if key in RENAMED:
+        return ConfigError(f"{origin}{key} is now {RENAMED[key]}")
+    owner: Any = Config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        known = {f.name: group_of(f) for f in dataclasses.fields(owner)} if owner is not None else {}
+        where = ".".join(parts[:depth])
+        if not known:
+            return ConfigError(f"{origin}there is no option {key}: {where} is a value, not a group of options")
+        if part not in known:
+            hint = _elsewhere(parts[-1], value) or did_you_mean(part, known, f"{where}." if where else "")
+            options = f"options{f' of {where}' if where else ''}: {', '.join(known)}"
+            return ConfigError(f"{origin}there is no option {key}; {hint}{options}")
+        owner = known[part]
+    raise AssertionError(f"{key} is an option")
+
+
+def options_called(name: str) -> list[str]:
+    """Options, in any group, whose last name is this one, or that other programs call so."""
+    found = [key for key, _ in all_options(Config) if key.rpartition(".")[2] == name]
+    return found or [meant for called, meant in _ELSEWHERE.items() if called == name.lower()]
+
+
+def _elsewhere(name: str, value: Any) -> str:
+    shown = [f"{key}={value}" if not isinstance(value, dict | list) else key for key in options_called(name)]
+    return f"did you mean {' or '.join(shown)}? " if shown else ""

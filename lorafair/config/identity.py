@@ -1,0 +1,77 @@
+"""What makes two runs the same run: the settings that change numbers, and where they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lorafair.config.options import all_options, group_of, option_of
+from lorafair.config.schema import Config
+
+PLUGINS = "plugins"  # the group with a sum of each file of a plug-in that defines something of the run
+_NOT_SET = "not set"
+_SHOWN = 40  # characters of a value
+_FOLLOWS = ("images", "classes", "frozen_weights")  # from settings, which say more
+
+
+def identity_settings(config: Any) -> dict[str, Any]:
+    """The settings that change numbers, group by group: what a run and its continuation must agree in."""
+    settings: dict[str, Any] = {}
+    for declared in dataclasses.fields(config):
+        value = getattr(config, declared.name)
+        if group_of(declared) is not None:
+            if within := identity_settings(value):
+                settings[declared.name] = within
+        elif option_of(declared).identity:
+            settings[declared.name] = dict(value) if isinstance(value, Mapping) else value
+    return settings
+
+
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """`key is x there and y here` for the settings that differ, three of them in full; empty if none does.
+
+    Both as `identity_settings` gives them, theirs perhaps read from a file of an older version: an option that was not
+    there yet counts as its default.
+    """
+    # Through JSON, as theirs went: paths are texts there and tuples are lists. An empty group is as good as none.
+    both = (flatten(json.loads(json.dumps(tree, default=str))) for tree in (theirs, mine))
+    there, here = ({key: value for key, value in flat.items() if value != {}} for flat in both)
+    defaults = _defaults()
+    found = [
+        _difference(key, there.get(key, _NOT_SET), here.get(key, _NOT_SET))
+        for key in sorted(there.keys() | here.keys(), key=lambda key: (key in _FOLLOWS, key))
+        if there.get(key, defaults.get(key)) != here.get(key, defaults.get(key))
+    ]
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _difference(key: str, there: object, here: object) -> str:
+    if key.startswith(f"{PLUGINS}.") and _NOT_SET not in (there, here):
+        return f"the file that defines {key.removeprefix(f'{PLUGINS}.')} has changed"
+    return f"{key} is {_short(there)} there and {_short(here)} here"
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested groups as one, with dotted keys."""
+    return dict(leaves(tree))
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested groups that is no group, or an empty one."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _defaults() -> dict[str, Any]:
+    plain = {key: declared.default for key, declared in all_options(Config)}
+    return {key: value for key, value in plain.items() if value is not dataclasses.MISSING}
+
+
+def _short(value: object) -> str:
+    return text if len(text := str(value)) <= _SHOWN else f"{text[:_SHOWN]}…"

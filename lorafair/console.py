@@ -1,0 +1,160 @@
+"""What a run prints: the lines of the logger "lorafair" on stdout, progress within a round, tables, durations.
+
+Lines come from rank 0 alone, unless they are logged with `extra=EVERY_RANK`. Importing this module changes nothing:
+whoever runs something (the command, `lorafair.run`) switches printing on with `printing`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger("lorafair")
+EVERY_RANK = {"every_rank": True}  # for `extra` of a line that more processes than rank 0 print
+
+_TERMINAL_SECONDS = 0.2  # between two states of a progress line on a terminal
+_LOG_SECONDS = 60.0  # the same in a log, which keeps all of them
+_ERASE_LINE = "\r\x1b[K"
+
+
+class _Console(logging.Handler):
+    """Prints to what sys.stdout is at the moment: tests and notebooks replace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank = 0
+        self.progress_shown = False
+        self.addFilter(lambda record: self.rank == 0 or getattr(record, "every_rank", False))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line now: job logs are read while the job runs."""
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        self.write(f"{prefix}{record.getMessage()}\n")
+
+    def write(self, text: str, *, stays: bool = True) -> None:
+        """Write in place of the progress line, if one is shown. `stays`: it is no progress line itself."""
+        try:
+            sys.stdout.write((_ERASE_LINE if self.progress_shown else "") + text)
+            sys.stdout.flush()
+        except ValueError:  # stdout was closed
+            return
+        except BrokenPipeError:  # whoever reads it, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self.progress_shown = not stays
+
+
+_console = _Console()
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Print the lines of the logger "lorafair" for the time of the block, and leave logging as it was."""
+    if _console in log.handlers:
+        yield
+        return
+    level, propagate = log.level, log.propagate
+    log.addHandler(_console)
+    log.setLevel(min(level or logging.INFO, logging.INFO))
+    log.propagate = False
+    _console.rank = 0
+    try:
+        yield
+    finally:
+        log.removeHandler(_console)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def set_rank(rank: int) -> None:
+    """Let only rank 0 print from now on."""
+    _console.rank = rank
+
+
+class Progress:
+    """Something that takes long, told by one line: rewritten in place on a terminal, once a minute in a log.
+
+    The line says how much is done, how fast it goes and how long the rest will take at the pace so far.
+    """
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._began = self._shown = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `show` would print now: ask before counting takes time."""
+        pause = _TERMINAL_SECONDS if sys.stdout.isatty() else _LOG_SECONDS
+        return _console.rank == 0 and _console in log.handlers and time.monotonic() - self._shown >= pause
+
+    def show(self, done: int, more: str = "") -> None:
+        """Print how far it is, if the last time is long enough ago. `more` stands between the count and the pace."""
+        if not self.is_due or not done:
+            return
+        self._shown = time.monotonic()
+        passed = self._shown - self._began
+        left = passed * (self._total - done) / done
+        line = (
+            f"{self._what}: {more}{done:,} of {self._total:,} {self._unit}, {done / passed:,.0f}/s, "
+            f"{clock_text(left)} left"
+        )
+        if sys.stdout.isatty():
+            _console.write(_ERASE_LINE + line[: _columns() - 1], stays=False)
+        else:
+            _console.write(f"{line}\n")
+
+    def close(self) -> None:
+        """Take the line off the terminal."""
+        if _console.progress_shown:
+            _console.write("")
+
+
+def _columns() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def clock_text(seconds: float) -> str:
+    """A duration as 1:05 (minutes and seconds) or 2:01:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in words, as options give it: 8 seconds, 2.5 minutes."""
+    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A plain text table; the first `left` columns left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    rule = "  ".join("-" * w for w in widths)
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as Markdown; the first column left-aligned, the others right-aligned."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 round, 2 rounds; `many` where that is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
+def plain(value: Any) -> str:
+    """A value of an option as a user would type it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Data sets that are built offline from packages: GlyphDomains, DigitsDomains, EmojiDomains."""

@@ -1,0 +1,295 @@
+"""From a configuration to everything a run needs: images, clients, model, evaluation, the checkpoint to continue from.
+
+Letters: C clients side by side, N clients of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafair import registry
+from lorafair.aggregation.base import Aggregator
+from lorafair.aggregation.registry import method_of
+from lorafair.caching.inputs import Inputs, open_inputs
+from lorafair.checkpointing.checkpoint import Checkpoint, find_checkpoint, make_run_dir, mark_begun, resume_of_restarted
+from lorafair.cluster.slurm import slurm_job
+from lorafair.communication.agreement import same_error_on_all_ranks
+from lorafair.config.identity import PLUGINS, identity_settings
+from lorafair.config.schema import ClientConfig, Config
+from lorafair.console import counted, log
+from lorafair.data.images import ImageData
+from lorafair.data.partition import Client, partition, pooled
+from lorafair.data.sources import load_images
+from lorafair.errors import ConfigError
+from lorafair.evaluation import Evaluator
+from lorafair.model.adapted_model import AdaptedModel
+from lorafair.model.adapter import AdapterLayout, Part
+from lorafair.model.backbone import build_model, image_size_of
+from lorafair.schedule import Scheduler
+from lorafair.seeding import seeded
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+# client.cohort=auto: enough cohorts for many ranks, and steps whose activations fit into a core's cache, or fill a GPU.
+COHORTS_OF_ROUND = 16
+NUMBERS_OF_STEP = {"cpu": 2**19, "gpu": 2**25}  # that enter an adapted layer
+
+
+@dataclass
+class Experiment:
+    """What stays the same over the rounds, on one rank. `open_inputs` completes it."""
+
+    fabric: Fabric
+    config: Config
+    aggregator: Aggregator
+    data: ImageData
+    clients: tuple[Client, ...]  # (N,)
+    lora_ranks: tuple[int, ...]  # (N,) of the clients' factors
+    local: ClientConfig  # config.client, with the work of all clients in the one of the centralised reference
+    cohort: int  # C, clients trained side by side
+    model: AdaptedModel
+    identity: dict[str, Any]  # what a checkpoint must agree with
+    labels: Tensor  # of all training images, on the device
+    _inputs: Inputs | None = field(default=None, repr=False)
+    _evaluator: Evaluator | None = field(default=None, repr=False)
+
+    @property
+    def inputs(self) -> Inputs:
+        """Where the batches for training and evaluation come from."""
+        assert self._inputs is not None, "open_inputs() comes first"
+        return self._inputs
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Of the test images."""
+        assert self._evaluator is not None, "open_inputs() comes first"
+        return self._evaluator
+
+    def open_inputs(self) -> None:
+        """Find, or decode and compute, what the model is fed with. May take minutes. Call on every rank."""
+        self._inputs = open_inputs(self.fabric, self.config, self.model, self.data)
+        evaluation = self.config.evaluation
+        self._evaluator = Evaluator(
+            self.fabric,
+            self._inputs.test,
+            self.data,
+            batch_size=evaluation.batch_size,
+            metrics=evaluation.metrics,
+        )
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """Of a packed adapter."""
+        return self.model.adapters.layout
+
+    @cached_property
+    def scheduler(self) -> Scheduler:
+        """Plans the rounds."""
+        pooled_data, federation = self.aggregator.pools_data, self.config.federation
+        return Scheduler(
+            seed=self.config.seed,
+            sizes=self.sizes,
+            costs=self.costs,
+            clients_per_round=None if pooled_data else federation.clients_per_round,
+            weighting=federation.weighting,
+            cohort=self.cohort,
+            world_size=self.fabric.world_size,
+        )
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Training images of each client (N,)."""
+        return [len(client.indices) for client in self.clients]
+
+    @cached_property
+    def costs(self) -> list[int]:
+        """Images that each client visits in a round (N,)."""
+        local = self.local
+        if local.steps is not None:
+            return [local.steps * min(local.batch_size, size) for size in self.sizes]
+        return [(local.epochs or 1) * size for size in self.sizes]
+
+    @property
+    def personal_parts(self) -> tuple[Part, ...]:
+        """What of its own row each client starts from; the rest comes from the server."""
+        local: tuple[Part, ...] = ("A", "B")
+        return local if self.config.federation.initialization == "local" else self.aggregator.personal_parts
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What the first rank of a node builds, and the others then find in the cache."""
+
+    data: ImageData
+    clients: tuple[Client, ...]
+    lora_ranks: tuple[int, ...]
+    local: ClientConfig
+    model: AdaptedModel
+
+
+def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkpoint | None]:
+    """Build everything but the inputs, and find the checkpoint to continue from. Call on every rank.
+
+    What has to be fetched is fetched once a node.
+
+    Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
+    """
+    aggregator = method_of(config)
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero:
+            make_run_dir(config.folder)
+    loaded = _load_in_turns(fabric, config, aggregator)
+    model = loaded.model
+    cohort = cohort_size(config, loaded.clients, model, fabric.device)
+    model.attach(fabric.device, cohort)
+    if config.model.compile is not None:
+        model.compile(backend=config.model.compile)
+    identity = _identity(config, loaded.data, model)
+    _introduce(config, loaded, cohort, fabric.world_size)
+    experiment = Experiment(
+        fabric=fabric,
+        config=config,
+        aggregator=aggregator,
+        data=loaded.data,
+        clients=loaded.clients,
+        lora_ranks=loaded.lora_ranks,
+        local=loaded.local,
+        cohort=cohort,
+        model=model,
+        identity=identity,
+        labels=torch.from_numpy(loaded.data.train.labels).to(fabric.device),
+    )
+    return experiment, _checkpoint_to_continue_from(fabric, config, identity)
+
+
+def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator) -> _Loaded:
+    """The first rank of each node, then the others."""
+    loaded: _Loaded | None = None
+    for first in (True, False):
+        with same_error_on_all_ranks(fabric):
+            if first == (fabric.local_rank == 0):
+                loaded = _load(config, aggregator)
+    assert loaded is not None
+    return loaded
+
+
+def _load(config: Config, aggregator: Aggregator) -> _Loaded:
+    data, local = load_images(config.data, config.seed), config.client
+    clients = partition(config.partition, data.train.labels, data.train.domains, data.domains, config.seed)
+    wanted = config.federation.clients_per_round
+    if wanted is not None and wanted > len(clients):
+        raise ConfigError(f"federation.clients_per_round={wanted}: there are {len(clients)} clients")
+    if aggregator.pools_data:
+        if local.steps is not None:  # as many images a round as the clients of a federated round see together
+            local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
+        clients = pooled(data.train.labels)
+    model = build_model(config.model, len(data.classes), config.seed)
+    return _Loaded(data, clients, lora_ranks_of_clients(config, len(clients)), local, model)
+
+
+def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[str, Any]) -> Checkpoint | None:
+    """On every rank, read by rank 0: before minutes are spent on tokens."""
+    found = None
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero:
+            job = slurm_job(os.environ)
+            found = find_checkpoint(config.folder, resume_of_restarted(config.folder, config.resume, job), identity)
+            mark_begun(config.folder, job)
+            if found is not None and found.completed_rounds > config.rounds:
+                raise ConfigError(
+                    f"rounds={config.rounds}: {config.folder} has {found.completed_rounds} rounds already; set more "
+                    "rounds, or choose another run_dir"
+                )
+    return fabric.broadcast(found)
+
+
+def _identity(config: Config, data: ImageData, model: AdaptedModel) -> dict[str, Any]:
+    """Settings that change numbers, what plug-ins have defined, images and frozen weights before any folding."""
+    named = (
+        (registry.METHODS, str(config.method["name"])),
+        (registry.SOURCES, config.data.source),
+        (registry.PARTITIONS, config.partition.scheme),
+        (registry.BACKBONES, config.model.name),
+    )
+    plugins = {f"{names.kind} {name}": names.source_sum(name) for names, name in named if names.is_added(name)}
+    images = {"images": data.fingerprint, "classes": data.classes}
+    weights = {"frozen_weights": model.fingerprint()}
+    return identity_settings(config) | ({PLUGINS: plugins} if plugins else {}) | images | weights
+
+
+def lora_ranks_of_clients(config: Config, clients: int) -> tuple[int, ...]:
+    """The LoRA rank of each client: given one by one, or drawn from levels with the seed.
+
+    Raises ConfigError if they do not fit the number of clients.
+    """
+    lora = config.model.lora
+    if lora.client_ranks is None:
+        return (lora.rank,) * clients
+    if lora.client_rank_probabilities is None:
+        check_client_ranks(config, clients)
+        return lora.client_ranks
+    probabilities = torch.tensor(lora.client_rank_probabilities, dtype=torch.float64)
+    drawn = torch.multinomial(probabilities, clients, replacement=True, generator=seeded(config.seed, "ranks"))
+    return tuple(lora.client_ranks[level] for level in drawn.tolist())
+
+
+def check_client_ranks(config: Config, clients: int) -> None:
+    """Raise ConfigError where the ranks are given client by client, and not for as many as there are."""
+    lora = config.model.lora
+    one_by_one = lora.client_ranks is not None and lora.client_rank_probabilities is None
+    if one_by_one and len(lora.client_ranks or ()) != clients:
+        raise ConfigError(
+            f"model.lora.client_ranks has {len(lora.client_ranks or ())} ranks for {clients} clients; give one a "
+            "client, or levels with their model.lora.client_rank_probabilities"
+        )
+
+
+def cohort_size(config: Config, clients: tuple[Client, ...], model: AdaptedModel, device: torch.device) -> int:
+    """C, the clients trained side by side: client.cohort, or for auto what follows from model, batch and clients.
+
+    It depends on no measurement and not on the number of ranks, because the last bits of a client's numbers can depend
+    on who trains beside it.
+    """
+    if config.client.cohort != "auto":
+        return config.client.cohort
+    selected = min(config.federation.clients_per_round or len(clients), len(clients))
+    most = selected // COHORTS_OF_ROUND
+    if most <= 1:
+        return 1
+    batch = min(config.client.batch_size, max(len(client.indices) for client in clients))
+    numbers = batch * model.numbers_per_image(image_size_of(config.model))
+    return max(1, min(most, int(NUMBERS_OF_STEP["cpu" if device.type == "cpu" else "gpu"] / numbers)))
+
+
+def _introduce(config: Config, loaded: _Loaded, cohort: int, world_size: int) -> None:
+    """Say what there is."""
+    data, clients, layout = loaded.data, loaded.clients, loaded.model.adapters.layout
+    images = np.array([len(client.indices) for client in clients])
+    log.info(f"images: {data.description}")
+    log.info(
+        f"        {counted(len(data.domains), 'domain')}, {counted(len(data.classes), 'class', 'classes')}, "
+        f"{len(data.train.labels):,} for training, {len(data.test.labels):,} for the test"
+    )
+    beside = f", {cohort} side by side" if cohort > 1 else ""
+    log.info(f"clients: {len(clients)} with {images.min():,} to {images.max():,} images each{beside}")
+    log.info(
+        f"model: {config.model.name} ({config.model.weights}), LoRA rank {config.model.lora.rank} on "
+        f"{len(layout.factors)} layers: {layout.adapter_length:,} adapter and "
+        f"{layout.length - layout.adapter_length:,} head parameters a client"
+    )
+    busy = min(config.federation.clients_per_round or len(clients), len(clients))
+    busy = -(-busy // cohort)
+    if world_size > busy:
+        log.warning(
+            f"{world_size - busy} of {world_size} processes have no client to train; "
+            f"fabric.devices x fabric.num_nodes = {busy} would be enough (evaluation uses all)"
+        )

@@ -1,0 +1,1 @@
+"""Files: written whole, fetched once, shipped with the package."""

@@ -1,0 +1,303 @@
+"""From a configuration to the processes of a run on Lightning Fabric, and what happens when they are stopped.
+
+Fabric brings the devices, the launcher and the process group. The model is never passed to `fabric.setup`, which would
+average the gradients of different clients. Nothing heavy is imported before `launch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from lorafair import __version__, console, third_party
+from lorafair.cluster.placement import Placement, detect
+from lorafair.cluster.signals import FAILED, INTERRUPTED, SAVED, Interrupted, handle_only, set_time_limit
+from lorafair.cluster.slurm import Job, requeue, seconds_left, slurm_job, state_of_job
+from lorafair.cluster.watchdog import CONTINUES, Watchdog, start_watchdog, stop_watchdog
+from lorafair.config.schema import FabricConfig
+from lorafair.console import counted, log
+from lorafair.errors import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.strategies.strategy import Strategy
+
+RENDEZVOUS_MINUTES = 10.0
+SECONDS_UNTIL_KILLED = 120.0
+SECONDS_FOR_THE_REASON = 1.0  # srun -K ends all processes of a step once one has left with an error
+# Of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD with bytes. What is larger still goes back at once.
+_MALLOC_OPTIONS = ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26))
+# By which users choose themselves.
+_MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
+
+
+def let_idle_threads_sleep() -> None:
+    """Keep torch's idle threads from spinning on cores that others need; before torch is imported for the first time.
+
+    Who has set OMP_WAIT_POLICY keeps it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def resolve_placement(config: FabricConfig) -> Placement:
+    """Find out where this process runs and say so, before anything heavy is imported. Raises ConfigError."""
+    handle_only(config.signals)
+    placement = detect(os.environ, config, [sys.executable, *sys.argv])
+    console.set_rank(placement.rank)
+    log.info(f"lorafair {__version__}: {placement.description}")
+    return placement
+
+
+def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
+    """Start the processes of a command, say on what they run, and return their Fabric. Call on every process.
+
+    A watchdog looks after them from now on (cluster/watchdog.py).
+    """
+    fabric = make_fabric(config, placement)  # imports lightning, which sets the levels of its loggers
+    for name in ("lightning.fabric", "lightning.pytorch"):  # their banners tell nothing that the lines here do not
+        logging.getLogger(name).setLevel(logging.WARNING)
+    threads = set_threads(fabric, config.threads)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
+    children = third_party.child_processes(fabric.strategy)
+    rendezvous(fabric, config, start_watchdog(process_name(), children, is_child=placement.is_child))
+    console.set_rank(fabric.global_rank)
+    log.info(
+        f"lorafair {__version__}: {counted(fabric.world_size, 'process', 'processes')} on {fabric.device.type}, "
+        f"{counted(threads, 'thread')} each, "
+        f"{config.precision}; {purpose}"
+    )
+    job, left = slurm_job(os.environ), None
+    if fabric.is_global_zero and job is not None:
+        left = seconds_left(job)
+    set_time_limit(fabric.broadcast(left))
+    return fabric
+
+
+@contextmanager
+def in_place(config: FabricConfig) -> Iterator[Fabric]:
+    """A Fabric of this process alone, for a notebook or script: no process group, no watchdog, nothing left behind."""
+    import torch
+
+    fabric = make_fabric(config, Placement("local", "this process alone", devices=1, num_nodes=1))
+    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    set_threads(fabric, config.threads)
+    fabric.launch()
+    try:
+        yield fabric
+    finally:
+        torch.set_num_threads(threads)
+        if variable is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        else:
+            os.environ["OMP_NUM_THREADS"] = variable
+
+
+def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
+    """A Fabric whose ranks share nothing but the collectives of `communication`; call `launch()` on it.
+
+    Where the processes are, `cluster.placement.detect` has found out unless it is given. One process alone needs no
+    process group and gets none. Raises ConfigError for devices that are not there.
+    """
+    third_party.make_torchvision_importable()  # lightning imports it
+    import torch
+    from lightning.fabric import Fabric
+
+    placement = placement or detect(os.environ, config, [sys.executable, *sys.argv])
+    cuda = torch.cuda.is_available()
+    if config.accelerator == "cuda" and not cuda:
+        raise ConfigError("fabric.accelerator=cuda: no CUDA device is visible; use fabric.accelerator=cpu or auto")
+    accelerator = "cpu" if config.accelerator == "cpu" or not cuda else "cuda"
+    devices = placement.devices or (torch.cuda.device_count() if accelerator == "cuda" else 1)
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise ConfigError(f"fabric.devices={devices}: this node shows {torch.cuda.device_count()} CUDA devices")
+    if accelerator == "cuda" and config.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("fabric.precision=bf16-mixed: this GPU has no bfloat16; use fabric.precision=32-true")
+    if accelerator == "cpu" and config.precision == "16-mixed":
+        raise ConfigError("fabric.precision=16-mixed is for GPUs; use fabric.precision=bf16-mixed or 32-true")
+    return Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=placement.num_nodes,
+        strategy=_strategy(config, accelerator, alone=devices * placement.num_nodes == 1),
+        precision=config.precision,
+        # Given explicitly: Lightning's own look at Slurm's variables is wrong for jobs named bash, for steps, ...
+        plugins=[_environment(placement)],
+    )
+
+
+def _strategy(config: FabricConfig, accelerator: str, *, alone: bool) -> Strategy:
+    if alone:
+        from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+
+        return SingleDeviceStrategy(device="cpu" if accelerator == "cpu" else "cuda:0")
+    return third_party.quiet_ddp_strategy(timedelta(minutes=config.timeout_minutes))
+
+
+def _environment(placement: Placement) -> ClusterEnvironment:
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    if placement.launcher == "torchrun":
+        return TorchElasticEnvironment()
+    if placement.launcher == "local":
+        return LightningEnvironment()
+
+    class SlurmStep(ClusterEnvironment):
+        """The processes that srun has started, as `detect` has found them."""
+
+        creates_processes_externally = True  # type: ignore[assignment]
+        main_address = placement.address  # type: ignore[assignment]
+        main_port = placement.port  # type: ignore[assignment]
+
+        @staticmethod
+        def detect() -> bool:
+            return False  # cluster.placement does
+
+        def world_size(self) -> int:
+            return (placement.devices or 1) * placement.num_nodes
+
+        def set_world_size(self, size: int) -> None:
+            """Slurm has decided."""
+
+        def global_rank(self) -> int:
+            return placement.rank
+
+        def set_global_rank(self, rank: int) -> None:
+            """Slurm has decided; with --distribution=cyclic neighbouring ranks are on different nodes."""
+
+        def local_rank(self) -> int:
+            return placement.local_rank
+
+        def node_rank(self) -> int:
+            return placement.node_rank
+
+    return SlurmStep()
+
+
+def rendezvous(fabric: Fabric, config: FabricConfig, watchdog: Watchdog) -> None:
+    """Start the processes, or meet those that are started, and have them watch one another. Bounded in time."""
+    seconds = 60 * min(RENDEZVOUS_MINUTES, config.timeout_minutes)
+    with watchdog.deadline("the start of all processes of the run", seconds):
+        fabric.launch()
+    if fabric.world_size > 1:
+        store = third_party.default_store()
+        watchdog.watch_peers(store, fabric.global_rank, fabric.world_size, config.heartbeat_seconds)
+
+
+def processes_of_node(fabric: Fabric) -> int:
+    """How many processes of the run are on this node."""
+    return int(getattr(fabric.strategy, "num_processes", 1))
+
+
+def set_threads(fabric: Fabric, threads: int | None) -> int:
+    """Give this process its part of the node's cores and return it; call before `launch`.
+
+    More threads than cores cost far more than they give: spinning threads of two processes on one core made single
+    operations 100 times slower.
+    """
+    import torch
+
+    if threads is None:
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+        mine = len(os.sched_getaffinity(0)) // processes_of_node(fabric)
+        threads = next((int(value) for value in (given, of_task) if value.isdigit()), max(1, mine))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that Fabric starts, and so that it sets no other
+    torch.set_num_threads(threads)
+    return threads
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep the memory of freed tensors for the next ones; whether it can (glibc).
+
+    It would give memory of more than some megabytes back to the system at once. Each activation of a training step then
+    came as fresh pages, which the system clears and maps one by one: a tenth of a step on the CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    chosen = any(name in os.environ for name in _MALLOC_VARIABLES)
+    if mallopt is None or chosen or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    return all(mallopt(option, value) for option, value in _MALLOC_OPTIONS)
+
+
+def run_until_stopped(fabric: Fabric, config: FabricConfig, placement: Placement, work: Callable[[], object]) -> int:
+    """Do the work; if it was stopped, see to it that the job runs again; returns the exit status, on every rank."""
+    from lorafair.communication.agreement import close_process_group
+
+    try:
+        work()
+        close_process_group(fabric)
+    except Interrupted as stop:
+        status = None
+        if fabric.is_global_zero:
+            status, line = after_stop(stop, slurm_job(os.environ), config.max_requeues)
+            log.info(f"{stop}; {line}")
+        status = fabric.broadcast(status)  # the others stay: srun ends all processes once one has left with an error
+        assert status is not None
+        close_process_group(fabric)
+        # The process that has started this one tells; to it this one has not failed.
+        return 0 if placement.is_child else status
+    except SystemExit:  # rank 0 tells why
+        if placement.is_child:
+            return 0
+        time.sleep(SECONDS_FOR_THE_REASON)
+        raise
+    return 0
+
+
+def after_stop(stop: Interrupted, job: Job | None, max_requeues: int) -> tuple[int, str]:
+    """Have the job requeued where that is due; returns the exit status and what to say."""
+    if stop.reason == signal.SIGINT:
+        return INTERRUPTED, "the same command continues"
+    if job is None:
+        return SAVED, "the same command continues"
+    state, why = state_of_job(job)
+    # A job that was cancelled, and one that Slurm requeues by itself, are COMPLETING, too: a requeue would revive it.
+    if state and state != "RUNNING" and (state, why) != ("COMPLETING", "TimeLimit"):
+        return SAVED, f"Slurm ends job {job.name} ({state}) by itself; the same command continues"
+    if job.restarts >= max_requeues:
+        return FAILED, (
+            f"job {job.name} was requeued {job.restarts} times, and fabric.max_requeues={max_requeues} ends that; the "
+            "same command continues"
+        )
+    problem = requeue(job)
+    if not problem:
+        return SAVED, f"job {job.name} is requeued and continues"
+    if stop.reason == signal.SIGTERM:  # Slurm ends the job soon; only a preempted one that lasts until then is requeued
+        log.info(f"{stop}; scontrol cannot requeue job {job.name} ({problem}); waiting for Slurm to end it")
+        time.sleep(SECONDS_UNTIL_KILLED)
+    return SAVED, f"job {job.name} could not be requeued ({problem}); the same command continues"
+
+
+def report_failure(error: Exception) -> int:
+    """Say what has ended this process: that another one is gone in a line, all else with its traceback."""
+    from lorafair.communication.agreement import is_peer_loss
+
+    what = one_line(f"{type(error).__name__}: {error}")
+    if is_peer_loss(error):
+        time.sleep(SECONDS_FOR_THE_REASON)  # until the process that has failed is known to be gone
+        lost = stop_watchdog() or "another process of the run is gone or has not answered for fabric.timeout_minutes"
+        what = f"{lost} ({what[:200]})"
+    else:
+        traceback.print_exception(error)
+    print(f"error: {process_name()}: {what}; {CONTINUES}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def process_name() -> str:
+    """This process, for messages."""
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+    return f"process {rank} on {socket.gethostname()}"

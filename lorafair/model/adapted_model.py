@@ -1,0 +1,105 @@
+"""A frozen backbone with LoRA adapters and a trainable head.
+
+Letters: C clients in the cohort, N images of one client, S side of the image, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorafair import third_party
+from lorafair.errors import ConfigError
+from lorafair.model.lora import AdapterParameters, LoRALinear, block_of
+
+
+class AdaptedModel(nn.Module):
+    """The backbone of all clients and the adapters of one cohort.
+
+    `forward` takes uint8 images (C*N, 3, S, S) or the cached output of `embed` (C*N, T, D) and returns logits
+    (C*N, classes).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, prefix_blocks: int, mean: Any, std: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.prefix_blocks = prefix_blocks  # blocks below the first adapter; 0 where the split is not supported
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.gradient_checkpointing = False
+        self._adapters: AdapterParameters | None = None
+
+    def checkpoint_gradients(self) -> None:
+        """Keep only what enters each block for the backward pass. ConfigError for a backbone that cannot."""
+        backbone: Any = self.backbone
+        try:
+            backbone.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ConfigError(
+                f"model.gradient_checkpointing=true: {type(backbone).__name__} does not support it; set it to false"
+            ) from error
+        self.gradient_checkpointing = True
+
+    @property
+    def adapters(self) -> AdapterParameters:
+        """The trained parameters; `attach` makes them."""
+        assert self._adapters is not None, "attach() comes first"
+        return self._adapters
+
+    def attach(self, device: torch.device | str | None = None, max_cohort: int = 1) -> AdaptedModel:
+        """Move to the device (None: stay) and make room there for the adapters of a cohort."""
+        if device is not None:
+            self.to(device)
+        self._adapters = AdapterParameters(self.backbone, max_cohort)
+        return self
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (..., 3, S, S) -> float32 with the checkpoint's mean and standard deviation."""
+        return images.float().sub_(self.mean).div_(self.std)  # in place: fresh memory costs more than the arithmetic
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Images (C*N, 3, S, S) uint8, or tokens (C*N, T, D) from `embed`, to logits (C*N, classes)."""
+        if inputs.dtype == torch.uint8:
+            return cast(Tensor, self.backbone(self.normalize(inputs)))
+        backbone: Any = self.backbone
+        tokens = inputs.float()  # where they are kept in half the bits
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in backbone.blocks[self.prefix_blocks :]:
+            tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
+        return cast(Tensor, backbone.forward_head(backbone.norm(tokens)))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """uint8 images (N, 3, S, S) to the tokens (N, T, D) that enter the first adapted block."""
+        backbone: Any = self.backbone
+        x = self.normalize(images)
+        x = backbone.stem(x) if type(backbone).__name__ == "MlpMixer" else third_party.vit_tokens(backbone, x)
+        for block in backbone.blocks[: self.prefix_blocks]:
+            x = block(x)
+        return x
+
+    @torch.inference_mode()
+    def numbers_per_image(self, size: int) -> float:
+        """How many numbers of an image (side `size`) enter an adapted layer, on average over these layers."""
+        entering: list[int] = []
+        layers = [module for module in self.backbone.modules() if isinstance(module, LoRALinear)]
+        hooks = [m.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0].numel())) for m in layers]
+        self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.mean.device))
+        for hook in hooks:
+            hook.remove()
+        return sum(entering) / len(entering)
+
+    def fingerprint(self, *, of_embed: bool = False) -> str:
+        """Names the frozen weights and the normalisation; `of_embed`: only those that `embed` uses."""
+        digest = hashlib.sha256(f"{type(self.backbone).__name__} {self.prefix_blocks}".encode())
+        frozen = {name: p for name, p in self.backbone.named_parameters() if not p.requires_grad}
+        for name, tensor in {**frozen, **dict(self.named_buffers())}.items():
+            if not of_embed or not name.startswith("blocks.") or block_of(name) < self.prefix_blocks:
+                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()

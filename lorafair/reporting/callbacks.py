@@ -1,0 +1,70 @@
+"""Callbacks: what users have done at certain moments of a run, on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lorafair.errors import LorafairError
+from lorafair.evaluation import Evaluation
+from lorafair.registry import CALLBACKS
+
+
+class Callback:
+    """Methods that are called at certain moments of a run, on rank 0; those of this class do nothing.
+
+    A callback cannot change a number of the run. One that raises ends the run with its name.
+
+    Example:
+        >>> class StopWatch(lorafair.Callback):
+        ...     def on_round_end(self, round, scalars):
+        ...         print(round, scalars["time/train"])
+        >>> lorafair.run("conf/synthetic.yaml", callbacks=[StopWatch()])
+    """
+
+    def on_round_start(self, round: int) -> None:
+        """A round begins; rounds are numbered from 1."""
+
+    def on_round_end(self, round: int, scalars: Mapping[str, float]) -> None:
+        """A round is done; `scalars` are its values by TensorBoard tag."""
+
+    def on_evaluation(self, round: int, evaluation: Evaluation) -> None:
+        """The model after a round was evaluated."""
+
+    def on_stop(self, completed_rounds: int, reason: str) -> None:
+        """The run ends: `reason` is "finished", or what has ended it."""
+
+
+def register_callback(name: str) -> Callable[[Callable[[], Callback]], Callable[[], Callback]]:
+    """Make a callback a value of `callbacks`.
+
+    Args:
+        name: What `callbacks` then lists.
+
+    Returns:
+        A decorator for a class that extends `Callback`, or a function that makes one; called without arguments.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+
+    def register(make: Callable[[], Callback]) -> Callable[[], Callback]:
+        CALLBACKS.add(name, make)
+        return make
+
+    return register
+
+
+class Callbacks:
+    """All callbacks of a run."""
+
+    def __init__(self, callbacks: list[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def call(self, moment: str, *arguments: object) -> None:
+        """Call a method of each. Raises LorafairError naming the one that fails."""
+        for callback in self._callbacks:
+            try:
+                getattr(callback, moment)(*arguments)
+            except Exception as error:
+                name = type(callback).__name__
+                raise LorafairError(f"callback {name}.{moment} failed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,99 @@
+"""From the results of a round, or of an evaluation, to scalars by their TensorBoard tag."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafair.communication.collectives import ClientResults
+from lorafair.communication.traffic import Traffic
+from lorafair.evaluation import Evaluation
+from lorafair.experiment import Experiment
+from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
+
+CLIENT_CURVES = 1000  # clients of a run of which each has a curve of its own; TensorBoard stalls with many more
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """What is told of one round."""
+
+    round: int  # from 1
+    plan: RoundPlan
+    results: ClientResults
+    bias: Mapping[str, Tensor]  # what `bias_metrics` gives, or nothing
+    evaluation: Evaluation | None
+    seconds: Mapping[str, float]  # of the phases
+    traffic: Traffic
+    total_bytes: float  # since round 1
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over clients with their weights."""
+        return sum(w * loss for w, loss in zip(self.results.weights, self.results.losses, strict=True))
+
+
+def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, float]:
+    """Everything that is recorded of a round."""
+    rate = with_scheduled_learning_rate(experiment.local, summary.round - 1).learning_rate
+    scalars = {"train/loss": summary.train_loss, "train/learning_rate": rate}
+    if len(experiment.clients) <= CLIENT_CURVES:
+        for client, loss in zip(summary.results.clients, summary.results.losses, strict=True):
+            scalars[f"train/loss/{experiment.clients[client].name}"] = loss
+    scalars |= _server_scalars(list(experiment.layout.factors), summary.bias)
+    scalars |= {
+        "comm/up_bytes": summary.traffic.up,
+        "comm/down_bytes": summary.traffic.down,
+        "comm/total_bytes": summary.total_bytes,
+        "server/dropped_clients": len(summary.results.dropped),
+    }
+    scalars |= {f"time/{phase}": seconds for phase, seconds in summary.seconds.items()}
+    scalars |= _idle_fractions(summary.plan, summary.results)
+    if summary.evaluation is not None:
+        scalars |= evaluation_scalars(experiment, summary.evaluation)
+    return scalars
+
+
+def evaluation_scalars(experiment: Experiment, evaluation: Evaluation) -> dict[str, float]:
+    """Accuracy and loss of every domain and their means, and the metrics of plug-ins."""
+    scalars = {"eval/accuracy": evaluation.mean_accuracy, "eval/loss": evaluation.mean_loss}
+    for index, domain in enumerate(experiment.data.domains):
+        scalars[f"eval/accuracy/{domain}"] = float(evaluation.accuracy[:, index].mean())
+        scalars[f"eval/loss/{domain}"] = float(evaluation.loss[:, index].mean())
+    own = own_domain_mask(experiment, evaluation)
+    if own is not None:
+        scalars["eval/accuracy_own_domain"] = float(evaluation.accuracy[own].mean())
+        scalars["eval/accuracy_other_domains"] = float(evaluation.accuracy[~own].mean())
+    return scalars | {f"eval/{name}": value for name, value in evaluation.metrics.items()}
+
+
+def own_domain_mask(experiment: Experiment, evaluation: Evaluation) -> Tensor | None:
+    """(M, D) where a client meets its own domain; None unless every client is evaluated and has one domain."""
+    domains = [client.domain for client in experiment.clients]
+    if not experiment.aggregator.personal_parts or len(experiment.data.domains) < 2 or None in domains:
+        return None
+    mask = torch.zeros_like(evaluation.accuracy, dtype=torch.bool)
+    mask[torch.arange(len(domains)), torch.tensor(domains)] = True
+    return mask
+
+
+def _server_scalars(paths: Sequence[str], bias: Mapping[str, Tensor]) -> dict[str, float]:
+    if not bias:
+        return {}
+    values = torch.stack(list(bias.values())).cpu()  # (metrics, layers) in one transfer
+    scalars: dict[str, float] = {}
+    for name, row in zip(bias, values.tolist(), strict=True):
+        scalars[f"server/{name}"] = sum(row) / len(row)
+        scalars |= {f"server/{name}/{path}": v for path, v in zip(paths, row, strict=True)}
+    return scalars
+
+
+def _idle_fractions(plan: RoundPlan, results: ClientResults) -> dict[str, float]:
+    """Fraction of the training phase each rank spent without work."""
+    seconds = dict(zip(plan.clients, results.seconds, strict=True))
+    busy = [sum(seconds[c] for c in clients) for clients in plan.clients_of_rank]
+    longest = max(busy)
+    return {f"time/idle_fraction/rank{rank}": 1 - b / longest if longest else 0.0 for rank, b in enumerate(busy)}

@@ -1,0 +1,57 @@
+"""Pictures of a run.
+
+Letters: Q classes.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafair import third_party
+
+LARGEST = 150  # classes of a picture: more labels than that nobody can read
+_NUMBERED = 40  # classes of a picture whose cells have room for a number
+_INCH_PER_CELL, _INCH_PER_LETTER, _DPI = 0.3, 0.085, 100
+
+
+def confusion_picture(confusion: Tensor, classes: Sequence[str], title: str) -> np.ndarray[Any, Any] | None:
+    """A confusion matrix (Q, Q) of counts, true classes in rows, as an RGB picture (H, W, 3) uint8.
+
+    Each row is shown in percent of its class. None for more than LARGEST classes.
+    """
+    count = len(classes)
+    if count > LARGEST:
+        return None
+    third_party.make_torchvision_importable()  # torchmetrics imports it
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would touch the user's display and state
+    from matplotlib.figure import Figure
+    from torchmetrics.utilities.plot import plot_confusion_matrix
+
+    percent = (100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)).round().to(torch.int64)
+    cell = _INCH_PER_CELL if count <= _NUMBERED else 0.16
+    side = max(3.0, cell * count)
+    margin = 0.9 + _INCH_PER_LETTER * max(map(len, classes))  # of the labels, left and below
+    figure = Figure(figsize=(side + margin + 0.3, side + margin + 0.8), layout="constrained")
+    canvas: Any = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    plot_confusion_matrix(percent, ax=axes, add_text=count <= _NUMBERED, labels=list(classes), cmap="Blues")
+    size = min(10.0, 62 * side / count)
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=size)
+    axes.set_yticks(range(count), classes, rotation=0, fontsize=size)
+    for text in axes.texts:
+        text.set_fontsize(0.75 * size)
+        if text.get_text() == "0":
+            text.set_visible(False)
+    axes.xaxis.label.set_fontsize(10)
+    axes.yaxis.label.set_fontsize(10)
+    letters = int((side + margin) / 0.095)
+    axes.set_title("\n".join(textwrap.wrap(f"{title}: percent of each true class", letters)), fontsize=11)
+    figure.set_dpi(_DPI)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

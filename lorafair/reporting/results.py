@@ -1,0 +1,124 @@
+"""The result of a run: result.json, and the table that is printed from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from lorafair import __version__
+from lorafair.config.identity import identity_settings
+from lorafair.config.schema import Config
+from lorafair.console import counted, table
+from lorafair.evaluation import Evaluation
+from lorafair.experiment import Experiment
+from lorafair.files.shipped import commit
+from lorafair.files.writing import write_atomically
+from lorafair.reporting.metrics import evaluation_scalars, own_domain_mask
+from lorafair.reporting.run_dir import RESULT_FILE, read_result
+
+OWN, OTHERS = "own_client", "other_clients"  # accuracy of methods whose clients keep a model each
+
+
+def write_result(experiment: Experiment, evaluation: Evaluation, totals: Mapping[str, float]) -> dict[str, Any]:
+    """Write result.json into the run directory and return its content."""
+    config, data = experiment.config, experiment.data
+    scalars = evaluation_scalars(experiment, evaluation)
+    result = {
+        "method": config.method,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "accuracy": {domain: scalars[f"eval/accuracy/{domain}"] for domain in data.domains},
+        "mean_accuracy": evaluation.mean_accuracy,
+        "mean_loss": evaluation.mean_loss,
+        **{name.removeprefix("eval/"): value for name, value in scalars.items() if "_domain" in name},
+        "metrics": evaluation.metrics,
+        "domains": _by_domain(experiment, evaluation),
+        "totals": dict(totals),
+        "processes": experiment.fabric.world_size,
+        "data": {"source": config.data.source, "description": data.description, "fingerprint": data.fingerprint},
+        "config": identity_settings(config),
+        "start": _start(experiment),
+        "versions": versions(),
+    }
+    write_atomically(config.folder / RESULT_FILE, json.dumps(result, indent=1, default=str) + "\n")
+    return result
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run directory has the result of as many rounds as are asked for, with all that its table needs."""
+    if not (config.folder / RESULT_FILE).is_file():
+        return False
+    result = read_result(config.folder)
+    return bool(result["rounds"] == config.rounds and result.get("domains"))
+
+
+def result_text(result: Mapping[str, Any]) -> str:
+    """The table of a result: a row for each domain, and their mean."""
+    domains: Mapping[str, Mapping[str, float]] = result["domains"]
+    rounds = counted(result["rounds"], "round")
+    title = f"{result['method']['name']} on {result['data']['source']}, {rounds}, seed {result['seed']}"
+    columns = {"accuracy %": "accuracy", "own client %": OWN, "other clients %": OTHERS}
+    columns = {header: name for header, name in columns.items() if name in next(iter(domains.values()))}
+    rows = [
+        [
+            domain,
+            *(f"{100 * values[name]:.1f}" for name in columns.values()),
+            f"{values['loss']:.3f}",
+            f"{int(values['test_images']):,}",
+        ]
+        for domain, values in domains.items()
+    ]
+    means = {"accuracy": result["mean_accuracy"], OWN: result.get("accuracy_own_domain", 0.0)}
+    means[OTHERS] = result.get("accuracy_other_domains", 0.0)
+    images = sum(int(values["test_images"]) for values in domains.values())
+    mean = [f"{100 * means[name]:.1f}" for name in columns.values()]
+    rows.append(["mean", *mean, f"{result['mean_loss']:.3f}", f"{images:,}"])
+    return f"{title}\n{table(['domain', *columns, 'loss', 'test images'], rows)}"
+
+
+def versions() -> dict[str, str]:
+    """Of what has computed the numbers; of lorafair also the commit, where it runs from a checkout."""
+    found = {"lorafair": __version__}
+    if at := commit():
+        found["commit"] = at
+    for package in ("torch", "lightning", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    images = torch.bincount(torch.from_numpy(experiment.data.test.domains)).tolist()
+    own = own_domain_mask(experiment, evaluation)
+    found: dict[str, dict[str, float]] = {}
+    for index, domain in enumerate(experiment.data.domains):
+        accuracy = evaluation.accuracy[:, index]
+        found[domain] = {"accuracy": float(accuracy.mean()), "loss": float(evaluation.loss[:, index].mean())}
+        found[domain]["test_images"] = images[index]
+        if own is not None:
+            found[domain] |= {
+                OWN: float(accuracy[own[:, index]].mean()),
+                OTHERS: float(accuracy[~own[:, index]].mean()),
+            }
+    return found
+
+
+def _start(experiment: Experiment) -> dict[str, str]:
+    """What the run began from, as sha256 sums: methods are compared fairly where these are equal."""
+    initial = experiment.model.adapters.draw(experiment.config.seed, 0)  # drawn anew, so a continued run tells it too
+    clients = hashlib.sha256()
+    for client in experiment.clients:
+        clients.update(f"{client.name} {len(client.indices)}:".encode() + client.indices.astype("<i8").tobytes())
+    return {
+        "initial_adapter": hashlib.sha256(initial.numpy().tobytes()).hexdigest(),
+        "images": experiment.data.fingerprint,
+        "frozen_weights": experiment.identity["frozen_weights"],
+        "clients": clients.hexdigest(),
+    }

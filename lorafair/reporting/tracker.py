@@ -1,0 +1,105 @@
+"""Where scalars and pictures go: TensorBoard, metrics.csv (round, name, value), and Fabric's loggers."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from lorafair import third_party
+from lorafair.config.identity import flatten
+from lorafair.console import log
+from lorafair.errors import one_line
+from lorafair.files.writing import replacing
+from lorafair.reporting.run_dir import METRICS_FILE
+
+if TYPE_CHECKING:
+    from lightning.fabric.loggers.logger import Logger
+
+
+class Tracker:
+    """Writes the scalars of each round; scalars are named group/name, e.g. eval/accuracy/sketch."""
+
+    def __init__(
+        self, run_dir: Path, completed_rounds: int, settings: Mapping[str, Any], loggers: list[Logger]
+    ) -> None:
+        self._loggers = list(loggers)
+        self._settings = {
+            key: value if isinstance(value, bool | int | float) else str(value)
+            for key, value in flatten(settings).items()
+        }
+        self._tell(lambda logger: logger.log_hyperparams(self._settings))
+        # A continued run repeats the rounds after its checkpoint: their earlier values are dropped in both places.
+        self._writer = SummaryWriter(str(run_dir), purge_step=completed_rounds + 1)
+        self._csv_file, self._csv = _reopen_csv(run_dir / METRICS_FILE, completed_rounds)
+
+    def scalars(self, values: Mapping[str, float], round: int) -> None:
+        """Record values after this many rounds and make them visible at once."""
+        third_party.write_scalars(self._writer, values, round)
+        self._csv.writerows([round, name, repr(float(value))] for name, value in values.items())
+        self._writer.flush()
+        self._csv_file.flush()
+        self._tell(lambda logger: logger.log_metrics(dict(values), step=round))
+
+    def picture(self, tag: str, picture: np.ndarray[Any, Any], round: int) -> None:
+        """Show a picture (H, W, 3) uint8 in TensorBoard."""
+        self._writer.add_image(tag, picture, round, dataformats="HWC")
+
+    def final(self, metrics: Mapping[str, float]) -> None:
+        """Record numbers of the whole run: in TensorBoard's table of runs, and at no step in loggers."""
+        self._writer.add_hparams(self._settings, dict(metrics), run_name=".")
+        self._tell(lambda logger: logger.log_metrics(dict(metrics)))
+
+    def close(self, status: str) -> None:
+        """Flush and close everything; `status` is "success" or "failed"."""
+        self._writer.close()
+        self._csv_file.close()
+        self._tell(lambda logger: logger.finalize(status))
+
+    def _tell(self, what: Callable[[Logger], object]) -> None:
+        """Tell the loggers; one that fails, as where its server is gone, is left out from then on and ends no run."""
+        for logger in list(self._loggers):
+            try:
+                what(logger)
+            except Exception as error:  # theirs
+                self._loggers.remove(logger)
+                log.warning(
+                    f"logger {type(logger).__name__} failed and gets nothing more of this run "
+                    f"({type(error).__name__}: {one_line(error)}); TensorBoard and {METRICS_FILE} have everything"
+                )
+
+
+class Clock:
+    """Seconds of the phases of one round: `with clock("train"): ...`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a phase; on a GPU until its work is done."""
+        began = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def _reopen_csv(path: Path, completed_rounds: int) -> tuple[TextIO, Any]:
+    kept: list[list[str]] = []
+    if completed_rounds and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3 and row[0].isdigit()]
+        kept = [row for row in rows if int(row[0]) <= completed_rounds]
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["round", "name", "value"], *kept])
+    handle = path.open("a", newline="", encoding="utf-8")
+    return handle, csv.writer(handle)

@@ -1,0 +1,112 @@
+"""What one round hands to the next, and where clients start from it.
+
+Letters: C clients of a cohort, N clients of the run, P packed length.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorafair.checkpointing.checkpoint import Checkpoint
+from lorafair.checkpointing.partial_round import list_unfinished
+from lorafair.experiment import Experiment
+from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
+from lorafair.server.optimizer import Moments
+from lorafair.server.scaffold import ControlVariates
+
+_BASE = "base."  # before the path of a frozen weight, in a checkpoint
+
+
+@dataclass
+class ServerState:
+    """The state between two rounds; the same on every rank but for `moments`."""
+
+    completed_rounds: int
+    adapter: Tensor  # (P,) where clients start
+    personal_adapters: Tensor | None = None  # (N, P) what each client keeps: `personal_parts` of its row
+    moments: Moments | None = (
+        None  # of the server optimiser; of use for the layers a rank aggregates, on rank 0 for all
+    )
+    controls: ControlVariates | None = None  # of SCAFFOLD
+    folded: bool = False  # the frozen weights have changed
+    left_unfinished: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
+    totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
+    client_seconds: dict[int, float] = field(default_factory=dict)  # taken lately; decides who trains where
+    saved_rounds: int = 0  # completed rounds of the last checkpoint
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state's own tensors by the names they have in a checkpoint."""
+        tensors = {"adapter": self.adapter}
+        if self.personal_adapters is not None:
+            tensors["personal_adapters"] = self.personal_adapters
+        if self.moments is not None:
+            tensors |= {"moments.first": self.moments.first, "moments.second": self.moments.second}
+        if self.controls is not None:
+            tensors |= {"controls.server": self.controls.server, "controls.clients": self.controls.clients}
+        return tensors
+
+
+def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> ServerState:
+    """The state after a checkpoint, or that before the first round. Call on every rank."""
+    fabric, config, adapters = experiment.fabric, experiment.config, experiment.model.adapters
+    adapter = adapters.draw(config.seed, 0).to(fabric.device)
+    clients = len(experiment.clients)
+    state = ServerState(
+        completed_rounds=0,
+        adapter=adapter,
+        personal_adapters=adapter.repeat(clients, 1) if experiment.personal_parts else None,
+        moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
+        controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
+    )
+    if checkpoint is not None:
+        base = base_weights_in(checkpoint)
+        adapters.load_base_weights(base)
+        for name, tensor in state.tensors().items():
+            tensor.copy_(checkpoint.tensors[name])
+        state.completed_rounds, state.totals = checkpoint.completed_rounds, dict(checkpoint.totals)
+        state.client_seconds, state.saved_rounds = dict(checkpoint.client_seconds), checkpoint.completed_rounds
+        state.folded = bool(base)
+    # Rank 0 looks: file systems lag between nodes.
+    state.left_unfinished = fabric.broadcast(frozenset(list_unfinished(config.folder) if fabric.is_global_zero else ()))
+    return state
+
+
+def base_weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The frozen weights (O, I) by path that the federation has changed, in a checkpoint."""
+    return {name.removeprefix(_BASE): t for name, t in checkpoint.tensors.items() if name.startswith(_BASE)}
+
+
+def checkpoint_of(experiment: Experiment, state: ServerState) -> Checkpoint:
+    """What `start_or_resume` needs to make this state again."""
+    tensors = state.tensors()
+    if state.folded:
+        tensors |= {f"{_BASE}{path}": weight for path, weight in experiment.model.adapters.base_weights().items()}
+    return Checkpoint(
+        completed_rounds=state.completed_rounds,
+        tensors={name: tensor.cpu() for name, tensor in tensors.items()},
+        identity=experiment.identity,
+        totals=state.totals,
+        client_seconds=state.client_seconds,
+    )
+
+
+def initial_adapters(
+    experiment: Experiment, state: ServerState, clients: tuple[int, ...], shard: AdapterLayout | None = None
+) -> Tensor:
+    """Packed adapters (C, P) these clients start the round from, or the layers of a shard of them."""
+    layout, personal = experiment.layout, experiment.personal_parts
+    if state.personal_adapters is not None:
+        rows = layout.replaced(state.adapter, personal, layout.select(state.personal_adapters[list(clients)], personal))
+    elif shard is None:
+        rows = state.adapter.expand(len(clients), -1)
+    else:
+        rows = take_columns(state.adapter, layout.columns_of(shard, PARTS)).expand(len(clients), -1)
+    lora_ranks = [experiment.lora_ranks[client] for client in clients]
+    if all(rank == experiment.config.model.lora.rank for rank in lora_ranks):
+        return rows
+    return (shard or layout).truncated(rows, torch.tensor(lora_ranks, device=rows.device))

@@ -1,0 +1,210 @@
+"""The server step: on rank 0 for all layers, or on every rank for some of them. None of its numbers depends on where.
+
+Letters: K clients of the round, L adapted layers, n clients of this rank, p numbers trained, P packed length.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorafair.aggregation.base import ServerUpdate, aggregate
+from lorafair.aggregation.bias import bias_metrics
+from lorafair.communication.agreement import same_error_on_all_ranks
+from lorafair.communication.collectives import (
+    ClientResults,
+    exchange_columns,
+    gather_clients,
+    gather_objects,
+)
+from lorafair.data.loading import number_of_batches
+from lorafair.experiment import Experiment
+from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, put_columns, take_columns
+from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
+from lorafair.server.optimizer import Moments, server_step
+from lorafair.server.state import ServerState, initial_adapters
+
+
+@dataclass(frozen=True)
+class ServerResult:
+    """What the server makes of some layers, or of all."""
+
+    update: ServerUpdate
+    bias: dict[str, Tensor]  # metrics of what is left in every layer (L,), where adapters are averaged
+    moments: Moments | None  # of the server optimiser, moved on
+
+    def to(self, device: torch.device | str) -> ServerResult:
+        """The same on another device."""
+        moments = self.moments
+        return ServerResult(
+            update=self.update.to(device),
+            bias={name: values.to(device) for name, values in self.bias.items()},
+            moments=None if moments is None else Moments(moments.first.to(device), moments.second.to(device)),
+        )
+
+
+class Server(ABC):
+    """Where the server step runs: which layers each rank aggregates, and how the results come together on rank 0."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.shards = self.deal_out(experiment.layout, experiment.fabric.world_size)
+
+    @abstractmethod
+    def deal_out(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
+        """The layers that each rank aggregates."""
+
+    @abstractmethod
+    def merge(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
+        """What all ranks have made of their layers, on rank 0. Call on every rank."""
+
+    @property
+    def shard(self) -> AdapterLayout:
+        """The layers of this rank."""
+        return self.shards[self.experiment.fabric.global_rank]
+
+    def gather(self, state: ServerState, plan: RoundPlan, results: ClientResults) -> ClientResults:
+        """The results with packed adapters (K, P) after training, from each rank's rows of numbers trained (n, p).
+
+        Of the layers that this rank aggregates; of all where each rank goes on with what clients keep or their control
+        variates. What was not trained is as the clients started. Call on every rank.
+        """
+        fabric, layout = self.experiment.fabric, self.experiment.layout
+        parts, kept = self.experiment.aggregator.trains(state.completed_rounds), set(results.clients)
+        clients_of_rank = [[client for client in clients if client in kept] for clients in plan.clients_of_rank]
+        if state.personal_adapters is not None or state.controls is not None:
+            shard = layout
+            rows = gather_clients(fabric, results.rows, clients_of_rank)
+        else:
+            shard = self.shard
+            columns = [layout.columns_of(other, parts) for other in self.shards]
+            rows = exchange_columns(fabric, results.rows, clients_of_rank, columns)
+        if rows.shape[1] != shard.length:  # not all of it was trained
+            rows = shard.replaced(initial_adapters(self.experiment, state, results.clients, shard), parts, rows)
+        return replace(results, rows=rows)
+
+    def step(self, state: ServerState, results: ClientResults) -> ServerResult | None:
+        """The next adapter, from the gathered results; all of it on rank 0, None elsewhere. Call on every rank."""
+        with same_error_on_all_ranks(self.experiment.fabric):
+            mine = self._aggregate_shard(state, results)
+        return self.merge(state, mine)
+
+    def _aggregate_shard(self, state: ServerState, results: ClientResults) -> ServerResult:
+        """The server step on the layers of this rank."""
+        shard, aggregator = self.shard, self.experiment.aggregator
+        if not shard.length:
+            return ServerResult(ServerUpdate(factors={}, folded={}, head={}, sent_rank={}), bias={}, moments=None)
+        weights = torch.tensor(results.weights, dtype=torch.float64, device=results.rows.device)
+        columns = self.experiment.layout.columns_of(shard, PARTS)
+        clients, start = shard.unpack(results.rows), take_columns(state.adapter, columns)
+        update, moments = aggregate(aggregator, clients, weights, shard.unpack(start)), None
+        if state.moments is not None:
+            moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
+            proposed = shard.pack(AdapterState(factors=update.factors, head=update.head))
+            spans = shard.spans(aggregator.receives(state.completed_rounds))
+            moved = shard.unpack(server_step(self.experiment.config.server, moments, start, proposed, spans))
+            update = replace(update, factors=moved.factors, head=moved.head)
+            self.store_moments(state, shard, moments)
+        averaged = not (aggregator.personal_parts or aggregator.pools_data)
+        return ServerResult(update, bias_metrics(clients, weights, update) if averaged else {}, moments)
+
+    def store_moments(self, state: ServerState, shard: AdapterLayout, moments: Moments | None) -> None:
+        """Keep the moments of some layers: rank 0 those of all, other ranks at least their own."""
+        if state.moments is not None and moments is not None:
+            columns = self.experiment.layout.columns_of(shard, PARTS)
+            for whole, some in zip(state.moments.tensors, moments.tensors, strict=True):
+                put_columns(whole, columns, some)
+
+
+class Rank0Server(Server):
+    """fabric.server=rank0: rank 0 holds all clients' adapters and aggregates all layers."""
+
+    def deal_out(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
+        """All layers to rank 0."""
+        return [layout, *[AdapterLayout(factors={}, head={})] * (ranks - 1)]
+
+    def merge(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
+        """Rank 0 has made all of it."""
+        return mine if self.experiment.fabric.is_global_zero else None
+
+
+class ShardedServer(Server):
+    """fabric.server=sharded: every rank holds and aggregates some of the layers."""
+
+    def deal_out(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
+        """About equal numbers of parameters to every rank."""
+        return layout.split(ranks)
+
+    def merge(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
+        """Rank 0 gets the layers of all, in the order of the model."""
+        gathered = gather_objects(self.experiment.fabric, mine.to("cpu"))
+        if gathered is None:
+            return None
+        results = [result.to(self.experiment.fabric.device) for result in gathered]
+        for shard, other in zip(self.shards, results, strict=True):
+            self.store_moments(state, shard, other.moments)
+        paths = [path for result in results for path in result.update.factors]
+        order = [paths.index(path) for path in self.experiment.layout.factors]
+        return ServerResult(
+            update=ServerUpdate.joined([result.update for result in results], list(self.experiment.layout.factors)),
+            bias={
+                name: torch.cat([result.bias[name] for result in results if result.bias])[order]
+                for name in dict.fromkeys(name for result in results for name in result.bias)
+            },
+            moments=state.moments,
+        )
+
+
+def make_server(experiment: Experiment) -> Server:
+    """The server that fabric.server names."""
+    servers = {"rank0": Rank0Server, "sharded": ShardedServer}
+    return servers[experiment.config.fabric.server](experiment)
+
+
+def update_controls(experiment: Experiment, state: ServerState, results: ClientResults) -> None:
+    """Move SCAFFOLD's control variates on, from where the clients started and ended; before the state moves on."""
+    if state.controls is None:
+        return
+    local = with_scheduled_learning_rate(experiment.local, state.completed_rounds)
+    parts, sizes = experiment.aggregator.trains(state.completed_rounds), experiment.sizes
+    amounts = sizes if experiment.config.federation.weighting == "size" else [1] * len(sizes)
+    total = sum(amounts)
+    steps = [number_of_batches(sizes[client], local) for client in results.clients]
+    state.controls.update(
+        results.clients,
+        [amounts[client] / total for client in results.clients],
+        initial_adapters(experiment, state, results.clients) - results.rows,
+        {part: experiment.layout.slices[part] for part in parts},
+        {part: [effective_step_size(local, part, count) for count in steps] for part in parts},
+    )
+
+
+def apply_update(
+    experiment: Experiment,
+    state: ServerState,
+    results: ClientResults,
+    received: Tensor,
+    folded: Mapping[str, LoRAFactors],
+) -> None:
+    """Move the state to the next round: fold into the frozen weights first, then set where clients start.
+
+    `received` are the numbers that the server sends down, in the order of a packed row.
+    """
+    adapters, config, aggregator = experiment.model.adapters, experiment.config, experiment.aggregator
+    layout = adapters.layout
+    state.adapter = layout.replaced(state.adapter, aggregator.receives(state.completed_rounds), received)
+    state.completed_rounds += 1
+    adapters.fold_into_base(folded)
+    state.folded |= bool(folded)
+    if config.federation.initialization == "fresh":
+        adapters.fold_into_base(layout.unpack(state.adapter).factors)
+        state.folded = True
+    if config.federation.initialization == "fresh" or aggregator.restarts:
+        fresh = adapters.draw(config.seed, state.completed_rounds).to(received.device)
+        state.adapter = layout.replaced(state.adapter, ("A", "B"), layout.select(fresh, ("A", "B")))
+    if state.personal_adapters is not None:
+        state.personal_adapters[list(results.clients)] = results.rows

@@ -1,0 +1,170 @@
+"""Every use of a name that another project does not promise to keep, and what mends an installation of theirs.
+
+One function for each, with the version it was seen with; tests/test_third_party.py fails when one of them changes.
+Nothing is imported, and nothing is changed, before one of them is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def make_torchvision_importable() -> None:
+    """Let torchvision be imported beside a torch that it was not compiled for. Call before anything imports it.
+
+    Package indexes without a CPU build of torchvision combine a CPU build of torch with a CUDA build of torchvision.
+    Its compiled operators cannot be loaded then, which does not matter here: timm, lightning and torchmetrics import it
+    for other things. But it registers stand-ins for some operators without looking whether they exist, and fails.
+    Declaring those operators first is all that is missing. Seen with torchvision 0.28.0 beside torch 2.13.0+cpu.
+    """
+    folder = _torchvision_folder()
+    if folder is None or _loads(folder):
+        return
+    import torch
+    from torch import library
+
+    for operator in _operators_taken_for_granted(folder):
+        if not hasattr(torch.ops.torchvision, operator):
+            library.define(f"torchvision::{operator}", "(Tensor unused) -> Tensor")
+
+
+def _operators_taken_for_granted(folder: Path) -> list[str]:
+    """For which torchvision registers stand-ins without looking whether they exist: nms and qnms in 0.28.0."""
+    source = (folder / "_meta_registrations.py").read_text(encoding="utf-8")
+    return re.findall(r'register_fake\("torchvision::(\w+)"', source)
+
+
+def _torchvision_folder() -> Path | None:
+    spec = find_spec("torchvision")
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def _loads(folder: Path) -> bool:
+    """Whether the compiled operators of an installed torchvision can be loaded."""
+    import torch
+
+    try:
+        for compiled in folder.glob("_C*.so"):
+            torch.ops.load_library(compiled)
+    except OSError:
+        return False
+    return True
+
+
+def mend_torchvision() -> None:
+    """Write the same declarations into an installed torchvision that cannot be imported, for `import timm` alone.
+
+    For an environment of one's own, as the Makefile makes it; installing torchvision again takes them out.
+    """
+    folder = _torchvision_folder()
+    if folder is None or _loads(folder):
+        return
+    extension = folder / "extension.py"
+    source = extension.read_text(encoding="utf-8")
+    if MENDED in source:
+        return
+    mended = extension.with_name("extension.py.mended")  # a new file: the old one may be linked into other environments
+    operators = _operators_taken_for_granted(folder)
+    mended.write_text(f"{source}\n\n{_MEND.replace('OPERATORS', repr(operators))}", encoding="utf-8")
+    os.replace(mended, extension)
+    print(f"torchvision was compiled for another torch; it is used without its operators ({extension})")
+
+
+MENDED = "# Added by lorafair: compiled for another torch, so without the operators that it has stand-ins for."
+_MEND = f"""{MENDED}
+if not _has_ops():
+    for _name in OPERATORS:
+        if not hasattr(torch.ops.torchvision, _name):
+            torch.library.define("torchvision::" + _name, "(Tensor unused) -> Tensor")
+"""
+
+
+def quiet_ddp_strategy(timeout: timedelta) -> DDPStrategy:
+    """Fabric's "ddp", but for the thread that ends this process by SIGKILL when one that it has started fails.
+
+    `cluster.watchdog` looks after those processes, tells why, saves what is done and leaves with a status that says
+    what happened. Private: `_configure_launcher`, `_launcher`, `_SubprocessScriptLauncher` and its
+    `_call_children_scripts`. Seen with lightning 2.6.6.
+    """
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+    class Launcher(_SubprocessScriptLauncher):
+        def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+            if not self.cluster_environment.creates_processes_externally:
+                self._call_children_scripts()
+            return function(*args, **kwargs)
+
+    class Strategy(DDPStrategy):
+        def _configure_launcher(self) -> None:
+            assert self.cluster_environment is not None
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    return Strategy(timeout=timeout)
+
+
+def child_processes(strategy: Any) -> Sequence[Any]:
+    """The processes that a strategy of Fabric starts at launch; filled by then. Seen with lightning 2.6.6."""
+    return getattr(strategy.launcher, "procs", ())
+
+
+def default_store() -> Any:
+    """The store of the process group. PyTorch has no public name for it. Seen with torch 2.13.0."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The Frobenius norm of each of N tensors, (N,), in few operations. Private: `_foreach_norm`; torch 2.13.0."""
+    import torch
+
+    return torch.stack(torch._foreach_norm(list(tensors)))
+
+
+def differences_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> Sequence[Tensor]:
+    """left − right, tensor by tensor, in few operations. Private: `_foreach_sub`; torch 2.13.0."""
+    import torch
+
+    return torch._foreach_sub(list(left), list(right))
+
+
+def write_scalars(writer: SummaryWriter, values: Mapping[str, float], step: int) -> None:
+    """All scalars of a step as one event: `add_scalar` writes one for each, which takes longer than a server step.
+
+    Private: `_get_file_writer`. Seen with torch 2.13.0, tensorboard 2.21.0.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+    writer._get_file_writer().add_summary(summary, step)
+
+
+def vit_tokens(backbone: Any, patches: Tensor) -> Tensor:
+    """What enters the first block of a timm ViT, (N, T, D), from its normalised images (N, 3, S, S).
+
+    Private: `_pos_embed`. Seen with timm 1.0.31.
+    """
+    tokens: Tensor = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(patches))))
+    return tokens
+
+
+def end_loader_workers(loader: Any) -> None:
+    """End the worker processes of a DataLoader, if there are any.
+
+    Private: `_iterator`, `_shutdown_workers`. Seen with torch 2.13.0.
+    """
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()

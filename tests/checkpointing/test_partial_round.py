@@ -1,0 +1,82 @@
+"""Finished clients of a round that is not: written, found again, and not used where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafair.checkpointing.checkpoint import CheckpointError
+from lorafair.checkpointing.partial_round import PartialRound, list_unfinished
+
+
+def partial(tmp_path: Path, start: str = "s", seconds: float = 60) -> PartialRound:
+    return PartialRound(tmp_path, 3, lambda: start, seconds)
+
+
+def found(tmp_path: Path, start: str = "s") -> dict[tuple[int, ...], list[list[float]]]:
+    reader = partial(tmp_path, start)
+    reader.read()
+    return {cohort: rows.tolist() for cohort, rows in reader.found.items()}
+
+
+def test_finished_cohorts_come_back(tmp_path: Path) -> None:
+    round_4 = partial(tmp_path)
+    round_4.add((7, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    round_4.add((5,), torch.tensor([[5.0, 6.0]]))
+    assert found(tmp_path) == {}  # so soon, nothing is written
+    round_4.write()
+    assert found(tmp_path) == {(7, 2): [[1, 2], [3, 4]], (5,): [[5, 6]]}
+    assert list_unfinished(tmp_path).keys() == {3}
+
+
+def test_a_long_round_is_written_as_it_goes(tmp_path: Path) -> None:
+    round_4 = partial(tmp_path, seconds=0)
+    for client in (4, 1):
+        round_4.add((client,), torch.full((1, 2), float(client)))
+        assert (client,) in found(tmp_path)
+    assert len(list((tmp_path / "checkpoints" / "unfinished_000004").iterdir())) == 2
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def flip(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+def test_a_damaged_file_is_named_and_ignored(
+    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    round_4 = partial(tmp_path, seconds=0)
+    for client in (4, 1):
+        round_4.add((client,), torch.full((1, 2), float(client)))
+    damage(tmp_path / "checkpoints" / "unfinished_000004" / "clients_000004.safetensors")
+    assert found(tmp_path) == {(1,): [[1, 1]]}
+    [line] = capsys.readouterr().out.splitlines()
+    assert "clients_000004.safetensors is not used" in line
+    round_4 = partial(tmp_path, seconds=0)
+    round_4.add((4,), torch.full((1, 2), 4.0))
+    assert found(tmp_path).keys() == {(1,), (4,)}
+
+
+def test_clients_that_started_from_something_else_are_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial(tmp_path, seconds=0).add((4,), torch.ones(1, 2))
+    assert found(tmp_path, start="another seed") == {}
+    assert "started from something else" in capsys.readouterr().out
+
+
+def test_clients_that_cannot_be_written_are_an_error_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"finished clients could not be saved as .*unfinished_000004"):
+        partial(tmp_path, seconds=0).add((4,), torch.ones(1, 2))

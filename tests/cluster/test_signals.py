@@ -1,0 +1,95 @@
+"""Requests to stop: signals, Ctrl-C, the end of the job's time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lorafair.cluster import signals
+from lorafair.cluster.signals import (
+    ANOTHER_RANK,
+    NOTHING,
+    TIME_LIMIT,
+    handle_only,
+    handling_signals,
+    request_stop,
+    request_stop_unless_it_fits,
+    set_time_limit,
+    stop_requested,
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked() -> Iterator[None]:
+    yield
+    signals.reset()
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_signals_only_set_a_flag_and_ctrl_c_stops_at_once_the_second_time() -> None:
+    with handling_signals():
+        assert stop_requested() == NOTHING
+        send(signal.SIGUSR1)
+        assert stop_requested() == signal.SIGUSR1
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        assert stop_requested() == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    assert stop_requested() == NOTHING
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_signals_that_are_not_listened_to_have_their_usual_effect() -> None:
+    with handling_signals():
+        handle_only(["USR2"])
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        send(signal.SIGUSR2)
+        assert stop_requested() == signal.SIGUSR2
+
+
+def test_a_forked_process_does_not_act_on_a_signal() -> None:
+    with handling_signals():
+        child = os.fork()
+        if child == 0:
+            send(signal.SIGTERM)
+            os._exit(stop_requested())
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_would_not_end_before_the_jobs_limit_asks_to_stop() -> None:
+    request_stop_unless_it_fits(1e6)
+    assert stop_requested() == NOTHING  # nobody knows of a limit
+    set_time_limit(100)
+    request_stop_unless_it_fits(50)
+    assert stop_requested() == NOTHING
+    request_stop_unless_it_fits(85)
+    assert stop_requested() == TIME_LIMIT
+
+
+def test_the_weightiest_reason_counts() -> None:
+    for reason in (ANOTHER_RANK, signal.SIGUSR1, TIME_LIMIT, signal.SIGTERM):
+        request_stop(reason)
+    assert stop_requested() == TIME_LIMIT
+
+
+def test_a_library_that_makes_an_error_of_its_own_of_ctrl_c_does_not_hide_it() -> None:
+    def listen(times: int) -> None:
+        with handling_signals():
+            try:
+                for _ in range(times):
+                    os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                raise RecursionError("an import that was cut short")
+
+    with pytest.raises(KeyboardInterrupt):
+        listen(2)
+    with pytest.raises(RecursionError):
+        listen(1)

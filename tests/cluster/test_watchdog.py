@@ -1,0 +1,212 @@
+"""Nobody waits for ever: a process whose client hangs, or whose partner is gone, ends in bounded time and says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from lorafair import cli, launch
+from lorafair.checkpointing.partial_round import list_unfinished
+from lorafair.cluster import watchdog
+from lorafair.communication.agreement import is_peer_loss
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which the watchdog may end."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+
+
+@pytest.mark.slow
+def test_what_gets_no_further_ends_the_process_after_saving() -> None:
+    ended = python("""
+        import time
+        from lorafair.cluster.watchdog import saving, start_watchdog
+        watchdog = start_watchdog("process 0")
+        with saving(lambda: print("saved", flush=True)), watchdog.deadline("client photo", 0.2):
+            time.sleep(60)
+    """)
+    assert (ended.returncode, ended.stdout) == (1, "saved\n")
+    assert "error: process 0: client photo has got no further for 0.2 seconds; what is saved stays" in ended.stderr
+    assert "time.sleep" not in ended.stderr
+    assert "<string>" in ended.stderr  # where it hangs
+
+
+@pytest.mark.slow
+def test_steps_are_signs_that_it_gets_on_and_nothing_is_expected_outside_of_the_block() -> None:
+    ended = python("""
+        import time
+        from lorafair.cluster.watchdog import deadline, heartbeat, start_watchdog, stop_watchdog
+        start_watchdog("process 0")
+        with deadline("evaluation", 1.5 / 60):  # in minutes
+            for _ in range(4):
+                time.sleep(0.6)
+                heartbeat()
+            with deadline("client photo", None):
+                time.sleep(2)
+        time.sleep(2)
+        stop_watchdog()
+    """)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_started_process_that_fails_ends_its_starter_and_an_orphan_ends_itself() -> None:
+    ended = python("""
+        import subprocess, sys, time
+        from lorafair.cluster.watchdog import start_watchdog
+        children = [subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])]
+        start_watchdog("process 0", children)
+        time.sleep(60)
+    """)
+    assert ended.returncode == 1
+    assert "error: process 0: process 1 was ended by SIGKILL" in ended.stderr
+
+    ended = python("""
+        import subprocess, sys, time
+        from lorafair.cluster.watchdog import start_watchdog
+        start_watchdog("process 0", [subprocess.Popen([sys.executable, "-c", "raise SystemExit(130)"])])
+        time.sleep(60)
+    """)
+    assert ended.returncode == 130
+    assert "error: process 0: process 1 was stopped by Ctrl-C" in ended.stderr
+
+    ended = python("""
+        import os, time
+        from lorafair.cluster.watchdog import start_watchdog
+        start_watchdog("process 0")
+        if os.fork():
+            os._exit(0)
+        time.sleep(1)  # as long as imports take, say
+        start_watchdog("process 1", is_child=True)
+        time.sleep(60)
+    """)  # the pipes are open until the orphan ends, too
+    assert "error: process 1: the process that has started this one is gone" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_silent_rank_is_taken_for_lost_and_one_that_has_left_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_HEARTBEAT_SECONDS", 0.05)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+    stopped = [threading.Event() for _ in range(3)]
+    ranks = [watchdog._Peers(store, rank, 3, 0.5, event) for rank, event in enumerate(stopped)]
+    time.sleep(1.5)
+    assert [peers.lost() for peers in ranks] == ["", "", ""]
+
+    stopped[1].set()
+    ranks[1].join()
+    store.set("lorafair/alive/2", "the last")
+    monkeypatch.setattr(ranks[2], "_store", None)  # its next beat fails: it is silent from now on
+    threading.excepthook, before = lambda _: None, threading.excepthook
+    time.sleep(1.5)
+    threading.excepthook = before
+    assert ranks[0].lost() == "process 2 has given no sign of life for 0.5 seconds"
+    stopped[0].set()
+    ranks[0].join()
+
+
+@pytest.mark.slow
+def test_a_client_that_hangs_is_named_and_the_clients_before_it_are_kept(tmp_path: Path) -> None:
+    ended = python(
+        """
+        import sys, time
+        from lorafair import cli
+        from lorafair.client import training
+        train, calls = training._Trainer.train, []
+        def hang_at_the_third(*arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                time.sleep(60)
+            return train(*arguments)
+        training._Trainer.train = hang_at_the_third
+        sys.exit(cli.main(sys.argv[1:]))
+        """,
+        *TINY, "data.train_images=16", "data.test_images=6", "fabric.devices=1", "client.timeout_minutes=0.03",
+        f"run_dir={tmp_path}",
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "round 1: client " in ended.stderr
+    assert "has got no further for 1.8 seconds" in ended.stderr
+    (unfinished,) = list_unfinished(tmp_path).values()
+    assert len(list(unfinished.glob("clients_*.safetensors"))) == 1
+
+
+HANGING_SOURCE = """
+import multiprocessing
+import time
+
+import lorafair
+from lorafair.data.images import ImagesInMemory
+from lorafair.registry import SOURCES
+
+
+class Hanging(ImagesInMemory):
+    def read_many(self, indices, size):
+        if multiprocessing.parent_process() is not None:
+            time.sleep(600)
+        return super().read_many(indices, size)
+
+
+@lorafair.register_source("hanging")
+def hanging(config, seed):
+    collection = SOURCES["synthetic"].load(config, seed)
+    return lorafair.ImageCollection(**{**vars(collection), "images": Hanging(collection.images.array)})
+"""
+
+
+@pytest.mark.slow
+def test_a_reader_that_hangs_in_a_worker_process_ends_with_the_run(tmp_path: Path) -> None:
+    plugin = tmp_path / "hanging.py"
+    plugin.write_text(HANGING_SOURCE)
+    ended = python(
+        """
+        from lorafair import cli
+        cli.entry()
+        """,
+        "run", *(argument for argument in TINY if "source" not in argument), f"plugins=[{plugin}]",
+        "data.source=hanging", "data.train_images=16", "fabric.devices=1", "data.workers=2", "model.prefix_cache=never",
+        "client.timeout_minutes=0.1", f"run_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    # The pipes are open until the workers end, too.
+    assert ended.returncode == 1
+    assert "has got no further for 6 seconds" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Read error [127.0.0.1]:28331: Connection reset by peer. This is typically caused by a remote worker hanging",
+        "[pair.cc:553] Connection closed by peer [10.0.0.2]:45678",
+        "Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL communicator was aborted on rank 1.",
+    ],
+)
+def test_a_lost_process_is_one_line_and_any_other_failure_has_its_traceback(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "SECONDS_FOR_THE_REASON", 0.0)
+
+    def fail(error: Exception) -> str:
+        monkeypatch.setattr(cli, "_dispatch", lambda _: (_ for _ in ()).throw(error))
+        assert cli.main([]) == 1
+        return capsys.readouterr().err
+
+    line = fail(RuntimeError(text))
+    assert line.startswith("error: process 0 on ")
+    assert "another process of the run is gone" in line
+    assert line.count("\n") == 1
+    assert "Traceback" in fail(ZeroDivisionError(text))
+    assert not is_peer_loss(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

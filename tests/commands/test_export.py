@@ -1,0 +1,72 @@
+"""A trained model leaves the framework: the same logits in timm alone, and as a PEFT adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
+from lorafair.cli import main
+from lorafair.commands.export import export_run
+from lorafair.config.schema import Config
+from lorafair.errors import LorafairError
+from lorafair.federation import run_federation
+from lorafair.model.backbone import build_model, create_backbone
+from lorafair.seeding import seeded
+from tests.conftest import launched
+
+IMAGES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=seeded(0, "images"))
+Tiny = Callable[..., Config]
+
+
+def trained(config: Config) -> torch.Tensor:
+    """Run it; the logits of its global model."""
+    run_federation(launched(1), config)
+    tensors = load_checkpoint(list_checkpoints(config.folder)[-1]).tensors
+    model = build_model(config.model, 4, config.seed).attach()
+    model.adapters.write(tensors["adapter"])
+    model.adapters.load_base_weights({k.removeprefix("base."): t for k, t in tensors.items() if k.startswith("base.")})
+    with torch.inference_mode():
+        return model(IMAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("initialization", ["average", "fresh"])
+def test_merged_weights_are_plain_timm(tiny: Tiny, tmp_path: Path, initialization: str) -> None:
+    config = tiny(f"federation.initialization={initialization}")
+    expected = trained(config)
+    assert main(["export", str(config.folder), str(tmp_path / "out")]) == 0
+    alone = timm.create_model(
+        "test_vit", num_classes=4, img_size=32, checkpoint_path=str(tmp_path / "out" / "model.safetensors")
+    ).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(alone((IMAGES / 255 - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_peft_adapter_on_the_same_frozen_weights(tiny: Tiny, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="pip install 'lorafair[export]'")
+    config = tiny()
+    expected = trained(config)
+    assert "PeftModel.from_pretrained" in export_run(config.folder, tmp_path / "out", peft=True)
+    loaded = peft.PeftModel.from_pretrained(create_backbone(config.model, 4, config.seed), tmp_path / "out").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded((IMAGES / 255 - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_exported_says_why(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(LorafairError, match="is no run directory with a checkpoint"):
+        export_run(tmp_path / "none", tmp_path / "out", peft=False)
+    personal = tiny("method.name=local_only", f"run_dir={tmp_path / 'personal'}")
+    run_federation(launched(1), personal)
+    with pytest.raises(LorafairError, match="has no global model"):
+        export_run(personal.folder, tmp_path / "out", peft=False)
+    fresh = tiny("federation.initialization=fresh", f"run_dir={tmp_path / 'fresh'}")
+    run_federation(launched(1), fresh)
+    with pytest.raises(LorafairError, match="merged updates into the frozen weights"):
+        export_run(fresh.folder, tmp_path / "out", peft=True)

@@ -1,0 +1,60 @@
+"""Which settings make a run the same run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorafair.config.identity import differences, flatten, identity_settings
+from lorafair.config.loading import load_config
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "rounds=3", "run_dir=elsewhere", "fabric.devices=2", "fabric.server=sharded", "checkpoint.every=5",
+        "data.workers=2", "model.prefix_cache=never", "evaluation.every=2", "loggers={csv: {}}",
+        "model.gradient_checkpointing=true",
+    ],
+)  # fmt: skip
+def test_what_changes_no_number_is_no_part_of_it(pair: str) -> None:
+    assert identity_settings(load_config(pair)) == identity_settings(load_config())
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("seed=3", "seed is 0 there and 3 here"),
+        ("client.learning_rate=0.1", "client.learning_rate is 0.01 there and 0.1 here"),
+        ("client.momentum=0.5", "client.momentum is 0.9 there and 0.5 here"),
+        ("fabric.precision=bf16", "fabric.precision is 32-true there and bf16-mixed here"),
+        ("method.solver=sgd", "method.solver is not set there and sgd here"),
+        ("data.domains=[a, b]", "data.domains is None there and ['a', 'b'] here"),
+        ("model.prefix_cache_dtype=bfloat16", "model.prefix_cache_dtype is float32 there and bfloat16 here"),
+    ],
+)
+def test_what_changes_numbers_is_said(pair: str, said: str) -> None:
+    before, now = (identity_settings(load_config(*pairs)) for pairs in ([], [pair]))
+    assert differences(before, now) == said
+    assert differences(json.loads(json.dumps(before)), before) == "", "as it was written to a file"
+
+
+def test_three_differences_are_said_and_the_others_counted() -> None:
+    pairs = ["seed=1", "client.steps=2", "client.batch_size=3", "client.weight_decay=0", "client.proximal=1"]
+    said = differences(identity_settings(load_config()), identity_settings(load_config(pairs)))
+    assert said.count(" there and ") == 3
+    assert said.endswith("; and 3 more"), "epochs, too: it is not set where there are steps"
+
+
+def test_an_option_that_an_older_version_did_not_have_counts_as_its_default() -> None:
+    mine = identity_settings(load_config())
+    older = json.loads(json.dumps(mine))
+    del older["client"]["b_learning_rate_ratio"], older["data"]["options"], older["data"]["augmentation"]
+    assert differences(older, mine) == ""
+    changed = identity_settings(load_config("client.b_learning_rate_ratio=4"))
+    assert differences(older, changed) == "client.b_learning_rate_ratio is not set there and 4.0 here"
+
+
+def test_groups_are_flattened_to_dotted_keys() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [2]}) == {"a.b.c": 1, "a.d": {}, "e": [2]}

@@ -1,0 +1,132 @@
+"""Image files: what is read, and which damages are found before the first round."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorafair.data.files import ImageFiles, check_files
+from lorafair.data.images import DataError, ImagesInMemory, Split, StoredImages
+
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}
+
+
+def encode(format_: str, side: int = 24, mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, format_)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> list[Path]:
+    files = []
+    for format_, suffix in FORMATS.items():
+        files.append(tmp_path / f"good{suffix}")
+        files[-1].write_bytes(encode(format_))
+    return files
+
+
+def reader(path: Path) -> ImageFiles:
+    return ImageFiles(path.parent, np.array([path.name.encode()]))
+
+
+# Reading
+
+
+def test_an_image_is_resized_to_a_square_bicubic(tmp_path: Path) -> None:
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
+    wide.save(tmp_path / "wide.png")
+    pixels = reader(tmp_path / "wide.png").read(0, 16)
+    assert (pixels.shape, pixels.dtype, pixels.flags.writeable) == ((16, 16, 3), np.uint8, True)
+    np.testing.assert_array_equal(pixels, np.asarray(wide.resize((16, 16), Image.Resampling.BICUBIC)))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "image.png").write_bytes(encode("PNG", mode=mode))
+    assert reader(tmp_path / "image.png").read(0, 24).shape == (24, 24, 3)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff and then nothing of the kind\xff\xd9")
+    with pytest.raises(DataError, match=r"broken\.jpg cannot be decoded .*data\.root"):
+        reader(tmp_path / "broken.jpg").read(0, 16)
+
+
+def test_readers_travel_to_worker_processes_small(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((50, 64, 64, 3), np.uint8))
+    stored = StoredImages(tmp_path / "images.npy", np.zeros((50, 32), np.uint8))
+    stored.read(0, 8)  # opens the file
+    travelled = pickle.dumps(stored)
+    assert len(travelled) < 5000
+    np.testing.assert_array_equal(pickle.loads(travelled).read(3, 8), np.zeros((8, 8, 3)))
+
+
+def test_a_selection_of_a_selection_reads_the_right_images() -> None:
+    pixels = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    split = Split(ImagesInMemory(pixels), labels=np.arange(10), domains=np.arange(10) % 2)
+    chosen = split.select(np.array([9, 2, 5])).select(np.array([2, 0]))
+    assert len(chosen) == len(chosen.images) == 2
+    assert chosen.labels.tolist() == [5, 9]
+    assert chosen.domains.tolist() == [1, 1]
+    assert [int(chosen.images.read(i, 4)[0, 0, 0]) for i in range(2)] == [5, 9]
+
+
+# Checking beforehand
+
+
+def test_good_files_pass_and_their_sizes_are_returned(good: list[Path]) -> None:
+    assert check_files(good) == [file.stat().st_size for file in good]
+
+
+def test_a_suffix_may_lie_and_bytes_may_follow_the_end(tmp_path: Path) -> None:
+    (tmp_path / "png.jpg").write_bytes(encode("PNG"))
+    (tmp_path / "padded.jpg").write_bytes(encode("JPEG") + b"\0" * 10)
+    check_files([tmp_path / "png.jpg", tmp_path / "padded.jpg"])
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9, 0.95])
+def test_a_truncated_file_is_found(tmp_path: Path, format_: str, kept: float) -> None:
+    file = tmp_path / f"cut{FORMATS[format_]}"
+    whole = encode(format_)
+    file.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(DataError, match=r"1 of 1 image files cannot be used: 1 truncated or damaged \(.*cut"):
+        check_files([file])
+
+
+def test_all_damages_are_counted_and_the_first_of_each_kind_are_named_in_one_line(
+    tmp_path: Path, good: list[Path]
+) -> None:
+    empty = [tmp_path / f"empty{i}.jpg" for i in range(5)]
+    for file in empty:
+        file.touch()
+    (tmp_path / "page.jpg").write_text("<html>404 not found</html>")
+    (tmp_path / "folder.jpg").mkdir()
+    bad = [tmp_path / "absent.jpg", *empty, tmp_path / "page.jpg", tmp_path / "folder.jpg"]
+    with pytest.raises(DataError) as caught:
+        check_files([*good, *bad])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("8 of 12 image files cannot be used: ")
+    assert f"1 missing ({tmp_path}/absent.jpg)" in message
+    assert f"5 empty ({tmp_path}/empty0.jpg, {tmp_path}/empty1.jpg, {tmp_path}/empty2.jpg, …)" in message
+    assert f"1 not an image ({tmp_path}/page.jpg)" in message
+    assert f"1 unreadable ({tmp_path}/folder.jpg)" in message
+    assert message.endswith("change data.root")
+
+
+def test_the_digest_sees_order_names_and_sizes(tmp_path: Path) -> None:
+    for name, side in (("a.png", 8), ("b.png", 9)):
+        (tmp_path / name).write_bytes(encode("PNG", side))
+    files = ImageFiles(tmp_path, np.array([b"a.png", b"b.png"]))
+    digests = [files.digest(np.array(indices)) for indices in ([0, 1], [1, 0], [0])]
+    (tmp_path / "b.png").write_bytes(encode("PNG", 10))
+    digests.append(files.digest(np.array([0, 1])))
+    assert len(set(digests)) == 4
