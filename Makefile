@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests results bench clean
+.PHONY: help demo test quick lint types tests results bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -17,6 +17,9 @@ demo: $(VENV)/.installed ## a federated run on real images with a pretrained ViT
 	$(BIN)/python train.py conf/demo.yaml
 
 test: lint types tests ## lint, types and all tests
+
+quick: $(VENV)/.installed ## the tests that take seconds, while you work
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal -m 'not slow and not slurm'
 
 lint: $(VENV)/.installed ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -28,8 +31,8 @@ types: $(VENV)/.installed ## mypy, strict
 # A file of tests stays in one process, because what its tests share is made once; ranks of a run need cores, too. Jobs
 # of a real Slurm are timed by the cluster and come last, alone.
 tests: $(VENV)/.installed ## pytest, files side by side
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --ignore-glob='*/test_slurm*.py'
-	$(BIN)/python -m pytest -ra tests/test_slurm*.py
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --ignore=tests/slurm
+	$(BIN)/python -m pytest -ra tests/slurm
 
 results: $(VENV)/.installed ## the runs behind the README's result table (about half an hour on 2 cores)
 	for method in lora_fair fedit centralized local_only; do \
@@ -43,13 +46,13 @@ bench: $(VENV)/.installed ## the benchmarks of docs/performance.md, one after th
 	done
 
 clean: ## remove the environment and what tools left behind (runs/ and the download cache stay)
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis lorafair.egg-info
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis lorafair.egg-info
 
 # TORCH names the build to install, e.g. TORCH='torch --index-url https://download.pytorch.org/whl/cu128'. Without it: on
 # Linux without an NVIDIA GPU a CPU build (200 MB instead of several GB), from the configured package index if that has
 # one, else from pytorch.org; everywhere else what the package index gives.
 TORCH ?=
-$(VENV)/.installed: pyproject.toml Makefile
+$(VENV)/.installed: pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "lorafair needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
@@ -65,6 +68,5 @@ $(VENV)/.installed: pyproject.toml Makefile
 	version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))') && \
 	$(BIN)/pip install -q "torch==$$version" -e '.[dev]' # else the newest torchvision would bring another torch along
 	@# lorafair itself copes with a torchvision made for another torch; this lets `import timm` alone do so, too
-	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
-	  echo 'import lorafair' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lorafair_start.pth"
+	@$(BIN)/python -c 'from lorafair.third_party import mend_torchvision; mend_torchvision()'
 	@touch $@
