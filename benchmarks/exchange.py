@@ -25,10 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorafair.adapter import PARTS, AdapterLayout
-from lorafair.aggregation import ServerUpdate
+from lorafair.aggregation.base import ServerUpdate
+from lorafair.communication.collectives import broadcast_update, exchange_columns, gather_clients
 from lorafair.config import FabricConfig
-from lorafair.exchange import broadcast_update, exchange_columns, gather_clients, make_fabric
+from lorafair.launch import make_fabric
+from lorafair.model.adapter import PARTS, AdapterLayout
 
 WIDTH, BLOCKS, RANK, CLASSES = 768, 12, 16, 100  # ViT-B, attn.proj and mlp.fc2 of every block
 SHAPES = {f"blocks.{b}.{name}": inputs for b in range(BLOCKS) for name, inputs in (("attn", WIDTH), ("fc2", 4 * WIDTH))}

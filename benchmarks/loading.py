@@ -14,21 +14,20 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lorafair.client import train_cohort
+from lorafair.caching.images import cached_images
+from lorafair.client.cohort import Cohort, LocalTraining
 from lorafair.config import ClientConfig, DataConfig, FabricConfig, LoRAConfig, ModelConfig
 from lorafair.data.images import ImageReader
 from lorafair.data.loading import BatchSource, ImageSource, Indices, ResidentSource, cohort_steps, local_batches
 from lorafair.data.sources import load_images
-from lorafair.exchange import make_fabric
-from lorafair.image_cache import packed
-from lorafair.models import build_model
+from lorafair.launch import in_place
+from lorafair.model.backbone import build_model
 from lorafair.seeding import seeded, seeded_numpy
 
 
@@ -62,20 +61,18 @@ class Training:
     def __init__(self, name: str, size: int, source: BatchSource, labels: Indices, batch_size: int) -> None:
         lora = LoRAConfig(rank=16)
         config = ModelConfig(name=name, weights="random", image_size=size, normalization="imagenet", lora=lora)
-        self.model = build_model(config, classes=4, seed=0).attach("cpu")
-        self.start = self.model.adapters.draw(0, 0).unsqueeze(0)
-        self.client = ClientConfig(epochs=1, batch_size=batch_size, learning_rate=0.001, momentum=0.9)
-        self.batches = local_batches(np.arange(len(labels)), self.client, seeded(0, "batches"))
-        self.source, self.labels = source, torch.from_numpy(labels)
+        model = build_model(config, classes=4, seed=0).attach("cpu")
+        client = ClientConfig(epochs=1, batch_size=batch_size, learning_rate=0.001, momentum=0.9)
+        self.training = LocalTraining(model, torch.from_numpy(labels), client)
+        self.start = model.adapters.draw(0, 0).unsqueeze(0)
+        self.batches = local_batches(np.arange(len(labels)), client, seeded(0, "batches"))
+        self.source, self.images = source, len(labels)
 
     def round(self) -> int:
         """Train once; returns the number of images."""
-        inputs, generators = self.source.batches(self.batches), [seeded(0, "dropout")]
-        steps = cohort_steps([self.batches])
-        train_cohort(
-            self.model, self.start, steps, inputs, self.labels, self.client, generators=generators, autocast=nullcontext
-        )
-        return len(self.labels)
+        cohort = Cohort(self.start, cohort_steps([self.batches]), [seeded(0, "dropout")])
+        self.training.train(cohort, self.source.batches(self.batches))
+        return self.images
 
 
 def main() -> None:
@@ -89,16 +86,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes of the loader, as data.workers")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each measurement")
     options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    fabric = make_fabric(FabricConfig(accelerator="cpu", devices=1))
-    fabric.launch()
-    with tempfile.TemporaryDirectory() as scratch:
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    with in_place(FabricConfig(accelerator="cpu", threads=threads)) as fabric, tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = scratch
         write_images(Path(scratch), options.images, options.side)
         config = DataConfig(source="folder", root=Path(scratch), test_fraction=0.1, workers=options.workers)
         direct = load_images(config, seed=0)
         count = len(direct.train)
-        cached = packed(fabric, config, direct, options.size, read_once=False)
+        cached = cached_images(fabric, config, direct, options.size, read_once=False)
 
         def source(images: ImageReader) -> ImageSource:
             return ImageSource(images, options.size, options.workers)
@@ -111,7 +106,6 @@ def main() -> None:
         }
         training = Training(options.model, options.size, resident, direct.train.labels, options.batch)
         taken = rate(training.round, options.seconds)
-        threads = torch.get_num_threads()
         print(f"{options.model}, {options.size} pixels, CPU threads: {threads}, workers: {options.workers}")
         print(f"{'training takes':16} {taken:10,.0f} images/s")
         for name, way in ways.items():

@@ -23,14 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafair.assembly import Federation, assemble
-from lorafair.config import Config, load_config
+from lorafair.client.training import train_clients
+from lorafair.communication.agreement import StopRequest
+from lorafair.config import Config, FabricConfig, load_config
 from lorafair.data.loading import local_batches
-from lorafair.exchange import StopSign, make_fabric
-from lorafair.federation import begin_round, start_or_resume, train_clients
-from lorafair.lora import ClientHead, LoRALinear
-from lorafair.models import build_model
+from lorafair.experiment import Experiment, build_experiment
+from lorafair.federation import begin_round
+from lorafair.launch import in_place
+from lorafair.model.backbone import build_model
+from lorafair.model.lora import ClientHead, LoRALinear
 from lorafair.seeding import seeded
+from lorafair.server.state import start_or_resume
 
 
 class PlainLoRA(nn.Module):
@@ -49,9 +52,9 @@ class PlainLoRA(nn.Module):
 class BareLoop:
     """One round of local training without the package's round, client or loader."""
 
-    def __init__(self, federation: Federation) -> None:
-        config = federation.config
-        adapted = build_model(config.model, len(federation.data.classes), config.seed)
+    def __init__(self, experiment: Experiment) -> None:
+        config = experiment.config
+        adapted = build_model(config.model, len(experiment.data.classes), config.seed)
         self.mean, self.std, self.backbone = adapted.mean, adapted.std, adapted.backbone
         for path, module in list(self.backbone.named_modules()):
             parent, _, name = path.rpartition(".")
@@ -60,28 +63,27 @@ class BareLoop:
             elif isinstance(module, ClientHead):
                 linear = nn.Linear(module.weight.shape[2], module.weight.shape[1])
                 setattr(self.backbone.get_submodule(parent), name, linear)
-        layout, plain = federation.model.adapters.layout, dict(self.backbone.named_parameters())
+        layout, plain = experiment.layout, dict(self.backbone.named_parameters())
         names = [f"{path}.A" for path in layout.factors] + [f"{path}.B" for path in layout.factors]
         self.trained = [plain[name] for name in [*names, *layout.head]]  # in the order of a packed row
-        self.federation = federation
-        size = federation.config.model.image_size
+        self.experiment = experiment
+        size = config.model.image_size
         assert size is not None
-        images = federation.data.train.images
+        images = experiment.data.train.images
         pixels = torch.stack([torch.from_numpy(images.read(i, size)) for i in range(len(images))])
         self.images = pixels.permute(0, 3, 1, 2).contiguous()
 
     def round(self, start: Tensor) -> Tensor:
         """The packed adapters (N, P) after training every client from `start` (P,)."""
-        config, rows = self.federation.local, []
-        labels = self.federation.labels
-        for number, client in enumerate(self.federation.clients):
+        config, labels, rows = self.experiment.local, self.experiment.labels, []
+        for number, client in enumerate(self.experiment.clients):
             with torch.no_grad():
                 for parameter, values in zip(self.trained, self._split(start), strict=True):
                     parameter.copy_(values)
             optimizer = torch.optim.AdamW(
                 self.trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
             )
-            generator = seeded(self.federation.config.seed, 0, number)
+            generator = seeded(self.experiment.config.seed, 0, number)
             for batch in local_batches(client.indices, config, generator):
                 inputs = (self.images[batch].float() - self.mean) / self.std
                 optimizer.zero_grad()
@@ -117,14 +119,15 @@ def seconds(action: Callable[[], Any]) -> tuple[float, float]:
 def measure(fabric: Any, clients: int, options: argparse.Namespace) -> list[str]:
     """One line of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        federation, _ = assemble(fabric, configuration(clients, options, folder))
-        state, sign, bare = start_or_resume(federation, None), StopSign(fabric), BareLoop(federation)
+        experiment, _ = build_experiment(fabric, configuration(clients, options, folder))
+        experiment.open_inputs()
+        state, stop, bare = start_or_resume(experiment, None), StopRequest(fabric), BareLoop(experiment)
 
         def train() -> Tensor:
-            partial, plan = begin_round(federation, state)
-            return train_clients(federation, state, plan, partial, sign)
+            partial, plan = begin_round(experiment, state)
+            return train_clients(experiment, state, plan, partial, stop)
 
-        order = list(federation.plan(0).clients_of_rank[0])
+        order = list(experiment.scheduler.plan(0, measured={}).clients_of_rank[0])
         ours = train()[:, :-2]  # and a warm-up
         gap = (ours - bare.round(state.adapter)[order]).abs().max() / ours.abs().max()
         pairs = [(seconds(train), seconds(lambda: bare.round(state.adapter))) for _ in range(options.repeats)]
@@ -149,10 +152,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="pairs of rounds timed; medians count (7)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    fabric = make_fabric(load_config(["fabric.accelerator=cpu"]).fabric)
-    fabric.launch()
-    lines = [measure(fabric, clients, options) for clients in options.clients]
+    with in_place(FabricConfig(accelerator="cpu", threads=options.threads)) as fabric:
+        lines = [measure(fabric, clients, options) for clients in options.clients]
     print(
         f"\n{options.model} at {options.size} px, {options.images} images a client, batch {options.batch_size}, cohort "
         f"{options.cohort}, {options.threads} CPU threads, torch {torch.__version__}"

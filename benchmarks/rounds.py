@@ -6,7 +6,7 @@
     ranks      1, 2, ... processes on as many cores: images/s
     cohort     clients side by side at batches of 4 to 32: time relative to one by one
     cache      the demo's model with and without the cached tokens of its frozen blocks: time of a round
-    threads    two processes with their share of the cores, and with all cores each
+    threads    two processes with half of the cores each, and with all of them each
     start      from the command to the first round, and what imports take of it
 
 Examples:
@@ -58,12 +58,12 @@ class Run:
 
 # Runs the command, and writes when each round began and what was trained in it.
 CODE = """
-import sys, time, json, resource
-began = time.time() - time.process_time()
-from lorafair import cli
-import lorafair.federation as federation
+import os, sys, time, json, resource
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, which here comes after torch is loaded
+from lorafair import cli, federation
+from lorafair.client.cohort import LocalTraining
 marks, spent = [], [0.0]
-begin, train = federation.begin_round, federation.train_cohort
+begin, train = federation.begin_round, LocalTraining.train
 def mark(*given):
     marks.append((time.time(), spent[0]))
     return begin(*given)
@@ -76,10 +76,10 @@ save, ends = federation.save, []
 def saved(*given, **options):
     save(*given, **options)
     ends.append((time.time(), spent[0]))
-federation.begin_round, federation.train_cohort, federation.save = mark, timed, saved
+federation.begin_round, LocalTraining.train, federation.save = mark, timed, saved
 out, *arguments = sys.argv[1:]
 status = cli.main(arguments)
-if status == 0 and __import__("os").environ.get("LOCAL_RANK", "0") == "0":
+if status == 0 and os.environ.get("LOCAL_RANK", "0") == "0":
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     json.dump({"begins": marks, "ends": ends, "peak": peak // 1024}, open(out, "w"))
 sys.exit(status)
@@ -115,7 +115,9 @@ def of_clients(clients: int, images: int) -> tuple[str, ...]:
 
 
 def overhead(_: argparse.Namespace) -> None:
-    print("model | clients x images | method | s a round | ms beside training | share of the round | ms of it a client")
+    print(
+        "model | clients x images | method | s a round | ms beside training | fraction of the round | ms of it a client"
+    )
     tiny, small = ((f"model.name=vit_{size}_patch16_224", "model.image_size=96") for size in ("tiny", "small"))
     for name, changes, clients, images, rounds in (
         ("test_vit, 32 px", (), 6, 64, 20), ("test_vit, 32 px", (), 60, 16, 20),
@@ -196,8 +198,7 @@ def threads(_: argparse.Namespace) -> None:
                 *TINY, *of_clients(12, 32), "fabric.devices=2", f"fabric.threads={count}", threads=count, rounds=6,
                 environment={"OMP_WAIT_POLICY": policy},
             )  # fmt: skip
-            share = f"{count} of {CORES} cores each"
-            print(f"{share} | {policy.lower()} | {r.median:.3f}", flush=True)
+            print(f"{count} of {CORES} cores each | {policy.lower()} | {r.median:.3f}", flush=True)
 
 
 def start(_: argparse.Namespace) -> None:
@@ -209,7 +210,8 @@ def start(_: argparse.Namespace) -> None:
         return time.perf_counter() - began
 
     print("s from the command to round 1 | of an empty Python | importing torch, timm | importing the package")
-    parts = [min(imports(w) for _ in range(3)) for w in ("pass", "import torch, timm", "import lorafair.federation")]
+    package = "import lorafair.federation, lightning.fabric"  # what a run has imported when its processes are started
+    parts = [min(imports(what) for _ in range(3)) for what in ("pass", "import torch, timm", package)]
     print(" | ".join(f"{value:.2f}" for value in (min(runs), *parts)))
 
 

@@ -15,34 +15,35 @@ import time
 
 import numpy as np
 
-from lorafair.schedule import learn_seconds, plan_round
+from lorafair.schedule import Scheduler, update_client_seconds
 from lorafair.seeding import seeded_numpy
+
+
+def scheduler_of(costs: list[float], ranks: int) -> Scheduler:
+    """For clients of these costs, which train one by one and all take part."""
+    return Scheduler(
+        seed=0, sizes=[1] * len(costs), costs=costs, clients_per_round=None, weighting="uniform", cohort=1,
+        world_size=ranks,
+    )  # fmt: skip
 
 
 def learned(costs: list[float], ranks: int, generator: np.random.Generator) -> list[float]:
     """Makespan / bound in rounds 1 and 4 where clients take half to twice as long as their cost says."""
     own = np.array(costs) * np.exp2(generator.uniform(-1, 1, len(costs)))
-    measured: dict[int, float] = {}
-    ratios = []
+    scheduler, measured, ratios = scheduler_of(costs, ranks), dict[int, float](), []
     for index in range(4):
         taken = own * generator.normal(1, 0.05, len(costs)).clip(0.5)
-        plan = plan_round(
-            index, seed=0, sizes=[1] * len(costs), costs=costs, measured=measured,
-            clients_per_round=None, weighting="uniform", cohort=1, world_size=ranks,
-        )  # fmt: skip
+        plan = scheduler.plan(index, measured)
         makespan = max(sum(taken[client] for client in clients) for clients in plan.clients_of_rank)
         ratios.append(makespan / max(taken.sum() / ranks, taken.max()))
-        learn_seconds(measured, plan.clients, taken.tolist())
+        update_client_seconds(measured, plan.clients, taken.tolist())
     return [ratios[0], ratios[-1]]
 
 
 def makespans(costs: list[float], ranks: int) -> tuple[dict[str, float], float]:
     """The makespan of each way to assign the clients, and the seconds the package's planning took."""
     started = time.perf_counter()
-    plan = plan_round(
-        0, seed=0, sizes=[1] * len(costs), costs=costs, clients_per_round=None, weighting="uniform", cohort=1,
-        world_size=ranks,
-    )  # fmt: skip
+    plan = scheduler_of(costs, ranks).plan(0, measured={})
     planned = time.perf_counter() - started
     ways = {
         "longest first": plan.clients_of_rank,

@@ -24,9 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafair.adapter import AdapterState, LoRAFactors, row
-from lorafair.aggregation import AGGREGATORS, aggregate, bias_metrics, build_aggregator
+from lorafair import registry
+from lorafair.aggregation.base import aggregate
+from lorafair.aggregation.bias import bias_metrics
 from lorafair.aggregation.lora_fair import LoRAFair
+from lorafair.aggregation.registry import build_aggregator
+from lorafair.model.adapter import AdapterState, LoRAFactors, row
 from lorafair.seeding import seeded
 
 WIDTHS = {"vit_base": (768, 12), "vit_large": (1024, 24)}  # embedding width, blocks
@@ -140,7 +143,7 @@ HEADINGS = [
 
 METRICS = "bias_metrics"  # no method, but part of every round
 WITHOUT_A_STEP = ("centralized", "local_only")
-METHODS = [*(name for name in AGGREGATORS if name not in WITHOUT_A_STEP), METRICS]
+METHODS = [*(name for name in registry.METHODS.names if name not in WITHOUT_A_STEP), METRICS]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lorafair  # noqa: F401  # first: lets timm import a torchvision made for another build of torch
-
-# isort: split
-import timm
 import torch
 from processes import cpu_seconds
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lorafair.third_party import make_torchvision_importable
+
+make_torchvision_importable()  # timm imports it
+
+import timm  # noqa: E402
 
 
 class PlainLoRA(nn.Module):

@@ -9,28 +9,27 @@ from pathlib import Path
 import torch
 from common import Stopwatch
 
-import lorafair.cli
-from lorafair import federation
-from lorafair.assembly import assemble
+from lorafair import cli, federation
+from lorafair.client.cohort import LocalTraining
 from lorafair.config import load_config
 from lorafair.data.loading import local_batches
-from lorafair.exchange import make_fabric
-from lorafair.models import build_model
+from lorafair.experiment import build_experiment
+from lorafair.launch import in_place
+from lorafair.model.backbone import build_model, image_size_of
 from lorafair.seeding import seeded
 
 
 def prepare(out: str, arguments: list[str]) -> None:
     config = load_config(arguments)
-    fabric = make_fabric(config.fabric)
-    fabric.launch()
-    job, _ = assemble(fabric, config)
-    adapters, data, size = job.model.adapters, job.data, config.model.image_size
-    assert size is not None
-    layout, start = adapters.layout, adapters.layout.unpack(adapters.draw(config.seed, 0))
+    with in_place(config.fabric) as fabric:
+        experiment, _ = build_experiment(fabric, config)
+    data, clients, local = experiment.data, experiment.clients, experiment.local
+    layout, size = experiment.layout, image_size_of(config.model)
+    start = layout.unpack(experiment.model.adapters.draw(config.seed, 0))
 
     def visits(round_index: int, client: int) -> torch.Tensor:
         generator = seeded(config.seed, round_index, client)
-        return torch.cat([*map(torch.from_numpy, local_batches(job.clients[client].indices, job.local, generator))])
+        return torch.cat([*map(torch.from_numpy, local_batches(clients[client].indices, local, generator))])
 
     trained = {f"{path}.A": factors.A for path, factors in start.factors.items()}
     trained |= {f"{path}.B": factors.B for path, factors in start.factors.items()} | start.head
@@ -39,10 +38,10 @@ def prepare(out: str, arguments: list[str]) -> None:
     torch.save(
         {
             "images": images.permute(0, 3, 1, 2).contiguous(),
-            "labels": job.labels,
+            "labels": experiment.labels,
             "mean": plain.mean,
             "std": plain.std,
-            "order": [[visits(r, client) for client in range(len(job.clients))] for r in range(config.rounds)],
+            "order": [[visits(r, client) for client in range(len(clients))] for r in range(config.rounds)],
             "model": config.model.name,
             "size": size,
             "classes": len(data.classes),
@@ -50,10 +49,10 @@ def prepare(out: str, arguments: list[str]) -> None:
             "scaling": plain.backbone.get_submodule(next(iter(layout.factors))).scaling,
             "backbone": {name: tensor.clone() for name, tensor in {**plain.backbone.state_dict(), **trained}.items()},
             "trained": list(trained),
-            "batch_size": job.local.batch_size,
-            "learning_rate": job.local.learning_rate,
-            "weight_decay": job.local.weight_decay,
-            "clip_norm": job.local.clip_norm,
+            "batch_size": local.batch_size,
+            "learning_rate": local.learning_rate,
+            "weight_decay": local.weight_decay,
+            "clip_norm": local.clip_norm,
         },
         out,
     )
@@ -63,13 +62,13 @@ def run(out: str, arguments: list[str]) -> None:
     watch, states = Stopwatch(), []
     begin_round = federation.begin_round
 
-    def marked(job, state):
+    def marked(experiment, state):
         watch.begin_round()
         states.append(state)
-        return begin_round(job, state)
+        return begin_round(experiment, state)
 
-    federation.begin_round, federation.train_cohort = marked, watch.timed(federation.train_cohort)
-    status = lorafair.cli.main([*arguments, f"run_dir={Path(out).with_suffix('.run')}"])
+    federation.begin_round, LocalTraining.train = marked, watch.timed(LocalTraining.train)
+    status = cli.main([*arguments, f"run_dir={Path(out).with_suffix('.run')}"])
     if status:
         sys.exit(status)
     watch.save(out, states[-1].adapter)
