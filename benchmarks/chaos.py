@@ -105,7 +105,7 @@ def disturb(
             tally.problems.append("exit status 0 without a result")
         return False
     if status != 0:
-        tally.problems.append(f"a run that nobody disturbed ended with status {status}: {log.read_text()[-500:]}")
+        tally.problems.append(f"a run without a disturbance ended with status {status}: {log.read_text()[-500:]}")
     return True
 
 

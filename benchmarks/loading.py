@@ -1,4 +1,4 @@
-"""Images a second that the loader gives (decoding files, from the packed cache, resident) and that training takes.
+"""Images a second that the loader gives (decoding files, cached images, resident) and that training takes.
 
 The images are made-up JPEGs. Training is the cohort's own loop on one client, fed with resident images. Everything runs
 on the same CPU threads, in one process. Example:
@@ -101,7 +101,7 @@ def main() -> None:
         resident = ResidentSource(source(cached.train.images), count, torch.device("cpu"))
         ways: dict[str, BatchSource] = {
             "decoding files": source(direct.train.images),
-            "packed cache": source(cached.train.images),
+            "cached images": source(cached.train.images),
             "resident": resident,
         }
         training = Training(options.model, options.size, resident, direct.train.labels, options.batch)

@@ -23,7 +23,7 @@ from lorafair.cluster.watchdog import stop_watchdog
 from lorafair.commands.compare import Part, compare_command
 from lorafair.commands.run import run_command
 from lorafair.commands.slurm import SCHEDULER, Options, slurm_command
-from lorafair.comparison.section import load_comparison
+from lorafair.comparison.section import has_section, load_comparison
 from lorafair.config.describe import describe_options, descriptions_text, groups, options_text
 from lorafair.config.hints import options_called
 from lorafair.config.loading import load_config
@@ -49,7 +49,7 @@ leave `run` and `compare` out.
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError in our words instead of leaving."""
+    """Raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; {self.prog} --help tells what is possible")
@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 class Subcommand:
     """A subcommand: what it takes, and what it does with it."""
 
-    does: Callable[[argparse.Namespace], int]
+    handler: Callable[[argparse.Namespace], int]
     description: str
     example: str
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
@@ -84,7 +84,7 @@ class Subcommand:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status.
 
-    0: done. 2: bad input, or an end that is no accident. 75: stopped by the scheduler with all that is done saved, the
+    0: done. 2: an error that the user can fix. 75: stopped by the scheduler with all that is done saved, the
     same command continues. 130: stopped by Ctrl-C. 1: anything else.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -93,14 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with printing():
             return _dispatch(arguments)
     except LorafairError as error:
-        if os.environ.get("SLURM_PROCID", "0") != "0":  # mostly process 0 finds the same, and once is enough
+        if os.environ.get("SLURM_PROCID", "0") != "0":  # usually process 0 has the same error, and prints it first
             time.sleep(SECONDS_FOR_THE_REASON)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues after the last checkpoint", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except Exception as error:  # only here: whoever fails says so in one last line
+    except Exception as error:  # only here: every process that fails prints one last line
         return report_failure(error)
     finally:
         stop_watchdog()
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The process of the command: `main`, and its exit status."""
     status = main()
-    for name in SCHEDULER_SIGNALS:  # a signal that comes while Python takes itself down must not fail what is done
+    for name in SCHEDULER_SIGNALS:  # a signal while Python shuts down must not fail a completed run
         signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
     # A collective that a lost process has left open, or a worker process that hangs, keeps Python from ending.
     if status in (FAILED, INTERRUPTED):
@@ -133,7 +133,7 @@ def _dispatch(arguments: list[str]) -> int:
         namespace = _parsed(name, rest)
     except SystemExit as leave:  # argparse has printed its help
         return int(leave.code or 0)
-    return SUBCOMMANDS[name].does(namespace)
+    return SUBCOMMANDS[name].handler(namespace)
 
 
 def _without_subcommand(arguments: list[str]) -> tuple[str, list[str]]:
@@ -153,7 +153,7 @@ def _without_subcommand(arguments: list[str]) -> tuple[str, list[str]]:
     if any(argument.partition("=")[0] in of_comparison for argument in arguments):
         return "compare", arguments
     _parsed("run", arguments)  # before what stands behind an unknown flag is taken for a file
-    return ("compare" if files and load_comparison(files) is not None else "run"), arguments
+    return ("compare" if has_section(files) else "run"), arguments
 
 
 def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace:
@@ -172,7 +172,7 @@ def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _flag_hint(parser: _Parser, flag: str, value: str) -> str:
-    """What somebody may have meant by a flag."""
+    """A suggestion for an unknown flag."""
     known = re.findall(r"(?<=[\[ ])--[a-z-]+", parser.format_usage())
     name = flag.lstrip("-").replace("-", "_")
     if name in ("config", "cfg", "c", "f", "file", "config_file", "config_name", "cn"):
@@ -281,7 +281,7 @@ def _options(namespace: argparse.Namespace) -> int:
 def _methods(namespace: argparse.Namespace) -> int:
     from lorafair import registry
 
-    registry.load_plugins([registry.located(plugin, Path.cwd()) for plugin in namespace.plugin or ()])
+    registry.load_plugins([registry.resolve_plugin(plugin, Path.cwd()) for plugin in namespace.plugin or ()])
     registry.load_entry_points()
     if namespace.name:
         method = registry.METHODS[namespace.name]
@@ -294,19 +294,19 @@ def _methods(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def _add_index(text: str) -> int:
+def _run_index(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text}: give the number of a run, as --list shows them")
     return int(text)
 
 
-def _add_value(text: str) -> str:
+def _nonempty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("give a value, or leave it out")
     return text
 
 
-def _add_throttle(text: str) -> int:
+def _task_limit(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text}: give how many tasks of the array may run at a time, 1 or more")
     return int(text)
@@ -315,15 +315,15 @@ def _add_throttle(text: str) -> int:
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--list", action="store_true", help="all runs with index, options and state, and nothing else")
-    parts.add_argument("--index", type=_add_index, metavar="N", help="only run N, for a job array; no report")
+    parts.add_argument("--index", type=_run_index, metavar="N", help="only run N, for a job array; no report")
     parts.add_argument("--tune", action="store_true", help="only the tuning runs")
     parts.add_argument("--report", action="store_true", help="only the report, from what is done")
 
 
 def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
     for name in SCHEDULER:
-        parser.add_argument(f"--{name}", type=_add_value, metavar="...", help="as sbatch has it")
-    parser.add_argument("--throttle", type=_add_throttle, metavar="N", help="tasks of a comparison at a time")
+        parser.add_argument(f"--{name}", type=_nonempty, metavar="...", help="as sbatch has it")
+    parser.add_argument("--throttle", type=_task_limit, metavar="N", help="tasks of a comparison at a time")
     parser.add_argument("--setup", action="append", metavar="LINE", help="a line of shell before it starts; repeatable")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the script there")
     parser.add_argument("--submit", action="store_true", help="hand the script to sbatch")

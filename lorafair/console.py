@@ -1,7 +1,7 @@
 """What a run prints: the lines of the logger "lorafair" on stdout, progress within a round, tables, durations.
 
 Lines come from rank 0 alone, unless they are logged with `extra=EVERY_RANK`. Importing this module changes nothing:
-whoever runs something (the command, `lorafair.run`) switches printing on with `printing`.
+the command and `lorafair.run` switch printing on with `printing`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EVERY_RANK = {"every_rank": True}  # for `extra` of a line that more processes t
 
 _TERMINAL_SECONDS = 0.2  # between two states of a progress line on a terminal
 _LOG_SECONDS = 60.0  # the same in a log, which keeps all of them
-_ERASE_LINE = "\r\x1b[K"
+ERASE_LINE = "\r\x1b[K"
 
 
 class _Console(logging.Handler):
@@ -39,11 +39,11 @@ class _Console(logging.Handler):
     def write(self, text: str, *, stays: bool = True) -> None:
         """Write in place of the progress line, if one is shown. `stays`: it is no progress line itself."""
         try:
-            sys.stdout.write((_ERASE_LINE if self.progress_shown else "") + text)
+            sys.stdout.write((ERASE_LINE if self.progress_shown else "") + text)
             sys.stdout.flush()
         except ValueError:  # stdout was closed
             return
-        except BrokenPipeError:  # whoever reads it, such as `head`, has seen enough
+        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.progress_shown = not stays
 
@@ -76,7 +76,7 @@ def set_rank(rank: int) -> None:
 
 
 class Progress:
-    """Something that takes long, told by one line: rewritten in place on a terminal, once a minute in a log.
+    """The progress of a long task in one line: rewritten in place on a terminal, once a minute in a log.
 
     The line says how much is done, how fast it goes and how long the rest will take at the pace so far.
     """
@@ -103,7 +103,7 @@ class Progress:
             f"{clock_text(left)} left"
         )
         if sys.stdout.isatty():
-            _console.write(_ERASE_LINE + line[: _columns() - 1], stays=False)
+            _console.write(ERASE_LINE + line[: _columns() - 1], stays=False)
         else:
             _console.write(f"{line}\n")
 
@@ -150,11 +150,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
 
 
-def counted(count: int, one: str, many: str = "") -> str:
+def format_count(count: int, one: str, many: str = "") -> str:
     """A number with its noun: 1 round, 2 rounds; `many` where that is not `one` with an s."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
-def plain(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value of an option as a user would type it."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,9 +1,13 @@
-"""The errors a user can mend: one line that says what was given, what is possible and the key to change."""
+"""Errors that a user can fix: one line that says what was given, what is possible and the key to change."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class LorafairError(Exception):
@@ -28,3 +32,23 @@ def first_line(error: BaseException) -> str:
 def one_line(text: object) -> str:
     """Any text in one line."""
     return " ".join(str(text).split())
+
+
+@contextmanager
+def of_plugin(what: str) -> Iterator[None]:
+    """In the block the code of a plug-in runs: an error is raised as a LorafairError that names it and its line."""
+    try:
+        yield
+    except LorafairError:
+        raise
+    except Exception as error:
+        raise LorafairError(f"{what} failed: {type(error).__name__}: {one_line(error)}{_place_of(error)}") from error
+
+
+def _place_of(error: BaseException) -> str:
+    """` (file, line)` of the last call in a file that is no part of Python, of lorafair or of an installed package."""
+    others = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent), "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(others):
+            return f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return ""

@@ -10,8 +10,7 @@ Letters: M adapters evaluated (1, or one a client), D domains, Q classes, U batc
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from lorafair.communication.collectives import gather_objects, sum_over_ranks
 from lorafair.communication.progress import SharedProgress
 from lorafair.data.images import ImageData
 from lorafair.data.loading import BatchSource, Indices
-from lorafair.errors import ConfigError, LorafairError
+from lorafair.errors import ConfigError, of_plugin
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.registry import METRICS
 
@@ -45,7 +44,13 @@ _TAKEN = ("accuracy", "loss", "confusion")  # names of curves that every run has
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What M adapters do on the test images of D domains; the same on every rank."""
+    """What M adapters do on the test images of D domains; the same on every rank.
+
+    Example:
+        >>> class Accuracy(lorafair.Callback):
+        ...     def on_evaluation(self, round, evaluation):
+        ...         print(round, evaluation.mean_accuracy, evaluation.accuracy.mean(0).tolist())
+    """
 
     accuracy: Tensor  # (M, D) fraction of right answers
     loss: Tensor  # (M, D) mean cross-entropy in nats
@@ -155,7 +160,7 @@ class Evaluator:
         return answers
 
     def _update(self, metrics: _PluginMetrics, index: int, answers: list[tuple[int, Tensor]]) -> None:
-        """Show the metrics on rank 0 all ranks' answers of one adapter, batch by batch in their order."""
+        """Update the metrics on rank 0 with all ranks' answers of one adapter, batch by batch in their order."""
         gathered = gather_objects(self._fabric, answers) or []
         with same_error_on_all_ranks(self._fabric):
             for u, logits in sorted(chain.from_iterable(gathered), key=lambda answer: answer[0]):
@@ -183,7 +188,7 @@ class _Counts:
 
     @staticmethod
     def zero(adapters: int, domains: int, batches: int, classes: int, fabric: Fabric) -> _Counts:
-        """Nothing yet."""
+        """No batch is added yet."""
         return _Counts(
             right=torch.zeros(adapters, domains, dtype=torch.int64, device=fabric.device),
             confusion=torch.zeros(domains, classes, classes, dtype=torch.int64, device=fabric.device),
@@ -222,7 +227,7 @@ class _PluginMetrics:
         self._overall: dict[str, Any] = {}
         self._by_domain: dict[str, list[Any]] = {}
         for name in names:
-            with _named(name):
+            with of_plugin(f"evaluation.metrics: {name}"):
                 self._overall[name] = _make(name, len(data.classes))
                 if "domain" not in inspect.signature(self._overall[name].update).parameters:
                     self._by_domain[name] = [_make(name, len(data.classes)) for _ in data.domains]
@@ -233,7 +238,7 @@ class _PluginMetrics:
             known = {"domain": domain, "client": adapter if self._personal else None}
             wanted = inspect.signature(metric.update).parameters
             more = {key: value for key, value in known.items() if key in wanted}
-            with _named(name):
+            with of_plugin(f"evaluation.metrics: {name}"):
                 metric.update(logits, labels, **more)
                 if name in self._by_domain:
                     self._by_domain[name][domain].update(logits, labels, **more)
@@ -242,7 +247,7 @@ class _PluginMetrics:
         """All values by name, and by name/domain."""
         values: dict[str, float] = {}
         for name, metric in self._overall.items():
-            with _named(name):
+            with of_plugin(f"evaluation.metrics: {name}"):
                 values |= _numbers(name, metric.compute())
                 for domain, of_domain in zip(self._domains, self._by_domain.get(name, ()), strict=False):
                     values |= {f"{key}/{domain}": value for key, value in _numbers(name, of_domain.compute()).items()}
@@ -250,22 +255,11 @@ class _PluginMetrics:
 
 
 def _make(name: str, classes: int) -> Any:
-    """A metric that computes from what it has seen on this rank: by itself it would wait for the others."""
+    """A metric that computes from the batches of this rank; by default it would wait for the other ranks."""
     metric: Any = METRICS[name](classes)
     for part in metric.modules():
         part.distributed_available_fn = lambda: False
     return metric
-
-
-@contextmanager
-def _named(metric: str) -> Iterator[None]:
-    """An error of a plug-in's metric tells which one it was."""
-    try:
-        yield
-    except LorafairError:
-        raise
-    except Exception as error:
-        raise LorafairError(f"evaluation.metrics: {metric} failed: {type(error).__name__}: {error}") from error
 
 
 def _numbers(name: str, value: Any) -> dict[str, float]:

@@ -15,16 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafair import registry
-from lorafair.aggregation.base import Aggregator
+from lorafair.aggregation.base import Aggregator, try_out
 from lorafair.aggregation.registry import method_of
 from lorafair.caching.inputs import Inputs, open_inputs
 from lorafair.checkpointing.checkpoint import Checkpoint, find_checkpoint, make_run_dir, mark_begun, resume_of_restarted
 from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
-from lorafair.config.identity import PLUGINS, identity_settings
+from lorafair.config.identity import run_identity
 from lorafair.config.schema import ClientConfig, Config
-from lorafair.console import counted, log
+from lorafair.console import format_count, log
 from lorafair.data.images import ImageData
 from lorafair.data.partition import Client, partition, pooled
 from lorafair.data.sources import load_images
@@ -33,6 +32,7 @@ from lorafair.evaluation import Evaluator
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
 from lorafair.model.backbone import build_model, image_size_of
+from lorafair.registry import METHODS
 from lorafair.schedule import Scheduler
 from lorafair.seeding import seeded
 
@@ -78,13 +78,14 @@ class Experiment:
         """Find, or decode and compute, what the model is fed with. May take minutes. Call on every rank."""
         self._inputs = open_inputs(self.fabric, self.config, self.model, self.data)
         evaluation = self.config.evaluation
-        self._evaluator = Evaluator(
-            self.fabric,
-            self._inputs.test,
-            self.data,
-            batch_size=evaluation.batch_size,
-            metrics=evaluation.metrics,
-        )
+        with same_error_on_all_ranks(self.fabric):
+            self._evaluator = Evaluator(
+                self.fabric,
+                self._inputs.test,
+                self.data,
+                batch_size=evaluation.batch_size,
+                metrics=evaluation.metrics,
+            )
 
     @property
     def layout(self) -> AdapterLayout:
@@ -151,6 +152,9 @@ def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkp
     model = loaded.model
     cohort = cohort_size(config, loaded.clients, model, fabric.device)
     model.attach(fabric.device, cohort)
+    if METHODS.is_from_plugin(str(config.method["name"])):
+        with same_error_on_all_ranks(fabric):
+            try_out(aggregator, model.adapters.layout)
     if config.model.compile is not None:
         model.compile(backend=config.model.compile)
     identity = _identity(config, loaded.data, model)
@@ -214,16 +218,9 @@ def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[
 
 def _identity(config: Config, data: ImageData, model: AdaptedModel) -> dict[str, Any]:
     """Settings that change numbers, what plug-ins have defined, images and frozen weights before any folding."""
-    named = (
-        (registry.METHODS, str(config.method["name"])),
-        (registry.SOURCES, config.data.source),
-        (registry.PARTITIONS, config.partition.scheme),
-        (registry.BACKBONES, config.model.name),
-    )
-    plugins = {f"{names.kind} {name}": names.source_sum(name) for names, name in named if names.is_added(name)}
     images = {"images": data.fingerprint, "classes": data.classes}
     weights = {"frozen_weights": model.fingerprint()}
-    return identity_settings(config) | ({PLUGINS: plugins} if plugins else {}) | images | weights
+    return run_identity(config) | images | weights
 
 
 def lora_ranks_of_clients(config: Config, clients: int) -> tuple[int, ...]:
@@ -243,7 +240,7 @@ def lora_ranks_of_clients(config: Config, clients: int) -> tuple[int, ...]:
 
 
 def check_client_ranks(config: Config, clients: int) -> None:
-    """Raise ConfigError where the ranks are given client by client, and not for as many as there are."""
+    """Raise ConfigError where the LoRA ranks are given client by client, and not for as many as there are."""
     lora = config.model.lora
     one_by_one = lora.client_ranks is not None and lora.client_rank_probabilities is None
     if one_by_one and len(lora.client_ranks or ()) != clients:
@@ -257,7 +254,7 @@ def cohort_size(config: Config, clients: tuple[Client, ...], model: AdaptedModel
     """C, the clients trained side by side: client.cohort, or for auto what follows from model, batch and clients.
 
     It depends on no measurement and not on the number of ranks, because the last bits of a client's numbers can depend
-    on who trains beside it.
+    on the clients beside it.
     """
     if config.client.cohort != "auto":
         return config.client.cohort
@@ -271,12 +268,12 @@ def cohort_size(config: Config, clients: tuple[Client, ...], model: AdaptedModel
 
 
 def _introduce(config: Config, loaded: _Loaded, cohort: int, world_size: int) -> None:
-    """Say what there is."""
+    """Print the data, the clients and the model."""
     data, clients, layout = loaded.data, loaded.clients, loaded.model.adapters.layout
     images = np.array([len(client.indices) for client in clients])
     log.info(f"images: {data.description}")
     log.info(
-        f"        {counted(len(data.domains), 'domain')}, {counted(len(data.classes), 'class', 'classes')}, "
+        f"        {format_count(len(data.domains), 'domain')}, {format_count(len(data.classes), 'class', 'classes')}, "
         f"{len(data.train.labels):,} for training, {len(data.test.labels):,} for the test"
     )
     beside = f", {cohort} side by side" if cohort > 1 else ""

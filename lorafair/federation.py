@@ -23,7 +23,7 @@ from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, sa
 from lorafair.communication.collectives import ClientResults, broadcast_update, drop_nonfinite, sum_over_ranks
 from lorafair.communication.traffic import Traffic, round_traffic, with_control_variates
 from lorafair.config.schema import Config
-from lorafair.console import counted, log
+from lorafair.console import format_count, log
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment, build_experiment
 from lorafair.reporting.callbacks import Callback
@@ -82,24 +82,25 @@ class Round:
 def round_in_progress(
     experiment: Experiment, state: ServerState, stop: StopRequest, report: Report | None
 ) -> Iterator[Round]:
-    """A round, whose finished clients survive whatever ends it; who trains is the same on every rank."""
+    """One round. Finished clients are saved if the round fails. The plan is the same on every rank."""
     partial, plan = begin_round(experiment, state)
     this = Round(plan, partial, stop, report, Clock(experiment.fabric.device))
     with partial.kept_on_failure(), saving(partial.write):
         yield this
-    stop.remember("rest of the round", time.monotonic() - this.trained_at)
+    stop.record_duration("rest of the round", time.monotonic() - this.trained_at)
 
 
 def begin_round(experiment: Experiment, state: ServerState) -> tuple[PartialRound, RoundPlan]:
-    """What an interrupted attempt has left of the round, on rank 0, and who trains the rest, on every rank."""
+    """Rank 0 reads the clients that an interrupted run has finished; every rank plans the rest."""
     config, round_index, adapter = experiment.config, state.completed_rounds, state.adapter
     partial = PartialRound(
         config.folder,
         round_index,
-        start=lambda: start_of_round(experiment.identity, round_index, adapter),  # as it is now, whenever it is asked
+        # the adapter at the start of the round
+        start=lambda: start_of_round(experiment.identity, round_index, adapter),
         seconds=config.checkpoint.seconds,
     )
-    if round_index not in state.left_unfinished:
+    if round_index not in state.unfinished_rounds:
         return partial, experiment.scheduler.plan(round_index, state.client_seconds)
     if experiment.fabric.is_global_zero:
         partial.read()
@@ -107,7 +108,7 @@ def begin_round(experiment: Experiment, state: ServerState) -> tuple[PartialRoun
     plan = experiment.scheduler.plan(round_index, state.client_seconds, finished)
     if finished:
         done = sum(len(cohort) for cohort in plan.cohorts_of_rank[0] if cohort in finished)
-        log.info(f"round {round_index + 1}: {counted(done, 'client')} done before the interruption")
+        log.info(f"round {round_index + 1}: {format_count(done, 'client')} done before the interruption")
     return partial, plan
 
 
@@ -183,11 +184,11 @@ def log_and_save(
     result: ServerResult | None,
     evaluation: Evaluation | None,
 ) -> None:
-    """Count what the round has cost, tell of it, and write a checkpoint where one is due; on rank 0."""
+    """Count what the round has cost, report it, and write a checkpoint where one is due; on rank 0."""
     with same_error_on_all_ranks(experiment.fabric):
         if this.report is not None and result is not None:
             traffic = traffic_of(experiment, state, this.plan, result)
-            count_up(state, sum(this.clock.seconds.values()), traffic, len(clients.dropped))
+            add_to_totals(state, sum(this.clock.seconds.values()), traffic, len(clients.dropped))
             summary = RoundSummary(
                 round=state.completed_rounds,
                 plan=this.plan,
@@ -202,8 +203,8 @@ def log_and_save(
         save(experiment, state)
 
 
-def count_up(state: ServerState, seconds: float, traffic: Traffic, dropped: int) -> None:
-    """Add a round to what was counted since round 1."""
+def add_to_totals(state: ServerState, seconds: float, traffic: Traffic, dropped: int) -> None:
+    """Add the cost of a round to the totals since round 1."""
     for name, amount in (("seconds", seconds), ("bytes", traffic.total), ("dropped", dropped)):
         state.totals[name] = state.totals.get(name, 0) + amount
 
@@ -241,7 +242,7 @@ def finish(experiment: Experiment, state: ServerState, report: Report | None, ev
 
 
 def finished_before(experiment: Experiment, all_rounds_done: bool) -> bool:
-    """Whether nothing is left to do; says so. The same on every rank."""
+    """Whether nothing is left to do; if so, prints it. The same on every rank."""
     finished = False
     with same_error_on_all_ranks(experiment.fabric):
         if experiment.fabric.is_global_zero and all_rounds_done and is_finished(experiment.config):

@@ -25,7 +25,7 @@ from lorafair.cluster.signals import FAILED, INTERRUPTED, SAVED, Interrupted, ha
 from lorafair.cluster.slurm import Job, requeue, seconds_left, slurm_job, state_of_job
 from lorafair.cluster.watchdog import CONTINUES, Watchdog, start_watchdog, stop_watchdog
 from lorafair.config.schema import FabricConfig
-from lorafair.console import counted, log
+from lorafair.console import format_count, log
 from lorafair.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 RENDEZVOUS_MINUTES = 10.0
 SECONDS_UNTIL_KILLED = 120.0
-SECONDS_FOR_THE_REASON = 1.0  # srun -K ends all processes of a step once one has left with an error
+SECONDS_FOR_THE_REASON = 1.0  # srun -K ends all processes of a step once one has exited with an error
 # Of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD with bytes. What is larger still goes back at once.
 _MALLOC_OPTIONS = ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26))
-# By which users choose themselves.
+# With one of these set, nothing is changed.
 _MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def let_idle_threads_sleep() -> None:
     """Keep torch's idle threads from spinning on cores that others need; before torch is imported for the first time.
 
-    Who has set OMP_WAIT_POLICY keeps it.
+    An OMP_WAIT_POLICY that is set stays.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def resolve_placement(config: FabricConfig) -> Placement:
-    """Find out where this process runs and say so, before anything heavy is imported. Raises ConfigError."""
+    """Find out where this process runs and print it, before anything heavy is imported. Raises ConfigError."""
     handle_only(config.signals)
     placement = detect(os.environ, config, [sys.executable, *sys.argv])
     console.set_rank(placement.rank)
@@ -60,12 +60,12 @@ def resolve_placement(config: FabricConfig) -> Placement:
 
 
 def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
-    """Start the processes of a command, say on what they run, and return their Fabric. Call on every process.
+    """Start the processes of a command, print what they run on, and return their Fabric. Call on every process.
 
-    A watchdog looks after them from now on (cluster/watchdog.py).
+    A watchdog watches them from now on (cluster/watchdog.py).
     """
     fabric = make_fabric(config, placement)  # imports lightning, which sets the levels of its loggers
-    for name in ("lightning.fabric", "lightning.pytorch"):  # their banners tell nothing that the lines here do not
+    for name in ("lightning.fabric", "lightning.pytorch"):  # the lines here say what their banners say
         logging.getLogger(name).setLevel(logging.WARNING)
     threads = set_threads(fabric, config.threads)
     if fabric.device.type == "cpu":
@@ -74,8 +74,8 @@ def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
     rendezvous(fabric, config, start_watchdog(process_name(), children, is_child=placement.is_child))
     console.set_rank(fabric.global_rank)
     log.info(
-        f"lorafair {__version__}: {counted(fabric.world_size, 'process', 'processes')} on {fabric.device.type}, "
-        f"{counted(threads, 'thread')} each, "
+        f"lorafair {__version__}: {format_count(fabric.world_size, 'process', 'processes')} on {fabric.device.type}, "
+        f"{format_count(threads, 'thread')} each, "
         f"{config.precision}; {purpose}"
     )
     job, left = slurm_job(os.environ), None
@@ -170,13 +170,13 @@ def _environment(placement: Placement) -> ClusterEnvironment:
             return (placement.devices or 1) * placement.num_nodes
 
         def set_world_size(self, size: int) -> None:
-            """Slurm has decided."""
+            """Fixed by Slurm."""
 
         def global_rank(self) -> int:
             return placement.rank
 
         def set_global_rank(self, rank: int) -> None:
-            """Slurm has decided; with --distribution=cyclic neighbouring ranks are on different nodes."""
+            """Fixed by Slurm; with --distribution=cyclic neighbouring ranks are on different nodes."""
 
         def local_rank(self) -> int:
             return placement.local_rank
@@ -188,9 +188,10 @@ def _environment(placement: Placement) -> ClusterEnvironment:
 
 
 def rendezvous(fabric: Fabric, config: FabricConfig, watchdog: Watchdog) -> None:
-    """Start the processes, or meet those that are started, and have them watch one another. Bounded in time."""
+    """Start the processes, or connect to those already started, and start their heartbeats. Bounded in time."""
     seconds = 60 * min(RENDEZVOUS_MINUTES, config.timeout_minutes)
-    with watchdog.deadline("the start of all processes of the run", seconds):
+    outside = slurm_job(os.environ) is None  # a job that is stopped now starts, and is then requeued
+    with watchdog.deadline("the start of all processes of the run", seconds, stoppable=outside):
         fabric.launch()
     if fabric.world_size > 1:
         store = third_party.default_store()
@@ -203,7 +204,7 @@ def processes_of_node(fabric: Fabric) -> int:
 
 
 def set_threads(fabric: Fabric, threads: int | None) -> int:
-    """Give this process its part of the node's cores and return it; call before `launch`.
+    """Give this process its part of the node's cores and return their number; call before `launch`.
 
     More threads than cores cost far more than they give: spinning threads of two processes on one core made single
     operations 100 times slower.
@@ -234,7 +235,7 @@ def keep_freed_memory() -> bool:
 
 
 def run_until_stopped(fabric: Fabric, config: FabricConfig, placement: Placement, work: Callable[[], object]) -> int:
-    """Do the work; if it was stopped, see to it that the job runs again; returns the exit status, on every rank."""
+    """Do the work; if it was stopped, requeue the job where that is due; returns the exit status, on every rank."""
     from lorafair.communication.agreement import close_process_group
 
     try:
@@ -245,12 +246,12 @@ def run_until_stopped(fabric: Fabric, config: FabricConfig, placement: Placement
         if fabric.is_global_zero:
             status, line = after_stop(stop, slurm_job(os.environ), config.max_requeues)
             log.info(f"{stop}; {line}")
-        status = fabric.broadcast(status)  # the others stay: srun ends all processes once one has left with an error
+        status = fabric.broadcast(status)  # the others wait: srun ends all processes once one has exited with an error
         assert status is not None
         close_process_group(fabric)
-        # The process that has started this one tells; to it this one has not failed.
+        # The process that has started this one prints the message; to it this one has not failed.
         return 0 if placement.is_child else status
-    except SystemExit:  # rank 0 tells why
+    except SystemExit:  # rank 0 prints the message
         if placement.is_child:
             return 0
         time.sleep(SECONDS_FOR_THE_REASON)
@@ -265,7 +266,7 @@ def after_stop(stop: Interrupted, job: Job | None, max_requeues: int) -> tuple[i
     if job is None:
         return SAVED, "the same command continues"
     state, why = state_of_job(job)
-    # A job that was cancelled, and one that Slurm requeues by itself, are COMPLETING, too: a requeue would revive it.
+    # A job that was cancelled, and one that Slurm requeues by itself, are COMPLETING, too: do not start it again.
     if state and state != "RUNNING" and (state, why) != ("COMPLETING", "TimeLimit"):
         return SAVED, f"Slurm ends job {job.name} ({state}) by itself; the same command continues"
     if job.restarts >= max_requeues:
@@ -283,12 +284,12 @@ def after_stop(stop: Interrupted, job: Job | None, max_requeues: int) -> tuple[i
 
 
 def report_failure(error: Exception) -> int:
-    """Say what has ended this process: that another one is gone in a line, all else with its traceback."""
+    """Print what has ended this process: one line where another process is lost, else the traceback."""
     from lorafair.communication.agreement import is_peer_loss
 
     what = one_line(f"{type(error).__name__}: {error}")
     if is_peer_loss(error):
-        time.sleep(SECONDS_FOR_THE_REASON)  # until the process that has failed is known to be gone
+        time.sleep(SECONDS_FOR_THE_REASON)  # until the failed process is known to be lost
         lost = stop_watchdog() or "another process of the run is gone or has not answered for fabric.timeout_minutes"
         what = f"{lost} ({what[:200]})"
     else:

@@ -47,8 +47,8 @@ class Registry(Generic[T]):
         origin = entry if origin is None else origin
         before = self._origins.get(name)
         if name in self._shipped or (before is not None and _place_of(before) != _place_of(origin)):
-            owner = "lorafair" if before is None else _place_of(before)
-            raise ConfigError(f"there is a {self.kind} {name} already, of {owner}; register yours under another name")
+            owner = "of lorafair" if before is None else _place_of(before)
+            raise ConfigError(f"there is a {self.kind} {name} already, {owner}; register yours under another name")
         self._added[name], self._origins[name] = entry, origin
 
     def remove(self, name: str) -> None:
@@ -69,8 +69,8 @@ class Registry(Generic[T]):
             load_entry_points()
         if name in self.names:
             return
-        squeezed = {_squeezed(known): known for known in self.names}
-        meant = self._synonyms.get(_squeezed(name)) or squeezed.get(_squeezed(name))
+        normalized = {_normalized(known): known for known in self.names}
+        meant = self._synonyms.get(_normalized(name)) or normalized.get(_normalized(name))
         hint = f"did you mean {meant}? " if meant else did_you_mean(name, self.names)
         raise ConfigError(
             f"{key or self.key}={name} is unknown; {hint}{self.kind}s: {', '.join(self.names) or 'none is registered'}"
@@ -81,7 +81,7 @@ class Registry(Generic[T]):
         """The names, those of lorafair first."""
         return [*self._shipped, *self._added]
 
-    def is_added(self, name: str) -> bool:
+    def is_from_plugin(self, name: str) -> bool:
         """Whether a plug-in has registered this name."""
         return name in self._added
 
@@ -89,22 +89,23 @@ class Registry(Generic[T]):
         """Whether a process that imports these plug-ins has the name, too."""
         if name not in self._added or name in _of_entry_points:
             return True
-        module = str(getattr(self._origins[name], "__module__", ""))
+        module, file = str(getattr(self._origins[name], "__module__", "")), _file_of(self._origins[name])
         imported = [module_name(plugin) for plugin in plugins]
-        return any(module == name or module.startswith(f"{name}.") for name in imported)
+        if any(module == name or module.startswith(f"{name}.") for name in imported):
+            return True
+        paths = [Path(plugin).resolve() for plugin in plugins if _is_file(plugin)]
+        return file is not None and any(path in (file, *file.parents) for path in paths)
 
-    def source_sum(self, name: str) -> str | None:
+    def source_sha256(self, name: str) -> str | None:
         """The sha256 of the file in which a plug-in's object is defined; None for a shipped one.
 
-        What is defined outside of a file, as in a notebook, is told by its own source text.
+        What is defined outside of a file, as in a notebook, is identified by its own source text.
         """
         if name not in self._added:
             return None
         origin: Any = self._origins[name]
-        module = sys.modules.get(getattr(origin, "__module__", ""))
-        file = getattr(module, "__file__", None)
-        if file is not None and Path(file).is_file():
-            return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        if (file := _file_of(origin)) is not None:
+            return hashlib.sha256(file.read_bytes()).hexdigest()
         try:
             return hashlib.sha256(inspect.getsource(origin).encode()).hexdigest()
         except (OSError, TypeError):
@@ -171,7 +172,7 @@ LOGGERS: Registry[Callable[..., Any]] = Registry(
         "mlflow": "lorafair.reporting.loggers:mlflow",
     },
 )
-ALL = {
+REGISTRIES = {
     "METHODS": METHODS,
     "SOURCES": SOURCES,
     "PARTITIONS": PARTITIONS,
@@ -196,22 +197,22 @@ def load_plugins(plugins: Sequence[str]) -> None:
                 _import_file(Path(plugin))
             else:
                 _import_module(plugin)
-        except ConfigError:
-            raise
-        except Exception as error:
+        except ConfigError as error:
+            raise ConfigError(f"plugins: {plugin}: {error}") from error
+        except (Exception, SystemExit) as error:
             kind = type(error).__name__
             raise ConfigError(f"plugins: {plugin} cannot be imported: {kind}: {error}") from error
 
 
-def located(plugin: str, folder: Path) -> str:
-    """The entry of `plugins` with the whole path of its file, or of its folder with an __init__.py: below `folder`
+def resolve_plugin(plugin: str, folder: Path) -> str:
+    """The entry of `plugins` with the absolute path of its file, or of its folder with an __init__.py: below `folder`
     where it is there, else as it is seen from the working directory. ConfigError for a path that is in neither place.
 
     A module that cannot be imported is looked for in `folder`, too.
     """
     places = list(dict.fromkeys((folder.resolve(), Path.cwd())))
     if not _is_file(plugin):
-        _see_working_directory()
+        _add_working_directory()
         beside = [places[0] / f"{plugin}.py", places[0] / plugin]
         if not plugin.isidentifier() or plugin in sys.modules or importlib.util.find_spec(plugin) is not None:
             return plugin
@@ -237,18 +238,18 @@ def load_entry_points() -> None:
     if _entry_points_loaded:
         return
     _entry_points_loaded = True
-    before = {name for names in ALL.values() for name in names.names}
+    before = {name for names in REGISTRIES.values() for name in names.names}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
         except Exception as error:
             package = entry.dist.name if entry.dist is not None else entry.value
             raise ConfigError(f"the plug-in {entry.value} of {package} cannot be imported: {error}") from error
-    _of_entry_points.update({name for names in ALL.values() for name in names.names} - before)
+    _of_entry_points.update({name for names in REGISTRIES.values() for name in names.names} - before)
 
 
 def _is_file(plugin: str) -> bool:
-    return plugin.endswith(".py") or os.sep in plugin  # a whole path or one seen from somewhere
+    return plugin.endswith(".py") or os.sep in plugin  # an absolute or a relative path
 
 
 def module_name(plugin: str) -> str:
@@ -277,7 +278,7 @@ def _import_file(place: Path) -> None:
     assert spec is not None
     assert spec.loader is not None
     if not is_package and str(place.parent) not in sys.path:
-        sys.path.append(str(place.parent))  # last: nothing that is installed is hidden by it
+        sys.path.append(str(place.parent))  # last, so that it hides no installed module
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -289,21 +290,31 @@ def _import_file(place: Path) -> None:
 
 
 def _import_module(name: str) -> None:
-    _see_working_directory()
+    _add_working_directory()
     importlib.import_module(name)
 
 
-def _see_working_directory() -> None:
-    """Let modules be imported from there: a script sees its own folder, not the one it is called in."""
+def _add_working_directory() -> None:
+    """Let modules be imported from there: Python adds the folder of a script, not the one it is called in."""
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
 
 
 def _place_of(entry: object) -> str:
+    """Where something is defined: one definition has one place, by whatever name its file is imported."""
     kind = entry if inspect.isclass(entry) or inspect.isroutine(entry) else type(entry)
-    return f"{getattr(entry, '__module__', kind.__module__)}.{getattr(entry, '__qualname__', kind.__qualname__)}"
+    name = getattr(entry, "__qualname__", kind.__qualname__)
+    file = _file_of(entry)
+    return f"{name} in {file}" if file else f"{getattr(entry, '__module__', kind.__module__)}.{name}"
 
 
-def _squeezed(name: object) -> str:
+def _file_of(entry: object) -> Path | None:
+    """The file of the module in which something is defined; None for a notebook's or the interpreter's."""
+    kind = entry if inspect.isclass(entry) or inspect.isroutine(entry) else type(entry)
+    file = getattr(sys.modules.get(getattr(entry, "__module__", kind.__module__)), "__file__", None)
+    return Path(file).resolve() if file is not None and Path(file).is_file() else None
+
+
+def _normalized(name: object) -> str:
     return "".join(character for character in str(name).lower() if character.isalnum() or character == "+")

@@ -1,7 +1,7 @@
-"""What a round's number decides: who takes part, with which weight, which rank trains whom, and the learning rate.
+"""The plan of a round: its clients, their weights, the rank that trains each, and the learning rate.
 
 Everything is a pure function of the configuration, the round and the clients, so every rank computes the same plan and
-nothing is sent. Only which rank trains whom depends on the number of ranks, and nothing numerical depends on it.
+nothing is sent. Only the assignment of clients to ranks depends on the number of ranks; no number of a result does.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Scheduler:
         Clients are drawn uniformly without replacement. Cohorts are cut from the clients sorted by cost, so that
         clients trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least
         work. How long they take is expected from the seconds `measured` before: times differ from run to run, and only
-        who trains where may, too. Cohorts that an earlier attempt at the round has `finished` are rank 0's, which has
-        their rows, and no work.
+        the assignment to ranks may, too. Cohorts that an earlier attempt at the round has `finished` are assigned
+        to rank 0, which has their rows; they are not trained again.
         """
         clients = self._drawn(round_index)
         amounts = [float(self.sizes[c]) if self.weighting == "size" else 1.0 for c in clients]

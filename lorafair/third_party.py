@@ -1,4 +1,4 @@
-"""Every use of a name that another project does not promise to keep, and what mends an installation of theirs.
+"""All uses of private names of other packages, and repairs of their installations.
 
 One function for each, with the version it was seen with; tests/test_third_party.py fails when one of them changes.
 Nothing is imported, and nothing is changed, before one of them is called.
@@ -93,7 +93,7 @@ if not _has_ops():
 def quiet_ddp_strategy(timeout: timedelta) -> DDPStrategy:
     """Fabric's "ddp", but for the thread that ends this process by SIGKILL when one that it has started fails.
 
-    `cluster.watchdog` looks after those processes, tells why, saves what is done and leaves with a status that says
+    `cluster.watchdog` watches those processes, prints the reason, saves what is done and exits with a status that says
     what happened. Private: `_configure_launcher`, `_launcher`, `_SubprocessScriptLauncher` and its
     `_call_children_scripts`. Seen with lightning 2.6.6.
     """

@@ -1,6 +1,6 @@
 """Slow, dense, float64 versions of what the package computes in factor space, written from the formulas alone.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafair.model.adapter import LoRAFactors
 from lorafair.seeding import seeded
+from tests.torch_private import TorchDispatchMode
 
 
 def random_clients(

@@ -9,7 +9,16 @@ import time
 import pytest
 
 from lorafair import console
-from lorafair.console import EVERY_RANK, Progress, clock_text, counted, duration_text, log, markdown_table, printing
+from lorafair.console import (
+    EVERY_RANK,
+    Progress,
+    clock_text,
+    duration_text,
+    format_count,
+    log,
+    markdown_table,
+    printing,
+)
 
 
 class Terminal(io.StringIO):
@@ -92,8 +101,8 @@ def test_a_log_gets_a_line_a_minute(
 def test_numbers_as_a_reader_wants_them() -> None:
     assert [clock_text(seconds) for seconds in (0.4, 65, 7265)] == ["0:00", "1:05", "2:01:05"]
     assert [duration_text(seconds) for seconds in (8, 150)] == ["8 seconds", "2.5 minutes"]
-    assert [counted(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
-    assert counted(1200, "image") == "1,200 images"
+    assert [format_count(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
+    assert format_count(1200, "image") == "1,200 images"
 
 
 def test_a_bar_in_a_cell_does_not_end_it() -> None:

@@ -28,7 +28,7 @@ LABELS = torch.randint(0, 4, (53,), generator=seeded(0, "labels")).numpy()
 DOMAINS = np.array([0] * 20 + [2] * 10 + [1] * 23)
 
 
-IN_MEMORY = ImagesInMemory(np.zeros((53, 1, 1, 3), np.uint8))  # nobody reads them: batches come from Source
+IN_MEMORY = ImagesInMemory(np.zeros((53, 1, 1, 3), np.uint8))  # not read: batches come from Source
 SPLIT = Split(IN_MEMORY, LABELS, DOMAINS)
 DATA = ImageData("made-up", ("photo", "sketch", "art"), ("a", "b", "c", "d"), SPLIT, SPLIT, "made up", "none")
 

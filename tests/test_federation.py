@@ -352,7 +352,7 @@ def test_the_centralised_reference_sees_as_many_images_a_round(tiny: Tiny) -> No
 
 @pytest.mark.slow
 def test_the_frozen_model_is_built_once_and_stays_where_it_is(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many clients there are, a process has one backbone; nobody copies, sends or saves it."""
+    """However many clients there are, a process has one backbone, which is not copied, sent or saved."""
     built = []
 
     def build_and_count(*arguments: Any) -> Any:
@@ -537,7 +537,7 @@ def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:
     [
         (
             ["method.name=fedrpca", "model.lora.client_ranks=[4,2,1]"],
-            r"needs the same rank everywhere; methods .*flora",
+            r"needs the same LoRA rank everywhere; methods .*flora",
         ),
         (["model.lora.client_ranks=[4,2]"], r"has 2 ranks for 3 clients"),
         (["method.name=ffa_lora", "federation.initialization=fresh"], r"does not fit .*ffa_lora; possible: average"),

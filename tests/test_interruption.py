@@ -1,4 +1,4 @@
-"""Runs that are stopped within a round: what is done is kept, nobody trains it again, and the result has equal bits."""
+"""Runs that are stopped within a round: what is done is kept and not trained again, and the result has equal bits."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def final_adapter(folder: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cohort", "method"), [(1, "lora_fair"), (2, "flora")])
-def test_a_signal_to_one_rank_stops_all_within_the_round_and_nobody_is_trained_twice(
+def test_a_signal_to_one_rank_stops_all_within_the_round_and_no_client_is_trained_twice(
     cohort: int, method: str, tmp_path: Path
 ) -> None:
     options = [*SIX_CLIENTS, f"client.cohort={cohort}", f"method.name={method}"]

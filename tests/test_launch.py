@@ -1,4 +1,4 @@
-"""What happens when a run is stopped: who is requeued, and how the command ends."""
+"""What happens when a run is stopped: which jobs are requeued, and how the command ends."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def assert_matches(pattern: str, text: str) -> None:
     assert re.search(pattern, text), text
 
 
-def test_a_job_about_to_be_ended_waits_for_it_where_nobody_can_requeue_it(
+def test_a_job_about_to_be_ended_waits_for_it_where_it_cannot_be_requeued(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A preempted job whose processes end by themselves counts as completed; one that is killed is requeued."""

@@ -1,4 +1,4 @@
-"""Round plans: who takes part, with which weight, on which rank."""
+"""Round plans: the clients, their weights and their ranks."""
 
 from __future__ import annotations
 

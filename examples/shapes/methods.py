@@ -1,6 +1,6 @@
 """An aggregation method: the mean of each number of the factors without its extremes.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 (B_k Q)(QᵀA_k) is the same product for every orthogonal Q, but what averaging makes of such factors depends on Q.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations

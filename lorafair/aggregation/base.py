@@ -1,34 +1,41 @@
 """The contract of an aggregation method, and the server step that applies one to all layers.
 
-Letters: K clients, R rank, I in_features, O out_features, L adapted layers.
+Letters: K clients, R LoRA rank, I in_features, O out_features, L adapted layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.factor_algebra import (
-    nonzero_rows,
-    weighted_mean,
-)
-from lorafair.model.adapter import PARTS, AdapterState, LoRAFactors, Part
+from lorafair.aggregation.factor_algebra import nonzero_rows, weighted_mean
+from lorafair.config.options import option_of
+from lorafair.errors import ConfigError, LorafairError, of_plugin
+from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
+from lorafair.seeding import seeded
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What the server makes of one layer."""
+    """What the server makes of one layer.
+
+    Example:
+        >>> mean = lorafair.LoRAFactors(A=clients.A.mean(0), B=clients.B.mean(0))
+        >>> update = lorafair.LayerUpdate(mean)  # every client starts the next round from the mean
+    """
 
     factors: LoRAFactors  # (R, I) and (O, R): where every client starts the next round
     folded: LoRAFactors | None = None  # first merged into the frozen weight as s·B·A; its rank may be anything
-    sent_rank: int | None = None  # beyond it B is zero and A is known to the clients: neither is sent (all R)
+    sent_lora_rank: int | None = None  # beyond it B is zero and A is known to the clients: neither is sent (all R)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class ServerUpdate:
     factors: dict[str, LoRAFactors]
     folded: dict[str, LoRAFactors]  # only the layers that have any
     head: dict[str, Tensor]
-    sent_rank: dict[str, int]  # rows of A and columns of B the clients are sent
+    sent_lora_rank: dict[str, int]  # rows of A and columns of B the clients are sent
 
     def to(self, device: torch.device | str) -> ServerUpdate:
         """The same on another device."""
@@ -60,15 +67,15 @@ class ServerUpdate:
             factors=ordered({path: f for update in updates for path, f in update.factors.items()}),
             folded=ordered({path: f for update in updates for path, f in update.folded.items()}),
             head={name: tensor for update in updates for name, tensor in update.head.items()},
-            sent_rank=ordered({path: rank for update in updates for path, rank in update.sent_rank.items()}),
+            sent_lora_rank=ordered({path: r for update in updates for path, r in update.sent_lora_rank.items()}),
         )
 
 
 class Aggregator(ABC):
     """An aggregation method: a frozen dataclass with `combine`, whose fields are the options of `method:`.
 
-    Register one with `lorafair.register_method`. The round asks what clients train, send, receive and keep, and takes
-    bytes, checkpoints and mixed ranks from the answers.
+    Register one with `lorafair.register_method`. Its methods say what clients train, send, receive and keep; bytes,
+    checkpoints and mixed LoRA ranks follow from these.
 
     Example:
         >>> @lorafair.register_method("trimmed")
@@ -82,17 +89,31 @@ class Aggregator(ABC):
     """
 
     pools_data: ClassVar[bool] = False
-    """One client trains on everybody's images."""
+    """One client trains on the images of all clients."""
     restarts: ClassVar[bool] = False
     """Every round starts from fresh factors; what was learned is in the folded part."""
-    mixed_ranks: ClassVar[bool] = True
-    """Clients may have factors of smaller rank, padded with zeros to R."""
+    mixed_lora_ranks: ClassVar[bool] = True
+    """Clients may have factors of smaller LoRA rank, padded with zeros to R."""
     decomposes: ClassVar[bool] = False
     """The factors that come back are a new decomposition of the update: their difference from the old says nothing."""
     initializations: ClassVar[tuple[str, ...]] = ("average", "fresh", "local")
     """Values of federation.initialization that fit the method; the first leaves it as published."""
     personal_parts: ClassVar[tuple[Part, ...]] = ()
     """What each client keeps to itself from round to round. Where it is not empty, every client is evaluated."""
+
+    def __post_init__(self) -> None:
+        """Check the options; a subclass with a `__post_init__` of its own calls this one. Raises ConfigError."""
+        for declared in dataclasses.fields(cast(Any, self)):
+            option, value = option_of(declared), getattr(self, declared.name)
+            if not option.is_in_range(value):
+                raise ConfigError(f"method.{declared.name}={value} is out of range: it must be {option.range_text}")
+            choice = option.requires
+            if (
+                choice
+                and value is not None
+                and not choice.holds(lambda key: getattr(self, key.removeprefix("method.")))
+            ):
+                raise ConfigError(f"method.{declared.name}={value} has no effect: it needs {choice}")
 
     @property
     def folds(self) -> bool:
@@ -146,31 +167,96 @@ def aggregate(
     in float64 on the clients' device and returned in the clients' dtype; the order of the clients matters up to
     rounding only.
     """
-    starts = None if start is None else start.factors
+    initial_factors = None if start is None else start.factors
     if isinstance(aggregator, JointAggregator) and clients.factors:
-        updates = aggregator.combine_layers(clients.factors, weights, starts)
+        with _of_method(aggregator, "combine_layers"):
+            updates = aggregator.combine_layers(clients.factors, weights, initial_factors)
     else:
-        updates = {
-            path: aggregator.combine(factors, weights, None if starts is None else starts[path])
-            for path, factors in clients.factors.items()
-        }
-    if starts is not None and not (aggregator.decomposes or aggregator.restarts):
-        updates = {path: _keep_unused(u, clients.factors[path], starts[path]) for path, u in updates.items()}
+        updates = {}
+        for path, factors in clients.factors.items():
+            with _of_method(aggregator, f"combine of layer {path}"):
+                sent = None if initial_factors is None else initial_factors[path]
+                updates[path] = aggregator.combine(factors, weights, sent)
+    _check_updates(aggregator, clients, updates)
+    if initial_factors is not None and not (aggregator.decomposes or aggregator.restarts):
+        updates = {path: _keep_unused(u, clients.factors[path], initial_factors[path]) for path, u in updates.items()}
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
     head = {name: weighted_mean(tensor, weights) for name, tensor in clients.head.items()}
     return ServerUpdate(
         factors={path: update.factors.to(dtypes[path]) for path, update in updates.items()},
         folded={path: update.folded.to(dtypes[path]) for path, update in updates.items() if update.folded is not None},
         head={name: tensor.to(clients.head[name].dtype) for name, tensor in head.items()},
-        sent_rank={
-            path: update.factors.rank if update.sent_rank is None else update.sent_rank
+        sent_lora_rank={
+            path: update.factors.rank if update.sent_lora_rank is None else update.sent_lora_rank
             for path, update in updates.items()
         },
     )
 
 
+def try_out(aggregator: Aggregator, layout: AdapterLayout) -> None:
+    """Aggregate one layer of two made-up clients, to find mistakes of a plug-in before the first round.
+
+    Raises LorafairError that names the method.
+    """
+    generator = seeded(0, "trial of a method")
+    path, (of_A, of_B) = next(iter(layout.factors.items()))
+    made = LoRAFactors(*(torch.randn(2, *shape, generator=generator) for shape in (of_A, of_B)))
+    start = LoRAFactors(A=made.A[0], B=made.B[0])
+    weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    update = aggregate(aggregator, AdapterState({path: made}, head={}), weights, AdapterState({path: start}, head={}))
+    check_finite(aggregator, update)
+
+
+def check_finite(aggregator: Aggregator, update: ServerUpdate) -> None:
+    """Raise LorafairError that names the layer where a method has made NaN or infinity of finite adapters."""
+    layers = {path: [factors.A, factors.B] for path, factors in update.factors.items()}
+    for path, factors in update.folded.items():
+        layers[path] += [factors.A, factors.B]
+    finite = {path: torch.stack([tensor.isfinite().all() for tensor in layers[path]]).all() for path in layers}
+    if finite and not torch.stack(list(finite.values())).all():  # a GPU is waited for once
+        path = next(path for path, is_finite in finite.items() if not is_finite)
+        raise LorafairError(
+            f"method {type(aggregator).__name__} made NaN or infinity of finite adapters, in layer {path}"
+        )
+
+
+def _of_method(aggregator: Aggregator, what: str) -> AbstractContextManager[None]:
+    """Names a plug-in's method in its errors; an error of a shipped one keeps its traceback."""
+    method = type(aggregator)
+    shipped = method.__module__.startswith("lorafair.")
+    return nullcontext() if shipped else of_plugin(f"method {method.__name__}: {what}")
+
+
+def _check_updates(aggregator: Aggregator, clients: AdapterState, updates: Mapping[str, LayerUpdate]) -> None:
+    """Raise LorafairError for other layers, types or shapes than a method may return."""
+    method = f"method {type(aggregator).__name__}"
+    if not isinstance(updates, Mapping) or updates.keys() != clients.factors.keys():
+        raise LorafairError(f"{method}: combine_layers must return an update for each of the layers, and no other")
+    for path, update in updates.items():
+        layer = f"{method}: combine of layer {path}"
+        if not isinstance(update, LayerUpdate):
+            raise LorafairError(f"{layer} returned a {type(update).__name__}; it must be a lorafair.LayerUpdate")
+        if update.folded is not None and not aggregator.folds:
+            raise LorafairError(f"{layer} returned a folded part; `folds` of the method must be True then")
+        (_, lora_rank, inputs), outputs = clients.factors[path].A.shape, clients.factors[path].B.shape[1]
+        _check_factors(update.factors, f"{layer} returned factors", lora_rank, inputs, outputs)
+        if update.folded is not None:
+            _check_factors(update.folded, f"{layer} returned a folded part", None, inputs, outputs)
+
+
+def _check_factors(factors: Any, what: str, lora_rank: int | None, inputs: int, outputs: int) -> None:
+    """Raise LorafairError for what is no A (R, I) and B (O, R); a `lora_rank` of None may be any."""
+    if not isinstance(factors, LoRAFactors):
+        raise LorafairError(f"{what} of type {type(factors).__name__}; they must be lorafair.LoRAFactors")
+    A, B = tuple(factors.A.shape), tuple(factors.B.shape)
+    wanted = B[-1] if lora_rank is None and B else lora_rank
+    if ((wanted, inputs), (outputs, wanted)) != (A, B):
+        shown = "r" if lora_rank is None else lora_rank
+        raise LorafairError(f"{what} A {A} and B {B}; they must be ({shown}, {inputs}) and ({outputs}, {shown})")
+
+
 def _keep_unused(update: LayerUpdate, clients: LoRAFactors, start: LoRAFactors) -> LayerUpdate:
-    """Directions that no client of the round has, all being of smaller rank, stay as they were sent.
+    """Directions that no client of the round has, all being of smaller LoRA rank, stay as they were sent.
 
     Their mean is zero, and from a zero row of A and a zero column of B no later round could train them again.
     """

@@ -1,6 +1,6 @@
 """How far the server's update is from the ideal one.
 
-Letters: K clients, R rank, I in_features, O out_features, L adapted layers.
+Letters: K clients, R LoRA rank, I in_features, O out_features, L adapted layers.
 """
 
 from __future__ import annotations

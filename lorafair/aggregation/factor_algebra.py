@@ -4,7 +4,7 @@ Results are float64, because Gram matrices square the condition number. A sum ov
 N = K·R, and no (O, I) matrix is formed; for so many clients that it would be small beside their factors, the sum is
 that matrix, as a product with the identity. Clients are cast to float64 a block of fixed size at a time.
 
-Letters: K clients, R rank of a client's factors, I in_features, O out_features, N rank of a product.
+Letters: K clients, R LoRA rank of a client's factors, I in_features, O out_features, N rank of a product.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def blocks_of(clients: LoRAFactors, weights: Tensor) -> Iterator[tuple[LoRAFacto
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of equal-sized tensors that nobody else needs, in their order; one at least."""
+    """The sum of equal-sized tensors, in their order, at least one; the first is overwritten."""
     remaining = iter(terms)
     result = next(remaining)
     for term in remaining:
@@ -209,8 +209,8 @@ def nonzero_rows(clients: LoRAFactors) -> Tensor:
     return torch.cat([(A != 0).any(-1) for A in clients.A.split(clients_at_a_time(clients.A.shape[1:].numel()))])
 
 
-def ranks_of(clients: LoRAFactors) -> Tensor:
-    """The rank (K,) of each client's factors: rows of A that are zero at its end are padding. A (K, R, I)."""
+def lora_ranks_of(clients: LoRAFactors) -> Tensor:
+    """The LoRA rank (K,) of each client's factors: rows of A that are zero at its end are padding. A (K, R, I)."""
     used = nonzero_rows(clients)
     positions = torch.arange(1, used.shape[1] + 1, device=used.device)
     return (used * positions).amax(1)

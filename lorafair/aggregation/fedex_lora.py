@@ -1,6 +1,6 @@
 """FedEx-LoRA: average the factors and merge what averaging misses into the frozen weights.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations

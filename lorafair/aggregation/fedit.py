@@ -1,6 +1,6 @@
 """FedIT: average the two factors separately, as if B̄Ā were the average of the products.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 (B_k Q)(QᵀA_k) is the same update for every orthogonal Q, but other factors to average.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FedRotLoRA(Aggregator):
     The authors align A and B in turns, round by round; here one rotation aligns both.
     """
 
-    mixed_ranks: ClassVar[bool] = False
+    mixed_lora_ranks: ClassVar[bool] = False
 
     strength: float = option(0.5, "How far to turn: 1 aligns, 0 is FedIT.", at_least=0, at_most=1)
 

@@ -1,6 +1,6 @@
 """FedRPCA: split the clients' updates into what they share and what is their own, and amplify the latter.
 
-Letters: K clients, R rank, I in_features, O out_features, n numbers of a factor.
+Letters: K clients, R LoRA rank, I in_features, O out_features, n numbers of a factor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorafair.model.adapter import LoRAFactors
 class FedRPCA(Aggregator):
     """Robust PCA of the clients' changes of A, and of B: mean(low rank) + β·mean(sparse) (arXiv 2506.01194)."""
 
-    mixed_ranks: ClassVar[bool] = False
+    mixed_lora_ranks: ClassVar[bool] = False
 
     amplification: float = option(2.0, "β, the weight of the sparse parts; 1 is FedIT.", at_least=0)
     iterations: int = option(200, "At most so many steps of the robust PCA.", at_least=1)

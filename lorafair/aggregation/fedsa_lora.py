@@ -1,6 +1,6 @@
 """FedSA-LoRA: share what A learns, keep B and the head with the client.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ class FedSALoRA(Aggregator):
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """Ā; of the mean, B̄ is sent to nobody."""
+        """Ā and B̄, of which only Ā is sent."""
         return LayerUpdate(factors=mean_factors(clients, weights))

@@ -1,6 +1,6 @@
 """FedSVD: train B only, like FFA-LoRA, but give all clients a new, orthonormal A every round.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations

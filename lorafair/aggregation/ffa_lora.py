@@ -1,6 +1,6 @@
 """FFA-LoRA: train B only; all clients share one A, so that averaging B is averaging the products.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations

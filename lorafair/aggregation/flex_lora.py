@@ -1,6 +1,6 @@
 """FlexLoRA: average the products and send their best approximation of rank R.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ class FlexLoRA(Aggregator):
     decomposes: ClassVar[bool] = True
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """The first R singular triples of ΔW; a client of rank r uses the first r of them."""
+        """The first R singular triples of ΔW; a client of LoRA rank r uses the first r of them."""
         return LayerUpdate(factors=truncated_svd(weighted_sum(clients, weights), clients.rank))

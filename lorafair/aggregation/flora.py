@@ -1,6 +1,6 @@
 """FLoRA: stack the clients' factors, merge the stack into the frozen weights, start every round afresh.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafair.model.adapter import LoRAFactors, Part
 
 @dataclass(frozen=True)
 class FLoRA(Aggregator):
-    """Stacking [p_1 A_1; p_2 A_2; ...] and [B_1, B_2, ...] is exact for any ranks (arXiv 2409.05976)."""
+    """Stacking [p_1 A_1; p_2 A_2; ...] and [B_1, B_2, ...] is exact for any LoRA ranks (arXiv 2409.05976)."""
 
     restarts: ClassVar[bool] = True
     initializations: ClassVar[tuple[str, ...]] = ("average",)

@@ -1,6 +1,6 @@
 """FLoRIST: the SVD of the average of the products, with as many directions a layer as its energy asks for.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -38,4 +38,4 @@ class FLoRIST(Aggregator):
         A = Vt.new_zeros(clients.rank, Vt.shape[1]) if start is None else start.A.to(Vt, copy=True)
         B = torch.zeros(U.shape[0], clients.rank, dtype=U.dtype, device=U.device)
         A[:kept], B[:, :kept] = Vt[:kept], U[:, :kept] * values[:kept]
-        return LayerUpdate(factors=LoRAFactors(A=A, B=B), sent_rank=kept)
+        return LayerUpdate(factors=LoRAFactors(A=A, B=B), sent_lora_rank=kept)

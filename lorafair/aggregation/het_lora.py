@@ -1,6 +1,6 @@
-"""HETLoRA: average factors of different ranks, padded with zeros, by how much each client's update weighs.
+"""HETLoRA: average factors of different LoRA ranks, padded with zeros, by how much each client's update weighs.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafair.model.adapter import LoRAFactors
 
 @dataclass(frozen=True)
 class HETLoRA(Aggregator):
-    """Weights ∝ ‖B_k A_k‖ instead of data sizes (arXiv 2401.06432); without its pruning of ranks by the clients."""
+    """Weights ∝ ‖B_k A_k‖ instead of data sizes (arXiv 2401.06432); without pruning of LoRA ranks by the clients."""
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Σ w_k A_k and Σ w_k B_k with w_k = ‖B_k A_k‖ / Σ ‖B_j A_j‖; the given weights where all products are zero."""

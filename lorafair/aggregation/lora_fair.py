@@ -3,7 +3,7 @@
 Averaging gives B̄Ā instead of ΔW = Σ p_k B_k A_k. The server adds ΔB = argmin S(ΔW, (B̄ + ΔB)Ā) + λ‖ΔB‖² and the next
 round starts from (Ā, B̄ + ΔB); clients send and receive what they do in FedIT. (arXiv 2411.14961, ICCV 2025)
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -69,8 +69,12 @@ class LoRAFair(Aggregator):
         False,
         """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost.""",
     )
-    sgd_steps: int | None = option(None, "Gradient steps.", at_least=1, needs=when("method.solver", "sgd"), then=1000)
-    sgd_learning_rate: float | None = option(None, "Step size.", above=0, needs=when("method.solver", "sgd"), then=0.01)
+    sgd_steps: int | None = option(
+        None, "Gradient steps.", at_least=1, requires=when("method.solver", "sgd"), conditional_default=1000
+    )
+    sgd_learning_rate: float | None = option(
+        None, "Step size.", above=0, requires=when("method.solver", "sgd"), conditional_default=0.01
+    )
 
     @property
     def folds(self) -> bool:

@@ -1,6 +1,6 @@
-"""raFLoRA: with mixed ranks, average every range of ranks over the clients that have it.
+"""raFLoRA: with mixed LoRA ranks, average every range of them over the clients that have it.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import add, ranks_of, truncated_svd, weighted_sum
+from lorafair.aggregation.factor_algebra import add, lora_ranks_of, truncated_svd, weighted_sum
 from lorafair.model.adapter import LoRAFactors
 
 
@@ -24,7 +24,7 @@ class RaFLoRA(Aggregator):
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """The truncated SVD of Σ over ranges (l, h] of Σ_{k: r_k ≥ h} p_k B_k[:, l:h] A_k[l:h] / Σ_{k: r_k ≥ h} p_k."""
-        ranks, parts, low = ranks_of(clients), [], 0
+        ranks, parts, low = lora_ranks_of(clients), [], 0
         for high in sorted({rank for rank in ranks.tolist() if rank > 0}):
             have = ranks >= high
             having = weights.to(have.device, torch.float64)[have]

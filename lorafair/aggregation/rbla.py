@@ -1,6 +1,6 @@
-"""RBLA: with mixed ranks, average every direction over the clients that have it.
+"""RBLA: with mixed LoRA ranks, average every direction over the clients that have it.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import blocks_of, ranks_of, total
+from lorafair.aggregation.factor_algebra import blocks_of, lora_ranks_of, total
 from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
 class RBLA(Aggregator):
-    """FedIT without the zeros of padding in its means (arXiv 2408.08699); FedIT itself where all ranks are equal."""
+    """FedIT without the zeros of padding in its means (arXiv 2408.08699); FedIT where all LoRA ranks are equal."""
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k of a rank above r; zero if there is none."""
-        have = torch.arange(clients.rank, device=clients.A.device) < ranks_of(clients).unsqueeze(1)  # (K, R)
+        """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k with LoRA rank > r; zero if none."""
+        have = torch.arange(clients.rank, device=clients.A.device) < lora_ranks_of(clients).unsqueeze(1)  # (K, R)
         normalized = have * weights.to(clients.A.device, torch.float64).unsqueeze(1)
         normalized = normalized / torch.where(have.any(0), normalized.sum(0), 1.0)
         return LayerUpdate(

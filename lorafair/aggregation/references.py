@@ -1,6 +1,6 @@
 """What federated training is compared with: all images in one place, and every client on its own.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafair.model.adapter import PARTS, LoRAFactors, Part
 
 @dataclass(frozen=True)
 class Centralized(Aggregator):
-    """One client trains on the images of all: what federated training would like to reach."""
+    """One client trains on the images of all: an upper reference for federated training."""
 
     pools_data: ClassVar[bool] = True
 
@@ -28,10 +28,10 @@ class Centralized(Aggregator):
 
 @dataclass(frozen=True)
 class LocalOnly(Aggregator):
-    """Clients never exchange anything: what taking part has to beat."""
+    """Clients never exchange anything: a lower reference for federated training."""
 
     personal_parts: ClassVar[tuple[Part, ...]] = PARTS
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """The mean, which nobody is sent."""
+        """The mean; no client is sent it."""
         return LayerUpdate(factors=mean_factors(clients, weights))

@@ -50,7 +50,7 @@ def register_method(name: str) -> Callable[[Method], Method]:
 
 
 def _has_undeclared_fields(method: type) -> bool:
-    """Whether a class without @dataclass extends one and adds options, which nobody would see."""
+    """Whether a class without @dataclass extends one and adds fields, which would not be options."""
     own = vars(method)
     return "__dataclass_fields__" not in own and bool(own.get("__annotations__"))
 
@@ -75,10 +75,6 @@ def build_aggregator(options: Mapping[str, Any]) -> Aggregator:
             values.merge_with(_conditional_options(method, values))
     except OmegaConfBaseException as error:
         raise ConfigError(f"method.{error.full_key}: {first_line(error)}") from error
-    for declared in dataclasses.fields(cast(Any, method)):
-        option, value = option_of(declared), values[declared.name]
-        if not option.is_in_range(value):
-            raise ConfigError(f"method.{declared.name}={value} is out of range: it must be {option.range_text}")
     return cast(Aggregator, OmegaConf.to_object(values))
 
 
@@ -109,15 +105,15 @@ def method_of(config: Config) -> Aggregator:
 
 def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
     mixed = config.model.lora.client_ranks is not None
-    if mixed and not _takes_mixed_ranks(method):
+    if mixed and not _takes_mixed_lora_ranks(method):
         raise ConfigError(
-            f"model.lora.client_ranks: method.name={name} needs the same rank everywhere; "
-            f"methods for mixed ranks: {', '.join(_methods_that(_takes_mixed_ranks))}"
+            f"model.lora.client_ranks: method.name={name} needs the same LoRA rank everywhere; "
+            f"methods for mixed LoRA ranks: {', '.join(_methods_that(_takes_mixed_lora_ranks))}"
         )
     if config.client.scaffold and config.client.optimizer != "sgd":
         raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {config.client.optimizer}")
     if config.client.scaffold and mixed:
-        raise ConfigError("client.scaffold=true needs clients of the same rank; leave model.lora.client_ranks out")
+        raise ConfigError("client.scaffold=true needs clients of the same LoRA rank; leave model.lora.client_ranks out")
 
 
 def _check_sharding(config: Config, method: Aggregator, name: str) -> None:
@@ -139,8 +135,8 @@ def _methods_that(fit: Callable[[type[Aggregator]], bool]) -> list[str]:
     return [name for name in METHODS.names if fit(METHODS[name])]
 
 
-def _takes_mixed_ranks(method: Aggregator | type[Aggregator]) -> bool:
-    return method.mixed_ranks and not method.pools_data
+def _takes_mixed_lora_ranks(method: Aggregator | type[Aggregator]) -> bool:
+    return method.mixed_lora_ranks and not method.pools_data
 
 
 def _keeps_its_factors(method: Aggregator | type[Aggregator]) -> bool:
@@ -155,16 +151,13 @@ def _starts_all_clients_alike(method: Aggregator | type[Aggregator]) -> bool:
 
 
 def _conditional_options(method: type[Aggregator], values: Any) -> dict[str, Any]:
-    """Defaults of options that belong to a choice which was made; ConfigError for one without its choice."""
+    """Defaults of options that are not given and belong to a choice which was made."""
     settled: dict[str, Any] = {}
     for declared in dataclasses.fields(cast(Any, method)):
-        option, value = option_of(declared), values[declared.name]
-        if option.needs is None:
-            continue
-        if option.needs.holds(lambda key: values[key.removeprefix("method.")]):
-            settled |= {} if value is not None else {declared.name: option.then}
-        elif value is not None:
-            raise ConfigError(f"method.{declared.name}={value} has no effect: it needs {option.needs}")
+        option = option_of(declared)
+        made = option.requires and option.requires.holds(lambda key: values[key.removeprefix("method.")])
+        if made and values[declared.name] is None:
+            settled[declared.name] = option.conditional_default
     return settled
 
 

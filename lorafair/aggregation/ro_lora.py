@@ -1,6 +1,6 @@
 """RoLoRA: train and average one factor a round, in turns, while all clients share the other.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations

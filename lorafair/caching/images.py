@@ -69,7 +69,7 @@ def cached_images(fabric: Fabric, config: DataConfig, data: ImageData, size: int
     """
     selection, array = ImageSelection.of(data), None
     with same_error_on_all_ranks(fabric):
-        if fabric.is_global_zero and not _needless(config, selection, size, read_once):
+        if fabric.is_global_zero and not _is_unneeded(config, selection, size, read_once):
             array = SharedArray(selection.file(size), (len(selection.indices), size, size, 3), np.uint8, PART)
             reason = "" if array.file.exists() else lack_of_room(array, config.cache_gb, "data.cache_gb")
             if reason and config.cache == "always":
@@ -94,7 +94,7 @@ def cached_images(fabric: Fabric, config: DataConfig, data: ImageData, size: int
     return replace(data, train=selection.select(data.train, images), test=selection.select(data.test, images))
 
 
-def _needless(config: DataConfig, selection: ImageSelection, size: int, read_once: bool) -> bool:
+def _is_unneeded(config: DataConfig, selection: ImageSelection, size: int, read_once: bool) -> bool:
     if config.cache == "never" or (isinstance(selection.images, OneArray) and selection.images.pixels.shape[1] == size):
         return True
     return config.cache == "auto" and (read_once or config.source not in FOLDER_SOURCES)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafair.cluster.signals import NOTHING, Interrupted, stop_requested
+from lorafair.cluster.signals import NO_REASON, Interrupted, stop_requested
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import on_all_ranks, smallest_over_ranks
 from lorafair.console import EVERY_RANK, Progress, log
@@ -190,7 +190,7 @@ def _fill(
     parts, mine = array.parts, list(range(len(array.parts)))[some]
     progress = Progress(what, array.shape[0], "images")
     for u, values in zip(mine, fill([parts[u] for u in mine]), strict=True):
-        if stop_requested() != NOTHING:
+        if stop_requested() != NO_REASON:
             return False
         target[parts[u][0] : parts[u][-1] + 1] = values
         sums[u] = _sum(values)
@@ -210,7 +210,7 @@ def _keep(partial: Path, file: Path) -> None:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Late enough for no running job to lose its file: being open protects no file on a network file system."""
+    """Remove files unused for so long that no job needs them: on a network file system an open file can vanish."""
     for file in folder.iterdir():
         days = 1 if file.suffix == ".partial" else UNUSED_DAYS
         with contextlib.suppress(FileNotFoundError):  # another run removes it too

@@ -24,7 +24,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 def staging_folder(setting: str, environ: Mapping[str, str]) -> Path | None:
     """Where data.stage asks copies to be on this node; None for auto without $SLURM_TMPDIR and $TMPDIR."""
     base = (environ.get("SLURM_TMPDIR") or environ.get("TMPDIR")) if setting == "auto" else setting
-    return Path(base, f"lorafair-{os.getuid()}") if base else None  # /tmp may be everybody's
+    return Path(base, f"lorafair-{os.getuid()}") if base else None  # /tmp may be shared by all users
 
 
 def staged(fabric: Fabric, file: Path, setting: str | None) -> Path:

@@ -1,8 +1,8 @@
-"""Clients of the round in progress that are done, kept on disk so that nobody trains them again.
+"""Clients of the round in progress that are done, kept on disk so that they are not trained again.
 
 A write makes one file, checkpoints/unfinished_000004/clients_000012.safetensors, with the rows of whole cohorts: the
 members of a cohort can influence each other's last bits. It holds the checksum of its content and of everything that
-the round starts from; a file that does not match is as good as none. Every rank writes its own clients, rank 0 reads.
+the round starts from; a file that does not match is ignored. Every rank writes its own clients, rank 0 reads.
 
 Letters: C clients of a cohort, p numbers a client returns.
 """
@@ -63,7 +63,7 @@ class PartialRound:
         self._written = time.monotonic()
 
     def read(self) -> None:
-        """Take up what earlier attempts at this round have left; a file that does not fit is named and ignored."""
+        """Read what earlier attempts at this round have saved; a file that does not match is named and ignored."""
         files = sorted(self._folder.glob("clients_*.safetensors"))
         start = self._start() if files else ""
         for file in files:
@@ -90,7 +90,7 @@ class PartialRound:
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
-        """Write what is pending, too, when the block ends with an error, be it that the other ranks are gone."""
+        """Write what is pending, too, when the block ends with an error, also if other ranks are lost."""
         try:
             yield
         except BaseException:

@@ -49,7 +49,7 @@ def train_clients(
                 break
             clients = " or ".join(experiment.clients[client].name for client in cohort)
             with (
-                stop.measured("cohort"),
+                stop.timed("cohort"),
                 deadline(f"{name}: client {clients}", trainer.training.config.timeout_minutes),
             ):
                 rows.append(trainer.train(cohort, steps, _counted(stream, steps, progress)))
@@ -117,7 +117,7 @@ class _Trainer:
 
 
 def _counted(stream: Iterator[Tensor], steps: Sequence[CohortStep], progress: TrainingProgress) -> Iterator[Tensor]:
-    """The next batches of the stream, one a step; each that is asked for is a sign that the client gets on."""
+    """The next batches of the stream, one a step; each one is a heartbeat."""
     for step, batch in zip(steps, islice(stream, len(steps)), strict=True):
         heartbeat()
         yield batch

@@ -1,1 +1,1 @@
-"""The machine around a process: where it runs, Slurm, signals, and a watchdog over what waits in vain."""
+"""The machine around a process: where it runs, Slurm, signals, and a watchdog for hung or lost processes."""

@@ -21,13 +21,13 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # Rendezvous ports: a prime number of them, below 32768, where Linux begins to give ports to outgoing connections.
 _FIRST_PORT, _PORTS = 10007, 21991
 
-# By which Lightning and PyTorch tell a process its place.
+# From which Lightning and PyTorch read a process's rank and address.
 _OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Who starts the processes, how many there are and which one this is."""
+    """What has started the processes, how many there are and which one this is."""
 
     launcher: Literal["local", "slurm", "torchrun"]
     description: str  # one line for the user
@@ -36,7 +36,7 @@ class Placement:
     rank: int = 0
     local_rank: int = 0
     node_rank: int = 0
-    address: str = ""  # where the processes meet; empty where that is not Slurm's to say
+    address: str = ""  # of the rendezvous; empty where Slurm does not decide it
     port: int = 0
 
     @property
@@ -48,7 +48,7 @@ class Placement:
 def detect(environ: Mapping[str, str], config: FabricConfig, command: Sequence[str]) -> Placement:
     """Where this process runs, from the environment's variables; `command` is what the user typed.
 
-    Raises ConfigError, with the line to type, where the processes would wait for each other, or for ever.
+    Raises ConfigError, with the line to type, where the processes would wait for each other for ever.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         return _from_torchrun(environ, config)
@@ -67,7 +67,7 @@ def processes_started(environ: Mapping[str, str]) -> int:
 
 
 def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables for a process that starts others itself: without what a process group here has left behind."""
+    """The variables for a process that starts others itself: without those of a process group here."""
     return {name: value for name, value in environ.items() if name not in _OF_A_LAUNCH}
 
 
@@ -84,7 +84,7 @@ def tasks_of_nodes(text: str) -> list[int]:
 
 
 def port_of(job: int, step: int) -> int:
-    """Where the processes of a step meet: another port for each step of a job, and for jobs close to each other."""
+    """The rendezvous port of a step: another one for each step of a job, and for jobs close to each other."""
     return _FIRST_PORT + (97 * job + step) % _PORTS
 
 
@@ -120,7 +120,7 @@ def _from_slurm_step(environ: Mapping[str, str], config: FabricConfig, command: 
     return Placement(
         launcher="slurm",
         description=f"{_job_text(environ)}, step {step}: srun has started {per_node} on each of {nodes} nodes "
-        f"({environ['SLURM_STEP_NODELIST']}); they meet at {address}:{port}",
+        f"({environ['SLURM_STEP_NODELIST']}); rendezvous at {address}:{port}",
         devices=per_node,
         num_nodes=nodes,
         rank=int(environ["SLURM_PROCID"]),
@@ -152,6 +152,14 @@ def _local(environ: Mapping[str, str], config: FabricConfig, command: Sequence[s
     description = "no Slurm; starts its processes on this node itself"
     local = Placement("local", description, config.devices, nodes, rank=rank, local_rank=rank)
     if not environ.get("SLURM_JOB_ID"):
+        if nodes > 1 and not environ.keys() & {"NODE_RANK", "GROUP_RANK"}:  # by which Lightning tells nodes apart
+            each = config.devices or 1
+            raise ConfigError(
+                f"fabric.num_nodes={nodes}: this is one node without Slurm, and nothing would start processes on the "
+                f"others; on each node type: torchrun --nnodes={nodes} --nproc-per-node={each} "
+                f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 {shlex.join(command[1:])}; or use "
+                "fabric.num_nodes=1"
+            )
         return local
     if _in_step(environ):
         kind, tasks, has_nodes = "a step of one task", 1, 1
@@ -175,13 +183,13 @@ def _local(environ: Mapping[str, str], config: FabricConfig, command: Sequence[s
     return Placement("local", description, config.devices, nodes, rank=rank, local_rank=rank)
 
 
-def _check_agreement(config: FabricConfig, per_node: int, nodes: int, who: str) -> None:
+def _check_agreement(config: FabricConfig, per_node: int, nodes: int, started_by: str) -> None:
     """Raise ConfigError where the configuration contradicts what has started the processes."""
     for key, given, found in (("devices", config.devices, per_node), ("num_nodes", config.num_nodes, nodes)):
         if given not in (None, found):
             what = "processes a node" if key == "devices" else "nodes"
             raise ConfigError(
-                f"fabric.{key}={given}, but {who} has {found} {what}; leave fabric.{key} out, or add "
+                f"fabric.{key}={given}, but {started_by} has {found} {what}; leave fabric.{key} out, or add "
                 f"fabric.{key}={found}"
             )
 

@@ -1,7 +1,7 @@
 """Requests to stop a run before it is done: a signal of the scheduler, Ctrl-C, or the end of the time that a job has.
 
-Handlers only set a flag, which the rounds look at where they can stop (federation.py). They are installed before the
-heavy imports, and whoever is forked later, as data loaders are, does not act on them.
+Handlers only set a flag, which a round checks where it can stop (federation.py). They are installed before the
+heavy imports; processes forked later, such as data workers, ignore them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-# Reasons, in rising order of weight; ranks agree on the largest that any of them has.
-NOTHING, ANOTHER_RANK, TIME_LIMIT = 0, 1, 100
+# Reasons, in rising priority; the ranks agree on the largest.
+NO_REASON, ANOTHER_RANK, TIME_LIMIT = 0, 1, 100
 SCHEDULER_SIGNALS = ("USR1", "USR2", "TERM")
 
-# Exit statuses besides 0 and the 2 of mistakes: sysexits.h calls 75 a temporary failure, "try again".
+# Exit statuses besides 0 and 2 (an error that the user can fix): sysexits.h calls 75 a temporary failure, "try again".
 FAILED, SAVED, INTERRUPTED = 1, 75, 130
 
-MARGIN_SECONDS = 10.0  # before the time limit, for saving and for what the prediction is off
+MARGIN_SECONDS = 10.0  # before the time limit, for saving and for the error of the prediction
 MARGIN_FRACTION = 0.1
 
 
@@ -37,7 +37,7 @@ class Interrupted(Exception):
 @dataclass
 class _State:
     process: int = 0  # the one whose flag this is
-    requested: int = NOTHING
+    requested: int = NO_REASON
     ctrl_c: bool = False
     at_once: bool = False  # Ctrl-C came twice
     deadline: float | None = None  # on the monotonic clock
@@ -50,7 +50,7 @@ _state = _State()
 def handling_signals() -> Iterator[None]:
     """Take signals as requests to stop, from now until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
+        yield  # only the main thread can handle signals
         return
     reset()
     _state.process = os.getpid()
@@ -81,22 +81,22 @@ def request_stop(reason: int) -> None:
 
 
 def stop_requested() -> int:
-    """What has asked this process to stop: a signal's number, TIME_LIMIT, ANOTHER_RANK or NOTHING."""
+    """What has asked this process to stop: a signal's number, TIME_LIMIT, ANOTHER_RANK or NO_REASON."""
     return _state.requested
 
 
 def reset() -> None:
-    """Take back what was asked; for a process that goes on to other work."""
-    _state.requested, _state.ctrl_c, _state.at_once, _state.deadline = NOTHING, False, False, None
+    """Clear the request; for a process that continues with other work."""
+    _state.requested, _state.ctrl_c, _state.at_once, _state.deadline = NO_REASON, False, False, None
 
 
 def set_time_limit(seconds: float | None) -> None:
-    """The job ends after so many seconds; None: nobody knows of an end."""
+    """The job ends after so many seconds; None: no known limit."""
     _state.deadline = None if seconds is None else time.monotonic() + seconds
 
 
-def request_stop_unless_it_fits(seconds: float) -> None:
-    """Ask this process to stop if something that takes so long, with a margin, would not end before the job does."""
+def request_stop_before_time_limit(seconds: float) -> None:
+    """Ask this process to stop if work of this duration, with a margin, would not end before the job does."""
     needed = seconds * (1 + MARGIN_FRACTION) + MARGIN_SECONDS
     if _state.deadline is not None and time.monotonic() + needed > _state.deadline:
         request_stop(TIME_LIMIT)
@@ -121,5 +121,7 @@ def _handle(number: int, _frame: FrameType | None) -> None:
             _state.at_once = True
             raise KeyboardInterrupt
         _state.ctrl_c = True
+        if os.isatty(2):
+            os.write(2, b"\r\x1b[K")  # in place of a progress line
         os.write(2, b"stopping once the clients in training are done; press Ctrl-C again to stop at once\n")
     request_stop(number)

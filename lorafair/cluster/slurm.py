@@ -1,4 +1,4 @@
-"""The Slurm job around this process: what it is called, what Slurm can be asked about it and be told to do with it."""
+"""The Slurm job of this process: its name, queries to Slurm, and requeueing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SECONDS_FOR_SLURM = 30
 
 @dataclass(frozen=True)
 class Job:
-    """The Slurm job around this process."""
+    """The Slurm job of this process."""
 
     name: str  # what scontrol and squeue take: 42, or 42_1 for a task of an array
     restarts: int  # how often it was requeued
 
 
 def slurm_job(environ: Mapping[str, str]) -> Job | None:
-    """The Slurm job around this process; None outside of one."""
+    """The Slurm job of this process; None outside of one."""
     number = environ.get("SLURM_JOB_ID")
     if not number:
         return None
@@ -58,7 +58,7 @@ def requeue(job: Job) -> str:
 def _slurm(*command: str) -> tuple[int, str]:
     """Exit status and output of one of Slurm's commands; 127 and what is wrong where it cannot be run.
 
-    Slurm signals every process of a job, also the one that asks for a requeue: it must live to report.
+    Slurm signals every process of a job, also the one that requests a requeue, which must report the result.
     """
     ignored = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}  # a new program inherits this

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from lorafair.aggregation.registry import method_of
-from lorafair.checkpointing.checkpoint import FOLDER, list_checkpoints
+from lorafair.checkpointing.checkpoint import FOLDER, list_checkpoints, resume_of_restarted
 from lorafair.cluster.placement import Placement
+from lorafair.cluster.slurm import slurm_job
 from lorafair.comparison.plan import Comparison
 from lorafair.config.schema import Config
 from lorafair.data.partition import clients_known_before
@@ -45,8 +48,9 @@ def check_comparison(comparison: Comparison) -> None:
 def check_devices(config: Config, placement: Placement) -> None:
     """Raise ConfigError for more processes on the CPU than there are cores: they would only wait for each other."""
     cores = len(os.sched_getaffinity(0))
-    devices = config.fabric.devices or 1
-    if placement.launcher == "local" and config.fabric.accelerator == "cpu" and devices > cores:
+    devices, accelerator = config.fabric.devices or 1, config.fabric.accelerator
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if placement.launcher == "local" and on_cpu and devices > cores:
         raise ConfigError(
             f"fabric.devices={devices}: this node has {cores} core{'s' if cores > 1 else ''} for processes of this "
             f"user; use fabric.devices={cores}"
@@ -72,16 +76,17 @@ def _check_clients(config: Config) -> None:
 
 
 def _check_resume(config: Config) -> None:
-    path = Path(config.resume)
-    if config.resume in ("auto", "never"):
+    resume = resume_of_restarted(config.folder, config.resume, slurm_job(os.environ))
+    path = Path(resume)
+    if resume in ("auto", "never"):
         return
     if not path.is_dir():
         raise ConfigError(
-            f"resume={config.resume} is not a readable checkpoint: there is no such folder; give auto, never, a run "
+            f"resume={resume} is not a readable checkpoint: there is no such folder; give auto, never, a run "
             f"directory, or one of its {FOLDER}/round_<n>"
         )
     if not list_checkpoints(path) and not (path / "state.json").is_file():
         raise ConfigError(
-            f"resume={config.resume} is not a readable checkpoint: it has no {FOLDER}/round_<n> and no state.json; "
+            f"resume={resume} is not a readable checkpoint: it has no {FOLDER}/round_<n> and no state.json; "
             "give a run directory, or one of its checkpoints"
         )

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorafair.cluster.signals import Interrupted, handling_signals
-from lorafair.commands.run import RunResult, check_called_once, show_child
+from lorafair.cluster.signals import Interrupted, handle_only, handling_signals
+from lorafair.commands.run import RunResult, check_called_once, check_child_can_know, show_child
 from lorafair.comparison.plan import Comparison
 from lorafair.comparison.section import load_comparison
 from lorafair.config.loading import flat_arguments
-from lorafair.console import counted, log, printing
+from lorafair.console import format_count, log, printing
 from lorafair.errors import ConfigError
 from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_placement, run_until_stopped
 
@@ -61,11 +61,11 @@ class ComparisonResult:
 def compare(*arguments: str | Path | Sequence[str], **options: Any) -> ComparisonResult:
     """Do all runs of a comparison that are not done yet, write the report and return what is there.
 
+    One process runs in place, more are started as a child whose lines are shown, as for `lorafair.run`.
+
     Args:
         arguments: YAML files, one of which has a `compare:` section, and `key=value` pairs.
         options: Further values for all runs, by key: `rounds=3`, `**{"client.batch_size": 8}`.
-
-    One process runs in place, more are started as a child whose lines are shown, as for `lorafair.run`.
 
     Returns:
         The results of the final runs, and the report.
@@ -88,6 +88,8 @@ def compare(*arguments: str | Path | Sequence[str], **options: Any) -> Compariso
     config = next(iter(comparison.configs.values())).fabric
     with printing():
         if (config.devices or 1) * (config.num_nodes or 1) > 1:
+            for of_run in comparison.configs.values():
+                check_child_can_know(of_run)
             show_child(["compare", *given])
         else:
             _compare_in_place(comparison)
@@ -118,7 +120,11 @@ def compare_command(comparison: Comparison, part: Part) -> int:
 
     check_devices(config, placement)
     check_comparison(comparison)
-    what = counted(len(comparison.runs), "run") if part.index is None else f"run {part.index} of {len(comparison.runs)}"
+    what = (
+        format_count(len(comparison.runs), "run")
+        if part.index is None
+        else f"run {part.index} of {len(comparison.runs)}"
+    )
     fabric = launch(config.fabric, placement, f"{what} in {comparison.folder}")
     return run_until_stopped(
         fabric,
@@ -133,9 +139,11 @@ def _compare_in_place(comparison: Comparison) -> None:
     from lorafair.comparison.run import run_comparison
 
     check_comparison(comparison)
+    config = next(iter(comparison.configs.values())).fabric
     with handling_signals():
+        handle_only(config.signals)
         try:
-            with in_place(next(iter(comparison.configs.values())).fabric) as fabric:
+            with in_place(config) as fabric:
                 run_comparison(fabric, comparison)
         except Interrupted as stop:
             raise KeyboardInterrupt(f"{stop}; the same call continues") from None

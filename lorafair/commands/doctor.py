@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from lorafair.communication.agreement import close_process_group
 from lorafair.config.schema import Config
-from lorafair.console import counted, log, table
+from lorafair.console import format_count, log, table
 from lorafair.files.cache import cache_dir
 from lorafair.launch import launch, resolve_placement
 from lorafair.model.backbone import build_model
@@ -99,7 +99,7 @@ def inspect_rank(fabric: Fabric, config: Config) -> RankReport:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     fabric.barrier()
-    os.listdir(mark.parent)  # a network file system looks anew
+    os.listdir(mark.parent)  # makes a network file system read the folder again
     sees = mark.exists()
     fabric.barrier()
     if fabric.is_global_zero:
@@ -147,7 +147,7 @@ def diagnose(everyone: Sequence[RankReport], *, gpus_needed: bool) -> tuple[list
         gpus = min(f.gpus for f in tasks)
         if gpus_needed and gpus < len(tasks):
             problems.append(
-                f"{host}: {counted(len(tasks), 'process', 'processes')} and {gpus} GPUs; ask with --gpus-per-node"
+                f"{host}: {format_count(len(tasks), 'process', 'processes')} and {gpus} GPUs; ask with --gpus-per-node"
             )
         for name, free in tasks[0].free.items():
             if free < 1:

@@ -110,7 +110,7 @@ def _write_merged(trained: _Trained, out: Path) -> str:
     backbone = _merged(trained)
     file = out / "model.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in backbone.state_dict().items()}, file)
-    if BACKBONES.is_added(name):
+    if BACKBONES.is_from_plugin(name):
         return f'model.load_state_dict(safetensors.torch.load_file("{file}"))  # a {name} of {trained.classes} classes'
     return f'timm.create_model("{name}", {_options(config, backbone, trained.classes)}, checkpoint_path="{file}")'
 
@@ -130,6 +130,11 @@ def _write_peft(trained: _Trained, out: Path) -> str:
         modules_to_save=[head_path],
     )
     backbone = create_backbone(config.model, trained.classes, config.seed)
+    classifier = backbone.get_submodule(head_path)
+    if classifier.out_features != trained.classes:  # of a plug-in's backbone, which does not know the data
+        parent, _, attribute = head_path.rpartition(".")
+        new = nn.Linear(classifier.in_features, trained.classes)
+        setattr(backbone.get_submodule(parent), attribute, new)
     wrapped: Any = get_peft_model(backbone, settings)
     with torch.no_grad():
         for path, of_layer in factors.items():

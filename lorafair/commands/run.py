@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafair.cluster.placement import processes_started, without_launch
-from lorafair.cluster.signals import INTERRUPTED, Interrupted, handling_signals
+from lorafair.cluster.signals import INTERRUPTED, Interrupted, handle_only, handling_signals
+from lorafair.cluster.watchdog import CALLER
 from lorafair.config.loading import load_config, settle, to_yaml
 from lorafair.config.schema import Config
 from lorafair.console import printing
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run has left in its directory."""
+    """What a finished run has left in its directory.
+
+    Example:
+        >>> result = lorafair.RunResult(Path("runs/synthetic/lora_fair-seed0"))
+        >>> result.mean_accuracy, result.config.rounds, result.metrics["eval/accuracy"]
+    """
 
     run_dir: Path
 
@@ -113,6 +119,8 @@ def run(
     check_called_once("run")
     let_idle_threads_sleep()
     config = _config_of(arguments, options)
+    if callbacks:
+        _check_callbacks(callbacks)
     with printing():
         if (config.fabric.devices or 1) * (config.fabric.num_nodes or 1) > 1:
             if callbacks:
@@ -120,7 +128,7 @@ def run(
                     "callbacks= is for one process; with more, register them in a plug-in (lorafair.register_callback) "
                     "and name them in `callbacks` and `plugins`"
                 )
-            _check_child_can_know(config)
+            check_child_can_know(config)
             run_as_child("run", config)
         else:
             _run_in_place(config, callbacks)
@@ -170,7 +178,7 @@ def show_child(arguments: Sequence[str]) -> None:
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
     child = subprocess.Popen(
         [sys.executable, "-m", "lorafair", *arguments],
-        env={**without_launch(os.environ), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        env={**without_launch(os.environ), CALLER: str(os.getpid()), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -180,17 +188,20 @@ def show_child(arguments: Sequence[str]) -> None:
     )
     assert child.stdout is not None
     last = ""
-    while True:
-        try:
-            for line in child.stdout:
-                print(line, end="", flush=True)
-                last = line.strip() or last
-            status = child.wait()
-            break
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
+    try:
+        while True:
+            try:
+                for line in child.stdout:
+                    print(line, end="", flush=True)
+                    last = line.strip() or last
+                status = child.wait()
+                break
+            except KeyboardInterrupt:
+                child.send_signal(signal.SIGINT)
+    finally:
+        child.terminate()  # where this process cannot go on; without effect on a child that has ended
     if status == INTERRUPTED:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(last)
     if status:
         raise LorafairError(last.removeprefix("error: ") or f"the run has ended with status {status}")
 
@@ -211,6 +222,17 @@ def _config_of(arguments: Sequence[Config | str | Path | Sequence[str]], options
     return settle(config)
 
 
+def _check_callbacks(callbacks: Any) -> None:
+    """Raise ConfigError for what is no list of callbacks, before any data is loaded."""
+    from lorafair.reporting.callbacks import Callback
+
+    for callback in callbacks if isinstance(callbacks, list | tuple) else [callbacks]:
+        if not isinstance(callback, Callback) or callback is callbacks:
+            raise ConfigError(
+                f"callbacks={callbacks!r} must be a list of objects of classes that extend lorafair.Callback"
+            )
+
+
 def _run_in_place(config: Config, callbacks: Sequence[Callback]) -> None:
     from lorafair.commands.checks import check_run
 
@@ -219,6 +241,7 @@ def _run_in_place(config: Config, callbacks: Sequence[Callback]) -> None:
     from lorafair.federation import run_federation
 
     with handling_signals():
+        handle_only(config.fabric.signals)
         try:
             with in_place(config.fabric) as fabric:
                 run_federation(fabric, config, callbacks)
@@ -226,7 +249,7 @@ def _run_in_place(config: Config, callbacks: Sequence[Callback]) -> None:
             raise KeyboardInterrupt(f"{stop}; the same call continues") from None
 
 
-def _check_child_can_know(config: Config) -> None:
+def check_child_can_know(config: Config) -> None:
     """Raise ConfigError for a name that was registered in this process alone, outside of any plug-in."""
     from lorafair import registry
 

@@ -1,4 +1,4 @@
-"""Agreement between the ranks: one that fails, or is asked to stop, takes the others along."""
+"""Agreement between the ranks: if one rank fails or is asked to stop, all ranks stop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch.distributed as dist
 from lorafair import third_party
 from lorafair.cluster.signals import (
     ANOTHER_RANK,
-    NOTHING,
+    NO_REASON,
     request_stop,
-    request_stop_unless_it_fits,
+    request_stop_before_time_limit,
     stop_requested,
 )
 from lorafair.errors import LorafairError
@@ -24,7 +24,7 @@ from lorafair.errors import LorafairError
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-# What gloo, NCCL and PyTorch's store say when a process is gone.
+# In the error messages of gloo, NCCL and PyTorch's store when a process is lost.
 _SIGNS_OF_LOSS = (
     "losed by peer", "eset by peer", "roken pipe", "imed out", "imeout", "NCCL", "got 0 bytes", "likely closed",
     "refused",
@@ -32,7 +32,7 @@ _SIGNS_OF_LOSS = (
 
 
 def is_peer_loss(error: Exception) -> bool:
-    """Whether an error of a collective says that another process is gone, or does not answer."""
+    """Whether an error of a collective means that another process is lost or does not answer."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
 
 
@@ -40,16 +40,16 @@ def is_peer_loss(error: Exception) -> bool:
 class Agreement:
     """What the ranks have agreed on at the end of a block."""
 
-    stop: int = NOTHING  # why to stop, see cluster/signals.py
+    stop: int = NO_REASON  # why to stop, see cluster/signals.py
 
 
 @contextmanager
 def same_error_on_all_ranks(fabric: Fabric) -> Iterator[Agreement]:
-    """Let an error of one rank end all of them, instead of leaving the others waiting. Use on every rank.
+    """End all ranks when one has an error, so that the others do not wait for it. Use on every rank.
 
-    Rank 0 raises the first error as LorafairError; the other ranks leave quietly with the same exit status. Costs two
-    numbers to reduce where all went well; the second says on all ranks alike whether one of them was asked to stop. No
-    other collective belongs inside: a rank with an error would miss it.
+    Rank 0 raises the first error as LorafairError; the other ranks exit with the same status and print nothing. Without
+    an error this costs one reduction of two numbers; the second is the request to stop, the same on all ranks
+    afterwards. Use no other collective inside: a rank with an error would not take part in it.
     """
     agreement = Agreement()
     mine: str | None = None
@@ -71,9 +71,9 @@ def same_error_on_all_ranks(fabric: Fabric) -> Iterator[Agreement]:
 
 
 def close_process_group(fabric: Fabric) -> None:
-    """Take the process group down together. Call on every rank, as the last thing.
+    """Close the process group. Call on every rank, at the end.
 
-    A process that ends with the group open may abort, its threads still running, and then fails a run that is done.
+    A process that ends with the group open may abort while threads still run, and a completed run would then fail.
     """
     if fabric.world_size > 1:
         dist.barrier()
@@ -81,15 +81,15 @@ def close_process_group(fabric: Fabric) -> None:
 
 
 class StopRequest:
-    """Whether any rank was asked to stop, for looking at between two clients: no rank waits for another.
+    """Whether any rank was asked to stop; checked between two clients without a collective.
 
-    A rank that was asked sets a key in the process group's store; one that sees the key is asked thereby. The next
-    `same_error_on_all_ranks` then makes all of them stop. Where the job has a time limit, what is not expected to end
-    before it asks to stop, too, judged by the longest one so far of its kind.
+    A rank with a request sets a key in the process group's store; a rank that finds the key has a request, too. The
+    next `same_error_on_all_ranks` then stops all of them. Where the job has a time limit, a stop is also requested
+    before work that may not end in time: it is expected to take as long as the longest of its kind so far.
     """
 
     _KEY = "lorafair/stop"
-    _SECONDS = 0.05  # between two looks at the store, so that tiny clients cost nothing
+    _SECONDS = 0.05  # between two checks of the store, so that they cost nothing with tiny clients
 
     def __init__(self, fabric: Fabric) -> None:
         self._store: Any = None
@@ -97,32 +97,32 @@ class StopRequest:
             self._store = third_party.default_store()
             if fabric.is_global_zero:
                 self._store.delete_key(self._KEY)  # of a run before this one on the same processes
-        self._looked = 0.0
+        self._checked_at = 0.0
         self._longest: dict[str, float] = {}
 
     def is_set(self, next_kind: str) -> bool:
-        """Whether this rank should stop instead of beginning something of this kind."""
-        request_stop_unless_it_fits(self._longest.get(next_kind, 0.0))
-        if self._store is not None and stop_requested() != NOTHING:
+        """Whether this rank should stop instead of starting work of this kind."""
+        request_stop_before_time_limit(self._longest.get(next_kind, 0.0))
+        if self._store is not None and stop_requested() != NO_REASON:
             self._store.set(self._KEY, "")
-        elif self._store is not None and time.monotonic() - self._looked > self._SECONDS:
-            self._looked = time.monotonic()
+        elif self._store is not None and time.monotonic() - self._checked_at > self._SECONDS:
+            self._checked_at = time.monotonic()
             if self._store.check([self._KEY]):
                 request_stop(ANOTHER_RANK)
-        return stop_requested() != NOTHING
+        return stop_requested() != NO_REASON
 
     @contextmanager
-    def measured(self, kind: str) -> Iterator[None]:
-        """Remember how long the block takes, if it is the longest of its kind."""
+    def timed(self, kind: str) -> Iterator[None]:
+        """Record how long the block takes."""
         began = time.monotonic()
         yield
-        self.remember(kind, time.monotonic() - began)
+        self.record_duration(kind, time.monotonic() - began)
 
-    def remember(self, kind: str, seconds: float) -> None:
-        """Something of this kind has taken so long."""
+    def record_duration(self, kind: str, seconds: float) -> None:
+        """Work of this kind has taken so long; the longest duration is kept."""
         self._longest[kind] = max(self._longest.get(kind, 0.0), seconds)
 
 
 def abort_on_all_ranks(fabric: Fabric, message: str) -> NoReturn:
-    """End a run for a reason that every rank knows: rank 0 raises it as LorafairError, the others leave quietly."""
+    """End a run for a reason that every rank knows: rank 0 raises it as LorafairError, the others exit."""
     raise LorafairError(message) if fabric.is_global_zero else SystemExit(2)

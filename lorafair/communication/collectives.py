@@ -145,27 +145,27 @@ def broadcast_update(
     """The server's update on every rank; `update` is given on rank 0. Call on every rank.
 
     Returns the numbers of `parts` in the order of a packed row, and the factors to fold into the frozen weights. One
-    broadcast of one tensor; where the method folds (`folds`), the ranks of the folded factors go ahead, because nobody
-    else knows them.
+    broadcast of one tensor; where the method folds (`folds`), the LoRA ranks of the folded factors are sent first,
+    because the other processes do not know them.
     """
     device = fabric.device
-    ranks = torch.zeros(len(layout.factors), dtype=torch.int64, device=device)  # (L,)
+    lora_ranks = torch.zeros(len(layout.factors), dtype=torch.int64, device=device)  # (L,)
     numbers: list[Tensor] = []
     if update is not None:
         numbers.append(layout.select(layout.pack(AdapterState(factors=update.factors, head=update.head)), parts))
         for index, path in enumerate(layout.factors):
             if path in update.folded:
-                ranks[index] = update.folded[path].rank
+                lora_ranks[index] = update.folded[path].rank
         numbers += [update.folded[path].A.flatten() for path in layout.factors if path in update.folded]
         numbers += [update.folded[path].B.flatten() for path in layout.factors if path in update.folded]
     if folds and fabric.world_size > 1:
-        dist.broadcast(ranks, src=0)
+        dist.broadcast(lora_ranks, src=0)
     folded_shapes = {
-        path: ((rank, a[1]), (b[0], rank))
-        for (path, (a, b)), rank in zip(
-            layout.factors.items(), ranks.tolist() if folds else [0] * len(ranks), strict=True
+        path: ((lora_rank, a[1]), (b[0], lora_rank))
+        for (path, (a, b)), lora_rank in zip(
+            layout.factors.items(), lora_ranks.tolist() if folds else [0] * len(lora_ranks), strict=True
         )
-        if rank
+        if lora_rank
     }
     folded_layout = AdapterLayout(factors=folded_shapes, head={})
     start_length = layout.length_of(parts)

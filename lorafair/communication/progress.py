@@ -1,4 +1,4 @@
-"""How far all ranks together are: counted in the process group's store, told by rank 0."""
+"""Progress of all ranks, counted in the process group's store and printed by rank 0."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SharedCount:
         self._key, self._mine, self._sent_at = f"lorafair/count/{number}", 0, time.monotonic()
         self._store: Any = third_party.default_store() if fabric.world_size > 1 else None
         if self._store is not None and fabric.is_global_zero:
-            self._store.delete_key(f"lorafair/count/{number - 3}")  # nobody adds to it any more
+            self._store.delete_key(f"lorafair/count/{number - 3}")  # no rank adds to it any more
 
     def add(self, amount: int) -> None:
         """This rank has done more."""
@@ -35,7 +35,7 @@ class SharedCount:
             self.send()
 
     def send(self) -> None:
-        """Let the others know of all that was added here."""
+        """Send what was added here to the store."""
         if self._store is not None and self._mine:
             self._store.add(self._key, self._mine)
             self._mine = 0
@@ -43,7 +43,7 @@ class SharedCount:
 
     @property
     def total(self) -> int:
-        """What all ranks have added, as far as they have told."""
+        """What all ranks have added and sent."""
         return self._mine if self._store is None else int(self._store.add(self._key, 0)) + self._mine
 
 
@@ -79,7 +79,8 @@ class TrainingProgress:
         costs: Sequence[int],
     ) -> None:
         """`finished` cohorts of the plan are done already; `costs` (N,) are the images each client visits."""
-        before = {client for cohort in finished for client in cohort}
+        planned = {cohort for cohorts in plan.cohorts_of_rank for cohort in cohorts}  # others were of another device
+        before = {client for cohort in planned.intersection(finished) for client in cohort}
         self._total, self._before = len(plan.clients), len(before)
         self._clients, self._images = SharedCount(fabric), SharedCount(fabric)
         self._line = Progress(what, sum(costs[client] for client in plan.clients if client not in before), "images")

@@ -1,6 +1,6 @@
 """What a real federation would send: bytes up and down in a round, over all its clients.
 
-Letters: R rank, I in_features, O out_features.
+Letters: R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def round_traffic(
 ) -> Traffic:
     """What the clients of a round, of these LoRA ranks, send and receive; nothing where data is pooled.
 
-    A client of rank r sends and receives r rows of A and columns of B, and no more than the server has to send.
+    A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send.
     """
     if aggregator.pools_data:
         return Traffic()
     folded = sum(f.A.numel() + f.B.numel() for f in update.folded.values())
     sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
-    up = sum(_numbers(layout, sends, rank, {}) for rank in lora_ranks)
-    down = sum(_numbers(layout, receives, rank, update.sent_rank) + folded for rank in lora_ranks)
+    up = sum(_numbers(layout, sends, lora_rank, {}) for lora_rank in lora_ranks)
+    down = sum(_numbers(layout, receives, lora_rank, update.sent_lora_rank) + folded for lora_rank in lora_ranks)
     return Traffic(up * BYTES_PER_NUMBER, down * BYTES_PER_NUMBER)
 
 
@@ -52,9 +52,9 @@ def with_control_variates(traffic: Traffic) -> Traffic:
     return Traffic(2 * traffic.up, traffic.down + traffic.up)
 
 
-def _numbers(layout: AdapterLayout, parts: Sequence[Part], rank: int, sent_rank: Mapping[str, int]) -> int:
+def _numbers(layout: AdapterLayout, parts: Sequence[Part], lora_rank: int, sent_lora_rank: Mapping[str, int]) -> int:
     """Numbers in these parts of one client's adapter of this LoRA rank."""
     total = layout.length - layout.adapter_length if "head" in parts else 0
     for path, (a, b) in layout.factors.items():
-        total += min(rank, sent_rank.get(path, rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
+        total += min(lora_rank, sent_lora_rank.get(path, lora_rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
     return total

@@ -14,6 +14,7 @@ from typing import Any
 
 from lorafair.comparison.listing import options_text
 from lorafair.comparison.plan import Comparison, Options, Run, failure_of
+from lorafair.console import format_count
 from lorafair.registry import METHODS
 from lorafair.reporting.run_dir import Curve, read_metrics, read_result
 
@@ -103,13 +104,13 @@ class Findings:
             else:
                 self.missing.append(f"{run.name} ({state})")
 
-    def of(self, setting: str, method: str) -> list[FinishedRun]:
+    def runs_of(self, setting: str, method: str) -> list[FinishedRun]:
         """The finished runs of a method in a setting, in the order of seeds."""
         return self.finished.get((setting, method), [])
 
     def methods(self, setting: str) -> list[str]:
         """Methods with a finished run in the setting, in the order given."""
-        return [method for method in self.comparison.methods if self.of(setting, method)]
+        return [method for method in self.comparison.methods if self.runs_of(setting, method)]
 
     def settings(self) -> list[str]:
         """Settings with a finished run."""
@@ -118,15 +119,17 @@ class Findings:
     def domains(self, setting: str) -> list[str]:
         """All domains of the setting's runs, in their order."""
         return list(
-            dict.fromkeys(d for m in self.methods(setting) for f in self.of(setting, m) for d in f.result["accuracy"])
+            dict.fromkeys(
+                d for m in self.methods(setting) for f in self.runs_of(setting, m) for d in f.result["accuracy"]
+            )
         )
 
     def difference(self, method: str, *settings: str) -> Difference | None:
         """The method against the baseline in these settings; None without a common seed."""
         common: dict[tuple[str, int], float] = {}
         for setting in settings:
-            theirs = {f.run.seed: f.accuracy for f in self.of(setting, self.comparison.baseline)}
-            mine = {f.run.seed: f.accuracy for f in self.of(setting, method)}
+            theirs = {f.run.seed: f.accuracy for f in self.runs_of(setting, self.comparison.baseline)}
+            mine = {f.run.seed: f.accuracy for f in self.runs_of(setting, method)}
             seeds = [seed for seed in self.comparison.seeds if seed in mine and seed in theirs]
             common |= {(setting, seed): mine[seed] - theirs[seed] for seed in seeds}
         return Difference(common) if common else None
@@ -140,7 +143,7 @@ class Findings:
         header = ["method", *domains, "mean", "seeds", *tuned, "MB up + down", "seconds a run"]
         rows = []
         for method in self.methods(setting):
-            runs = self.of(setting, method)
+            runs = self.runs_of(setting, method)
             row = [method]
             for domain in domains:
                 row.append(
@@ -158,7 +161,7 @@ class Findings:
         """Methods whose clients keep a model each: on the client's own domain and on the others."""
         rows = []
         for method in self.methods(setting):
-            runs = [f for f in self.of(setting, method) if all(key in f.result for key in PER_CLIENT)]
+            runs = [f for f in self.runs_of(setting, method) if all(key in f.result for key in PER_CLIENT)]
             if runs:
                 rows.append([method, *(_mean_std([100 * f.result[key] for f in runs]) for key in PER_CLIENT)])
         return ["method", "own domain", "other domains"], rows
@@ -178,7 +181,7 @@ class Findings:
 
     def bias(self, setting: str, name: str = "server/error_before", method: str | None = None) -> Curve:
         """The relative aggregation bias of a method (the baseline) by round, mean over seeds; empty if it has none."""
-        runs = self.of(setting, method or self.comparison.baseline)
+        runs = self.runs_of(setting, method or self.comparison.baseline)
         curves = [f.curves[name] for f in runs if name in f.curves]
         rounds = sorted(set.intersection(*map(set, curves))) if curves else []
         return {r: statistics.fmean(curve[r] for curve in curves) for r in rounds}
@@ -271,7 +274,7 @@ class Findings:
     def _pairs_of_equal_start(self) -> Iterator[tuple[FinishedRun, FinishedRun]]:
         """Each run with the one of the baseline, or else of the first method, that should have begun like it."""
         for setting, seed in itertools.product(self.settings(), self.comparison.seeds):
-            runs = [f for m in self.methods(setting) for f in self.of(setting, m) if f.run.seed == seed]
+            runs = [f for m in self.methods(setting) for f in self.runs_of(setting, m) if f.run.seed == seed]
             if len(runs) > 1:
                 reference = next((f for f in runs if f.run.method == self.comparison.baseline), runs[0])
                 yield from ((finished, reference) for finished in runs)
@@ -314,7 +317,7 @@ class Findings:
         tuning = self.comparison.tuning
         if tuning is None:
             return ""
-        rounds = f"{tuning.rounds} rounds" if tuning.rounds else "as many rounds"
+        rounds = format_count(tuning.rounds, "round") if tuning.rounds else "as many rounds"
         return (
             f"Tuned options: the best of {len(tuning.candidates)} for each method and setting alike, by mean accuracy "
             f"on {tuning.fraction:.0%} of the training images, held out, with seed {tuning.seed} and {rounds}; the "

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from lorafair.comparison.plan import Comparison, Options, Run, failure_of
-from lorafair.console import counted, plain, table
+from lorafair.console import format_count, format_value, table
 from lorafair.errors import ConfigError
 
 
 def options_text(options: Options) -> str:
     """Options in one line, e.g. `learning_rate=0.002`: the last part of each key, unless two share it."""
     names = short_names(options)
-    return ", ".join(f"{names[key]}={plain(value)}" for key, value in options.items())
+    return ", ".join(f"{names[key]}={format_value(value)}" for key, value in options.items())
 
 
 def list_runs(comparison: Comparison) -> str:
@@ -29,7 +29,7 @@ def list_runs(comparison: Comparison) -> str:
     lines = [table(["index", "setting", "method", "seed", "state", "options"], rows, left=6), *problems]
     lines += [f"setting {label}: {_keys_text(options)}" for label, options in comparison.settings.items() if options]
     count = len(comparison.runs)
-    return "\n".join([*lines, f"{counted(count, 'run')} (--index 0 to {count - 1}) in {comparison.folder}"])
+    return "\n".join([*lines, f"{format_count(count, 'run')} (--index 0 to {count - 1}) in {comparison.folder}"])
 
 
 def _options_of(comparison: Comparison, run: Run) -> str:
@@ -47,7 +47,7 @@ def _options_of(comparison: Comparison, run: Run) -> str:
 
 
 def _keys_text(options: Options) -> str:
-    return ", ".join(f"{key}={plain(value)}" for key, value in options.items())
+    return ", ".join(f"{key}={format_value(value)}" for key, value in options.items())
 
 
 def short_names(options: Options) -> dict[str, str]:

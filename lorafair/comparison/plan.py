@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafair import __version__
-from lorafair.config.identity import differences, identity_settings
+from lorafair.config.identity import differences, run_identity
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError
@@ -177,7 +177,7 @@ def state_of(run: Run, config: Config) -> State:
             begun = load_config([str(folder / CONFIG_FILE)])
         except ConfigError as error:
             raise ConfigError(f"{folder} holds something else than a run of this comparison: {error}") from error
-        _check_settings(folder, identity_settings(begun), config)
+        _check_settings(folder, run_identity(begun), config)
     return "failed" if (folder / FAILED).exists() else "unfinished"
 
 
@@ -200,7 +200,7 @@ def _check_version(folder: Path, result: Mapping[str, Any] | None) -> None:
 
 
 def _check_settings(folder: Path, theirs: Mapping[str, Any], config: Config) -> None:
-    differing = differences(theirs, identity_settings(config))
+    differing = differences(theirs, run_identity(config))
     if differing:
         raise ConfigError(
             f"{folder} holds a run with other settings: {differing}. Choose another run_dir for the comparison, or "

@@ -90,7 +90,7 @@ def _accuracy_by_round(findings: Findings, setting: str, axes: Any) -> bool:
     for method in findings.methods(setting):
         style = _style(findings, method)
         shade = _shade(findings, setting)
-        rounds, mean, std = _over_seeds([f.curves.get("eval/accuracy", {}) for f in findings.of(setting, method)])
+        rounds, mean, std = _over_seeds([f.curves.get("eval/accuracy", {}) for f in findings.runs_of(setting, method)])
         axes.plot(rounds, 100 * mean, label=method, **style)
         axes.fill_between(
             rounds, 100 * (mean - std), 100 * (mean + std), color=style["color"], alpha=shade, linewidth=0
@@ -103,7 +103,7 @@ def _accuracy_by_round(findings: Findings, setting: str, axes: Any) -> bool:
 def _accuracy_by_traffic(findings: Findings, setting: str, axes: Any) -> bool:
     drawn = False
     for method in findings.methods(setting):
-        style, runs, shade = _style(findings, method), findings.of(setting, method), _shade(findings, setting)
+        style, runs, shade = _style(findings, method), findings.runs_of(setting, method), _shade(findings, setting)
         rounds, mean, std = _over_seeds([f.curves.get("eval/accuracy", {}) for f in runs])
         sent_rounds, sent, _ = _over_seeds([f.curves.get("comm/total_bytes", {}) for f in runs])
         at = dict(zip(sent_rounds.tolist(), (sent / 1e6).tolist(), strict=True))
@@ -121,7 +121,7 @@ def _accuracy_by_traffic(findings: Findings, setting: str, axes: Any) -> bool:
 def _bias_by_round(findings: Findings, setting: str, axes: Any) -> bool:
     drawn = False
     for method in findings.methods(setting):
-        style, runs = _style(findings, method), findings.of(setting, method)
+        style, runs = _style(findings, method), findings.runs_of(setting, method)
         for name, line in (("server/error_before", "-"), ("server/error_after", (0, (4, 2)))):
             curves = [f.curves[name] for f in runs if name in f.curves]
             if not curves:

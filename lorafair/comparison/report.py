@@ -15,7 +15,7 @@ from lorafair.comparison.findings import PER_CLIENT, Findings
 from lorafair.comparison.listing import options_text
 from lorafair.comparison.plan import REPORT, Comparison
 from lorafair.comparison.plots import draw_plots
-from lorafair.console import log, markdown_table, table
+from lorafair.console import format_count, log, markdown_table, table
 from lorafair.errors import LorafairError
 from lorafair.files.writing import replacing, write_atomically
 
@@ -63,10 +63,13 @@ class _Document:
         findings, comparison = self.findings, self.findings.comparison
         first = next(iter(findings.finished.values()))[0].result
         rounds = sorted({f.result["rounds"] for runs in findings.finished.values() for f in runs})
+        *others, last = rounds
+        rounds_text = "".join(f"{r} or " for r in others) + format_count(last, "round")
         return (
             f"{self._title(f'Comparison {comparison.folder.name}', '#')}\n\n"
-            f"{len(comparison.methods)} methods, seeds {', '.join(map(str, comparison.seeds))}, "
-            f"{' or '.join(map(str, rounds))} rounds. Images: {first.get('data', {}).get('description', '')}.\n"
+            f"{format_count(len(comparison.methods), 'method')}, {format_count(len(comparison.seeds), 'seed')} "
+            f"({', '.join(map(str, comparison.seeds))}), {rounds_text}. "
+            f"Images: {first.get('data', {}).get('description', '')}.\n"
             f"Made with lorafair {first['versions']['lorafair']}, torch {first['versions'].get('torch', '?')}."
         )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Decision:
-    """What rank 0 says about one run."""
+    """What rank 0 has decided about one run."""
 
     candidate: int  # which of the tuned options a final run takes
     skip: bool = False  # it is done
@@ -91,7 +91,7 @@ def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str)
             if fabric.is_global_zero:
                 record_failure(run, failure)
                 log.info(f"failed: {failure}")
-    return str(fabric.broadcast(failure))  # the ranks above 0 leave a run without a text
+    return str(fabric.broadcast(failure))  # only rank 0 has the text
 
 
 def decide(comparison: Comparison, run: Run) -> Decision:
@@ -109,11 +109,11 @@ def decide(comparison: Comparison, run: Run) -> Decision:
 
 @contextmanager
 def clearing_failure(fabric: Fabric, run: Run) -> Iterator[None]:
-    """Forget an earlier failure of a run that is tried again, and give its memory back afterwards."""
+    """Remove the record of an earlier failure of a run that is tried again; free the run's memory afterwards."""
     if fabric.is_global_zero:
         (run.folder / FAILED).unlink(missing_ok=True)
     yield
-    gc.collect()  # models and loaders refer to themselves
+    gc.collect()  # models and loaders have reference cycles
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -121,7 +121,7 @@ def clearing_failure(fabric: Fabric, run: Run) -> Iterator[None]:
 def try_federation(fabric: Fabric, config: Config) -> str:
     """Run a federation; returns why it failed, or an empty text.
 
-    An error of a run is raised on all ranks (agreement.abort_on_all_ranks): rank 0 knows the reason, the others leave.
+    An error of a run is raised on all ranks (agreement.abort_on_all_ranks): rank 0 has the reason, the others exit.
     """
     try:
         run_federation(fabric, config)

@@ -30,7 +30,7 @@ from lorafair.comparison.plan import REPORT, SECTION, Comparison, Options, Run, 
 from lorafair.config.identity import leaves
 from lorafair.config.loading import ConfigLayer, config_of, flat_arguments, is_pair, merge_layers, read_layers
 from lorafair.config.schema import Config
-from lorafair.console import plain
+from lorafair.console import format_value
 from lorafair.errors import ConfigError, did_you_mean, first_line
 
 _KEYS = ("methods", "settings", "seeds", "baseline", "tune")
@@ -75,6 +75,12 @@ def load_comparison(*arguments: str | Path | Sequence[str]) -> Comparison | None
         if str(error).startswith(SECTION):
             raise ConfigError(f"{file}: {error}") from error
         raise
+
+
+def has_section(*arguments: str | Path | Sequence[str]) -> bool:
+    """Whether one of the YAML files declares a comparison, be it a right one or not. Raises ConfigError."""
+    files = [argument for argument in flat_arguments(arguments) if not is_pair(argument)]
+    return any(SECTION in layer.values for layer in read_layers(files))
 
 
 def _take_section(layer: ConfigLayer, file: str) -> Any:
@@ -182,7 +188,7 @@ def _runs(
 def _folder_names(candidates: Sequence[Options]) -> list[str]:
     """A short file name for each candidate, e.g. learning_rate0.002-steps20."""
     short = short_names(candidates[0])
-    names = ["-".join(f"{short[key]}{plain(value)}" for key, value in c.items()) for c in candidates]
+    names = ["-".join(f"{short[key]}{format_value(value)}" for key, value in c.items()) for c in candidates]
     names = [re.sub(r"[^A-Za-z0-9._+=-]+", "_", name) for name in names]
     alike = {name for name in names if names.count(name) > 1}
     return [f"{name}-{number}" if name in alike else name for number, name in enumerate(names)]

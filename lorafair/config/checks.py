@@ -23,15 +23,16 @@ def settle_conditional_options(config: DictConfig) -> dict[str, Any]:
     settled: dict[str, Any] = {}
     for key, declared in all_options(Config):
         option, given = option_of(declared), OmegaConf.select(config, key)
-        if option.needs is None or _of_plugin(config, option):
+        if option.requires is None or _of_plugin(config, option):
             continue
-        if not option.needs.holds(lambda name: OmegaConf.select(config, name)):
+        if not option.requires.holds(lambda name: OmegaConf.select(config, name)):
             if given is not None:
-                raise ConfigError(f"{key}={_shown(given)} has no effect: it needs {option.needs}")
+                raise ConfigError(f"{key}={_shown(given)} has no effect: it needs {option.requires}")
         elif given is None and option.required:
-            raise ConfigError(f"{key} is missing: {option.needs} needs it")
+            raise ConfigError(f"{key} is missing: {option.requires} needs it")
         elif given is None:
-            settled[key] = option.then(config) if callable(option.then) else option.then
+            default = option.conditional_default
+            settled[key] = default(config) if callable(default) else default
     return {key: value for key, value in settled.items() if value is not None}
 
 
@@ -66,13 +67,13 @@ def check(config: DictConfig) -> None:
 
 
 def _of_plugin(config: DictConfig, option: Option) -> bool:
-    """Whether the choice that an option belongs to is a plug-in's, which takes what it likes."""
-    if option.needs is None:
+    """Whether the choice that an option belongs to is a plug-in's, which may use any option."""
+    if option.requires is None:
         return False
-    return option.needs.key in ("data.source", "partition.scheme") and any(
-        registry.ALL[names].is_added(OmegaConf.select(config, key))
+    return option.requires.key in ("data.source", "partition.scheme") and any(
+        registry.REGISTRIES[names].is_from_plugin(OmegaConf.select(config, key))
         for key, names in (("data.source", "SOURCES"), ("partition.scheme", "PARTITIONS"))
-        if key == option.needs.key
+        if key == option.requires.key
     )
 
 
@@ -90,7 +91,7 @@ def _check_lists(config: DictConfig) -> None:
             raise ConfigError(f"{key}={names}: name each one once, and at least one")
         if option_of(declared).names:
             for name in names:
-                registry.ALL[option_of(declared).names].check(name, key)
+                registry.REGISTRIES[option_of(declared).names].check(name, key)
 
 
 @functools.cache
@@ -103,13 +104,13 @@ def _type_text(key: str) -> str:
 
 
 def _check_plugin_options(config: DictConfig) -> None:
-    """Free options are for plug-ins alone: nobody else would read them."""
+    """Only plug-ins read free options; elsewhere they are an error."""
     for group, chosen, names, what in (
         ("data", config.data.source, registry.SOURCES, "a data.source"),
         ("partition", config.partition.scheme, registry.PARTITIONS, "a partition.scheme"),
         ("model", config.model.name, registry.BACKBONES, "a model.name"),
     ):
-        if config[group].options and not names.is_added(chosen):
+        if config[group].options and not names.is_from_plugin(chosen):
             raise ConfigError(
                 f"{group}.options={_shown(config[group].options)} has no effect: it needs {what} that a plug-in has "
                 f"registered, and {chosen} is not"

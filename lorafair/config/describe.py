@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lorafair import registry
 from lorafair.config.options import group_of, option_of, types_of
 from lorafair.config.schema import Config
-from lorafair.console import plain
+from lorafair.console import format_value
 from lorafair.errors import ConfigError, did_you_mean
 
 _WIDTH = 110
@@ -39,8 +39,8 @@ def describe_options(owner: type = Config, prefix: str = "") -> Iterator[Descrip
             continue
         option = option_of(declared)
         parts = [option.help, option.range_text and f"{option.range_text[0].upper()}{option.range_text[1:]}."]
-        if option.needs is not None:
-            parts.append(f"Only with {option.needs}.")
+        if option.requires is not None:
+            parts.append(f"Only with {option.requires}.")
         yield Description(
             key=f"{prefix}{declared.name}",
             kind=_names_text(option.names, declared) or _type_text(types_of(owner)[declared.name]),
@@ -86,18 +86,19 @@ def descriptions_text(descriptions: Sequence[Description]) -> str:
 
 
 def _names_text(names: str, declared: dataclasses.Field[Any]) -> str:
-    if not names or not registry.ALL[names].names:
+    if not names or not registry.REGISTRIES[names].names:
         return ""
-    listed = " | ".join(registry.ALL[names].names)
+    listed = " | ".join(registry.REGISTRIES[names].names)
     return f"list of {listed}" if declared.default == () else listed
 
 
 def _default_text(declared: dataclasses.Field[Any]) -> str:
     option = option_of(declared)
     value = declared.default if declared.default_factory is dataclasses.MISSING else declared.default_factory()
-    if value is None and option.needs is not None and not option.required:
-        text = option.then_text or ("" if option.then is None else _value_text(option.then))
-        return text and f"{text} (with {option.needs})"
+    if value is None and option.requires is not None and not option.required:
+        default = option.conditional_default
+        text = option.conditional_default_text or ("" if default is None else _value_text(default))
+        return text and f"{text} (with {option.requires})"
     return "" if value is None or value is dataclasses.MISSING else _value_text(value)
 
 
@@ -106,11 +107,11 @@ def _value_text(value: Any) -> str:
         return f"[{', '.join(map(str, value))}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {entry}" for key, entry in value.items()) + "}"
-    return str(value).lower() if isinstance(value, bool) else plain(value)
+    return str(value).lower() if isinstance(value, bool) else format_value(value)
 
 
 def _type_text(kind: Any) -> str:
-    """A type as a user thinks of it: `whole number`, `number`, `list of names`, `sgd | adamw`."""
+    """A type in words: `whole number`, `number`, `list of names`, `sgd | adamw`."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return " | ".join(_type_text(part) for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is Literal:

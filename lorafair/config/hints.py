@@ -1,21 +1,16 @@
-"""What somebody may have meant who typed an option that there is not."""
+"""Suggestions for unknown option names."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from lorafair.config.options import all_options, group_of
+from lorafair.config.options import all_options, former_keys, group_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean
 
-# Options that had another name, by the name they had.
-RENAMED = {
-    "client.final_share": "client.final_fraction",
-    "model.lora.client_rank_shares": "model.lora.client_rank_probabilities",
-}
 # What other programs call them.
-_ELSEWHERE = {
+_NAMES_IN_OTHER_PROGRAMS = {
     "lr": "client.learning_rate",
     "wd": "client.weight_decay",
     "bs": "client.batch_size",
@@ -55,8 +50,8 @@ _ELSEWHERE = {
 
 def unknown_option(key: str, value: Any, origin: str) -> ConfigError:
     """The error for a key that is no option: what it could have been, and what there is in its group."""
-    if key in RENAMED:
-        return ConfigError(f"{origin}{key} is now {RENAMED[key]}")
+    if key in (renamed := former_keys(Config)):
+        return ConfigError(f"{origin}{key} is now {renamed[key]}")
     owner: Any = Config
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -64,8 +59,14 @@ def unknown_option(key: str, value: Any, origin: str) -> ConfigError:
         where = ".".join(parts[:depth])
         if not known:
             return ConfigError(f"{origin}there is no option {key}: {where} is a value, not a group of options")
+        if not part:
+            return ConfigError(f"{origin}{key}={value} has no name before the = or between two dots")
+        if part == "compare" and not depth:
+            return ConfigError(f"{origin}a compare: section is for lorafair compare; type: lorafair compare FILE.yaml")
         if part not in known:
-            hint = _elsewhere(parts[-1], value) or did_you_mean(part, known, f"{where}." if where else "")
+            near = did_you_mean(part, known, f"{where}." if where else "")
+            elsewhere = _name_in_another_program(parts[-1], value, within="fabric" if where == "fabric" else "")
+            hint = near or elsewhere if isinstance(value, dict) else elsewhere or near
             options = f"options{f' of {where}' if where else ''}: {', '.join(known)}"
             return ConfigError(f"{origin}there is no option {key}; {hint}{options}")
         owner = known[part]
@@ -75,9 +76,10 @@ def unknown_option(key: str, value: Any, origin: str) -> ConfigError:
 def options_called(name: str) -> list[str]:
     """Options, in any group, whose last name is this one, or that other programs call so."""
     found = [key for key, _ in all_options(Config) if key.rpartition(".")[2] == name]
-    return found or [meant for called, meant in _ELSEWHERE.items() if called == name.lower()]
+    return found or [meant for called, meant in _NAMES_IN_OTHER_PROGRAMS.items() if called == name.lower()]
 
 
-def _elsewhere(name: str, value: Any) -> str:
-    shown = [f"{key}={value}" if not isinstance(value, dict | list) else key for key in options_called(name)]
+def _name_in_another_program(name: str, value: Any, *, within: str) -> str:
+    keys = [key for key in options_called(name) if key.startswith(within)]  # of fabric, Lightning's names may be meant
+    shown = [f"{key}={value}" if not isinstance(value, dict | list) else key for key in keys]
     return f"did you mean {' or '.join(shown)}? " if shown else ""

@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lorafair.config.options import all_options, group_of, option_of
+from lorafair import registry
+from lorafair.config.options import all_options, former_keys, group_of, option_of
 from lorafair.config.schema import Config
 
-PLUGINS = "plugins"  # the group with a sum of each file of a plug-in that defines something of the run
+_PLUGINS = "plugins"  # the group with a sum of each file of a plug-in that defines something of the run
 _NOT_SET = "not set"
 _SHOWN = 40  # characters of a value
-_FOLLOWS = ("images", "classes", "frozen_weights")  # from settings, which say more
+_FOLLOWS = ("images", "classes", "frozen_weights")  # follow from settings, whose differences are listed first
 
 
 def identity_settings(config: Any) -> dict[str, Any]:
@@ -29,15 +30,29 @@ def identity_settings(config: Any) -> dict[str, Any]:
     return settings
 
 
+def run_identity(config: Config) -> dict[str, Any]:
+    """`identity_settings`, and the sum of each file in which a plug-in defines something of the run."""
+    named = (
+        (registry.METHODS, str(config.method["name"])),
+        (registry.SOURCES, config.data.source),
+        (registry.PARTITIONS, config.partition.scheme),
+        (registry.BACKBONES, config.model.name),
+    )
+    plugins = {f"{names.kind} {name}": names.source_sha256(name) for names, name in named if names.is_from_plugin(name)}
+    return identity_settings(config) | ({_PLUGINS: plugins} if plugins else {})
+
+
 def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     """`key is x there and y here` for the settings that differ, three of them in full; empty if none does.
 
-    Both as `identity_settings` gives them, theirs perhaps read from a file of an older version: an option that was not
-    there yet counts as its default.
+    Both as `run_identity` gives them, theirs perhaps read from a file of an older version: an option that was not there
+    yet counts as its default, and one that had another name is the same option.
     """
-    # Through JSON, as theirs went: paths are texts there and tuples are lists. An empty group is as good as none.
+    # Through JSON, as theirs went: paths are texts there and tuples are lists. An empty group counts as none.
     both = (flatten(json.loads(json.dumps(tree, default=str))) for tree in (theirs, mine))
     there, here = ({key: value for key, value in flat.items() if value != {}} for flat in both)
+    renamed = former_keys(Config)
+    there = {renamed.get(key, key): value for key, value in there.items()}
     defaults = _defaults()
     found = [
         _difference(key, there.get(key, _NOT_SET), here.get(key, _NOT_SET))
@@ -48,8 +63,8 @@ def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
 
 
 def _difference(key: str, there: object, here: object) -> str:
-    if key.startswith(f"{PLUGINS}.") and _NOT_SET not in (there, here):
-        return f"the file that defines {key.removeprefix(f'{PLUGINS}.')} has changed"
+    if key.startswith(f"{_PLUGINS}.") and _NOT_SET not in (there, here):
+        return f"the file that defines {key.removeprefix(f'{_PLUGINS}.')} has changed"
     return f"{key} is {_short(there)} there and {_short(here)} here"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,19 @@ from omegaconf.errors import OmegaConfBaseException
 from lorafair import registry
 from lorafair.config.checks import check, check_choices, settle_conditional_options
 from lorafair.config.hints import unknown_option
-from lorafair.config.options import all_options, choices_of, group_of, option_of, types_of
+from lorafair.config.options import all_options, choices_of, former_keys, group_of, option_of, types_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean, first_line, one_line
 from lorafair.files.shipped import find_configuration, shipped_configurations
 
+VERSION_LINE = "# lorafair "  # so begins config.yaml in the directory of a run; the version follows
 _FREE_GROUPS = (
     "method",
     "loggers",
     "data.options",
     "partition.options",
     "model.options",
-)  # of names that we don't know
+)  # of names that are not declared in schema.py
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class ConfigLayer:
 def load_config(*arguments: str | Path | Sequence[str], **options: Any) -> Config:
     """Read and check a run's configuration.
 
+    Later files win over earlier ones, the pairs over the files, and `options` over the pairs. A place that selects
+    another method drops the options of the former one.
+
     Args:
         arguments: YAML files and `key=value` pairs, one by one or as a list. A file that does not exist is looked for
             among the shipped ones ("synthetic.yaml", "paper/domainnet_vit").
         options: further values, by key: `rounds=3`, `client={"steps": 5}`, `**{"method.name": "fedit"}`.
-
-    Later files win over earlier ones, the pairs over the files, and `options` over the pairs. A place that selects
-    another method drops the options of the former one.
 
     Returns:
         The configuration, complete: every option that means something has a value.
@@ -80,9 +82,15 @@ def settle(config: Config) -> Config:
 
 
 def flat_arguments(arguments: Sequence[str | Path | Sequence[str]]) -> list[str]:
-    """Arguments of `load_config` as one list of texts."""
+    """Arguments of `load_config` as one list of texts. Raises ConfigError for anything else."""
     flat: list[str] = []
     for argument in arguments:
+        if not isinstance(argument, str | Path | list | tuple):
+            kind = type(argument).__name__
+            raise ConfigError(
+                f"{one_line(argument)[:80]} ({kind}) is neither a YAML file, nor a key=value pair, nor a list of them; "
+                "values by key are keyword arguments: rounds=3, **{'method.name': 'fedit'}"
+            )
         flat += [str(argument)] if isinstance(argument, str | Path) else [str(part) for part in argument]
     return flat
 
@@ -149,6 +157,8 @@ def _plain(value: Any) -> Any:
 
 def _read_yaml(argument: str) -> ConfigLayer:
     file = find_configuration(argument)
+    if file is None and Path(argument).is_dir():
+        raise ConfigError(f"{argument} is a folder; name a YAML file")
     if file is None:
         hint = did_you_mean(argument.removeprefix("conf/"), shipped_configurations())
         raise ConfigError(
@@ -157,23 +167,35 @@ def _read_yaml(argument: str) -> ConfigLayer:
         )
     try:
         content = OmegaConf.load(file)
+        of_run = file.read_text(encoding="utf-8").startswith(VERSION_LINE)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{argument} is not readable YAML: {one_line(error)}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{argument} must hold keys and values, not a {type(content).__name__}")
-    return ConfigLayer(f"{argument}: ", _with_whole_paths(content, file.parent))
+    if of_run:
+        _rename_options(content)
+    return ConfigLayer(f"{argument}: ", _with_absolute_paths(content, file.parent))
+
+
+def _rename_options(written: DictConfig) -> None:
+    """Give options in a run's own config.yaml, which an older version may have written, the names they have now."""
+    for former, key in former_keys(Config).items():
+        group, _, name = former.rpartition(".")
+        parent = OmegaConf.select(written, group)
+        if isinstance(parent, DictConfig) and name in parent:
+            parent[key.rpartition(".")[2]] = parent.pop(name)
 
 
 def _read_pairs(pairs: Sequence[str]) -> ConfigLayer:
-    try:
-        for pair in pairs:  # one by one: of data=3 and data.source=folder together, the first would vanish
-            alone = OmegaConf.to_container(_in_our_words(OmegaConf.from_dotlist([pair]), ""))
-            for key, value in _entries_of(cast(dict[str, Any], alone)):
-                _check_entry(key, value, "")
-        values = OmegaConf.from_dotlist(list(pairs))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{' '.join(pairs)}: {one_line(error)}") from error
-    return ConfigLayer("", _with_whole_paths(values, Path.cwd()))
+    for pair in pairs:  # one by one: of data=3 and data.source=folder together, the first would vanish
+        try:
+            alone = OmegaConf.to_container(_with_canonical_values(OmegaConf.from_dotlist([pair]), ""))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{pair}: {one_line(error)}") from error
+        for key, value in _entries_of(cast(dict[str, Any], alone)):
+            _check_entry(key, value, "")
+    values = OmegaConf.from_dotlist(list(pairs))
+    return ConfigLayer("", _with_absolute_paths(values, Path.cwd()))
 
 
 def _tree_of(options: Mapping[str, Any]) -> DictConfig:
@@ -185,21 +207,21 @@ def _tree_of(options: Mapping[str, Any]) -> DictConfig:
             OmegaConf.update(values, key, _plain(given), merge=True, force_add=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}={one_line(value)}: {first_line(error)}") from error
-    return _with_whole_paths(values, Path.cwd())
+    return _with_absolute_paths(values, Path.cwd())
 
 
-def _with_whole_paths(values: DictConfig, folder: Path) -> DictConfig:
-    """Files among the plug-ins by their whole path, so that the run's own config.yaml finds them from anywhere."""
+def _with_absolute_paths(values: DictConfig, folder: Path) -> DictConfig:
+    """Files among the plug-ins by their absolute path, so that the run's own config.yaml finds them from anywhere."""
     plugins = values.get("plugins") if not OmegaConf.is_missing(values, "plugins") else None
     if isinstance(plugins, ListConfig):
         values = copy.deepcopy(values)
-        values.plugins = [registry.located(name, folder) if isinstance(name, str) else name for name in plugins]
+        values.plugins = [registry.resolve_plugin(name, folder) if isinstance(name, str) else name for name in plugins]
     return values
 
 
 def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
-    """Merge after checking the keys ourselves: OmegaConf names an unknown key, but not what it could have been."""
-    layer = _in_our_words(layer, origin)
+    """Merge after a check of the keys: OmegaConf names an unknown key, but suggests none."""
+    layer = _with_canonical_values(layer, origin)
     for key, value in _entries_of(cast(dict[str, Any], OmegaConf.to_container(layer))):
         _check_entry(key, value, origin)
     given = OmegaConf.select(layer, "model.lora") or {}
@@ -211,6 +233,10 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
         )
     if OmegaConf.select(layer, "method.name") not in (None, base.method.get("name")):
         base = with_values(base, {"method": OmegaConf.create({"name": None})}, replace=True)
+    for key in _FREE_GROUPS[1:]:  # an empty group takes back what earlier files have put into it
+        given = _select(layer, key)
+        if isinstance(given, DictConfig) and not given:
+            base = with_values(base, {key: {}}, replace=True)
     try:
         merged = cast(DictConfig, OmegaConf.merge(base, layer))
         OmegaConf.to_container(merged, resolve=True)
@@ -219,12 +245,12 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     return merged
 
 
-def _in_our_words(layer: DictConfig, origin: str) -> DictConfig:
-    """The layer with other spellings of values, and a list or a distribution of ranks, as what they stand for."""
-    return _with_client_ranks(_with_our_spellings(layer), origin)
+def _with_canonical_values(layer: DictConfig, origin: str) -> DictConfig:
+    """The layer with other spellings of values, and lists or distributions of LoRA ranks, replaced by their values."""
+    return _with_client_ranks(_with_canonical_spellings(layer), origin)
 
 
-def _with_our_spellings(layer: DictConfig) -> DictConfig:
+def _with_canonical_spellings(layer: DictConfig) -> DictConfig:
     changed: dict[str, Any] = {}
     for key, spellings in _spellings().items():
         group, _, name = key.rpartition(".")
@@ -256,9 +282,12 @@ def _with_client_ranks(layer: DictConfig, origin: str) -> DictConfig:
     levels = list(ranks)
     if not all(str(level).isdecimal() for level in levels):
         raise ConfigError(
-            f"{shown} must be a whole number, a list of them, or a distribution such as {{4: 0.5, 16: 0.5}}"
+            f"{shown} must be a whole number, a list of them, or a distribution such as {{4: 0.5, 16: 0.5}}, with a "
+            "space after each colon"
         )
     probabilities = list(ranks.values()) if isinstance(ranks, DictConfig) else None
+    if any(isinstance(p, bool) or not isinstance(p, int | float) for p in probabilities or ()):
+        raise ConfigError(f"{shown}: the probability of each rank must be a number, as in {{4: 0.5, 16: 0.5}}")
     given = [int(level) for level in levels]
     values = {"rank": max(given), "client_ranks": given, "client_rank_probabilities": probabilities}
     layer = copy.deepcopy(layer)
@@ -268,7 +297,7 @@ def _with_client_ranks(layer: DictConfig, origin: str) -> DictConfig:
 
 
 def _select(layer: DictConfig, key: str) -> Any:
-    """A group of a layer whose values may be anything; None where something else stands in the way."""
+    """A group of a layer whose values may be anything; None where a value is in its place."""
     node: Any = layer
     for part in key.split(".") if key else ():
         node = node.get(part) if isinstance(node, DictConfig) and not OmegaConf.is_missing(node, part) else None
@@ -307,6 +336,8 @@ def _check_entry(key: str, value: Any, origin: str) -> None:
     if value == "???":
         raise ConfigError(f"{origin}{key}=??? has no value")
     _check_group(key, value, _groups_in(owner).get(name), origin)
+    if value is None and type(None) not in typing.get_args(types_of(owner)[name]):
+        raise ConfigError(f"{origin}{key}=null is not possible; leave it out for the default")
     if _is_list(types_of(owner)[name]) and not isinstance(value, list | None):
         raise ConfigError(f"{origin}{key}={value} must be a list: {key}=[{value}]")
     choices = choices_of(owner, name)
@@ -320,11 +351,14 @@ def _check_group(key: str, value: Any, group: type | None, origin: str) -> None:
     if isinstance(value, dict):
         return
     if key == "method":
-        raise ConfigError(f"{origin}method={value}: method is a group of options; set method.name={value}")
+        name = "lora_fair" if value is None else value
+        raise ConfigError(f"{origin}method={value}: method is a group of options; set method.name={name}")
     if key == "loggers" and value is not None:
         names = value if isinstance(value, list) else [value]
         meant = ", ".join(f"{name}: {{}}" for name in names)
         raise ConfigError(f"{origin}loggers={value} must be a group of options by logger: loggers={{{meant}}}")
+    if key in _FREE_GROUPS:
+        raise ConfigError(f"{origin}{key}={value} must be a group of options: {key}={{NAME: VALUE}}")
     if group is not None:
         options = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(group))
         raise ConfigError(f"{origin}{key}={value}: {key} is a group of options; set {options}")

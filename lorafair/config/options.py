@@ -61,12 +61,13 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    because: str = ""  # behind a range that does not explain itself
-    needs: When | None = None
-    then: Any = None  # its value where `needs` holds and it is not given, or a function of the configuration
-    then_text: str = ""  # what such a function gives, for the help
-    required: bool = False  # where `needs` holds
+    reason: str = ""  # explains the range, in the help and in errors
+    requires: When | None = None
+    conditional_default: Any = None  # its value where `requires` holds and it is not set; may be a function of Config
+    conditional_default_text: str = ""  # what such a function gives, for the help
+    required: bool = False  # where `requires` holds
     identity: bool = True  # a run and its continuation must agree in it
+    formerly: str = ""  # the name that it had before
     names: str = ""  # the registry that knows its values, by name
     spellings: Mapping[Any, Any] = field(default_factory=dict)  # other spellings of its values
 
@@ -92,7 +93,7 @@ class Option:
     def _low(self) -> str:
         if self.above is not None:
             return f"above {self.above:g}"
-        return "" if self.at_least is None else f"at least {self.at_least:g}{self.because and f' ({self.because})'}"
+        return "" if self.at_least is None else f"at least {self.at_least:g}{self.reason and f' ({self.reason})'}"
 
     @property
     def _high(self) -> str:
@@ -100,17 +101,30 @@ class Option:
             return f"up to but not including {self.below:g}"
         if self.at_most is None:
             return ""
-        bound = f"{self.at_most:g}{self.because and f' ({self.because})'}"
+        bound = f"{self.at_most:g}{self.reason and f' ({self.reason})'}"
         return f"to {bound}" if self.at_least is not None else f"at most {bound}"
 
 
 def option(default: T, help: str, **declared: Any) -> T:
-    """A field of a configuration dataclass: its default, its meaning, and what `Option` can declare.
+    """Declare an option: a field of a configuration dataclass, or of an aggregation method.
 
-        rounds: int = option(50, "Communication rounds.", at_least=1, identity=False)
+    A default of None means "not set". Where the condition `requires` does not hold, the option must stay unset, because
+    a setting without effect is an error. Where it holds and the option is not set, it gets `conditional_default`.
 
-    A default of None means "not set": an option that belongs to a choice which was not made must stay unset, because a
-    setting that has no effect is an error; one that belongs to a choice which was made gets the value of `then`.
+    Args:
+        default: The default value.
+        help: The meaning, for `lorafair options` and `lorafair methods`.
+        declared: The other fields of `Option`. For numbers: `at_least`, `above`, `at_most`, `below`, and `reason`,
+            which explains the range. `requires`: the condition, made by `when`, `when_given` or `when_not_given`; with
+            it `conditional_default`, or `required=True`. `identity=False`: a continued run may change the option.
+
+    Returns:
+        What `dataclasses.field` returns, typed as the default.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Damped(lorafair.Aggregator):
+        ...     damping: float = lorafair.option(0.9, "What B is multiplied by.", above=0, at_most=1)
     """
     metadata = {_KEY: Option(help=" ".join(help.split()), **declared)}
     if isinstance(default, dict | list):
@@ -137,6 +151,13 @@ def all_options(owner: type, prefix: str = "") -> Iterator[tuple[str, dataclasse
             yield f"{prefix}{declared.name}", declared
         else:
             yield from all_options(group, f"{prefix}{declared.name}.")
+
+
+@functools.cache
+def former_keys(owner: type) -> dict[str, str]:
+    """The key of each option that had another name, by the key that it had."""
+    found = ((key.removesuffix(declared.name), key, option_of(declared)) for key, declared in all_options(owner))
+    return {f"{group}{declared.formerly}": key for group, key, declared in found if declared.formerly}
 
 
 def choices_of(owner: type, name: str) -> tuple[Any, ...]:

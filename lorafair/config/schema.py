@@ -31,7 +31,7 @@ class DataConfig:
     root: Path | None = option(
         None,
         "Folder with the images.",
-        needs=when("data.source", *FOLDER_SOURCES),
+        requires=when("data.source", *FOLDER_SOURCES),
         required=True,
         identity=False,
     )
@@ -51,8 +51,8 @@ class DataConfig:
         "Fraction of each class of a domain kept for the test.",
         above=0,
         below=1,
-        needs=when("data.source", "folder"),
-        then=0.2,
+        requires=when("data.source", "folder"),
+        conditional_default=0.2,
     )
     validation_fraction: float | None = option(
         None,
@@ -112,23 +112,25 @@ class PartitionConfig:
     )
     options: dict[str, Any] = option({}, "What a partition of a plug-in takes beyond these options.")
     clients_per_domain: int | None = option(
-        None, "Clients of a domain.", at_least=1, needs=when("partition.scheme", "dirichlet"), then=5
+        None, "Clients of a domain.", at_least=1, requires=when("partition.scheme", "dirichlet"), conditional_default=5
     )
     alpha: float | None = option(
         None,
         "Dirichlet concentration over the clients of a domain, drawn a class; small is skewed.",
         above=0,
-        needs=when("partition.scheme", "dirichlet"),
-        then=0.5,
+        requires=when("partition.scheme", "dirichlet"),
+        conditional_default=0.5,
     )
     min_images: int | None = option(
         None,
         "The Dirichlet draw is repeated until every client has this many images.",
         at_least=1,
-        needs=when("partition.scheme", "dirichlet"),
-        then=10,
+        requires=when("partition.scheme", "dirichlet"),
+        conditional_default=10,
     )
-    clients: int | None = option(None, "Clients in all.", at_least=1, needs=when("partition.scheme", "iid"), then=10)
+    clients: int | None = option(
+        None, "Clients in all.", at_least=1, requires=when("partition.scheme", "iid"), conditional_default=10
+    )
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,14 @@ class LoRAConfig:
     )
     alpha: float = option(16.0, "The update is scaled by s = alpha / rank, for clients of smaller rank, too.", above=0)
     client_ranks: tuple[int, ...] | None = option(
-        None, "Smaller ranks for some clients: one a client in their order, or levels to draw from (rank, for all)."
+        None,
+        "Smaller LoRA ranks for some clients: one a client in their order, or levels to draw from (rank, for all).",
     )
     client_rank_probabilities: tuple[float, ...] | None = option(
         None,
         "With them model.lora.client_ranks are levels, and each client draws one with these probabilities.",
-        needs=when_given("model.lora.client_ranks"),
+        formerly="client_rank_shares",
+        requires=when_given("model.lora.client_ranks"),
     )
     dropout: float = option(0.0, "Dropout on the input of A during local training.", at_least=0, below=1)
     targets: tuple[str, ...] | None = option(
@@ -220,7 +224,7 @@ class ClientConfig:
     optimizer: Literal["sgd", "adamw"] = option("sgd", "torch.optim.SGD or torch.optim.AdamW.")
     learning_rate: float = option(0.01, "For LoRA factors and head.", above=0)
     momentum: float | None = option(
-        None, "Momentum of SGD.", at_least=0, below=1, needs=when("client.optimizer", "sgd"), then=0.9
+        None, "Momentum of SGD.", at_least=0, below=1, requires=when("client.optimizer", "sgd"), conditional_default=0.9
     )
     weight_decay: float = option(1e-5, "L2 for sgd, decoupled for adamw.", at_least=0)
     b_learning_rate_ratio: float = option(
@@ -235,25 +239,26 @@ class ClientConfig:
         None,
         "Rounds over which the learning rate falls.",
         at_least=1,
-        needs=when("client.schedule", "linear", "cosine"),
-        then=lambda config: config.rounds,
-        then_text="rounds",
+        requires=when("client.schedule", "linear", "cosine"),
+        conditional_default=lambda config: config.rounds,
+        conditional_default_text="rounds",
     )
     final_fraction: float | None = option(
         None,
         "The last learning rate over the first one.",
+        formerly="final_share",
         at_least=0,
         at_most=1,
-        needs=when("client.schedule", "linear", "cosine"),
-        then=0.0,
+        requires=when("client.schedule", "linear", "cosine"),
+        conditional_default=0.0,
     )
     decay: float | None = option(
         None,
         "What the learning rate is multiplied by after each round.",
         above=0,
         at_most=1,
-        needs=when("client.schedule", "exponential"),
-        then=0.99,
+        requires=when("client.schedule", "exponential"),
+        conditional_default=0.99,
     )
     proximal: float = option(
         0.0,
@@ -269,8 +274,8 @@ class ClientConfig:
         None,
         "Passes over a client's images each round.",
         at_least=1,
-        needs=when_not_given("client.steps"),
-        then=1,
+        requires=when_not_given("client.steps"),
+        conditional_default=1,
     )
     steps: int | None = option(None, "Batches a client trains each round, instead of epochs.", at_least=1)
     batch_size: int = option(128, "Images a step; a client with fewer uses all it has.", at_least=1)
@@ -283,8 +288,8 @@ class ClientConfig:
     )
     timeout_minutes: float | None = option(
         10.0,
-        """A client that gets no further by a single step in this time is taken for hung, and ends the run with an error
-        that names it; null: wait for ever.""",
+        """A client without a finished step in this time counts as hung, and the run ends with an error that names it;
+        null: no limit.""",
         above=0,
         identity=False,
     )
@@ -292,7 +297,7 @@ class ClientConfig:
 
 @dataclass(frozen=True)
 class FederationConfig:
-    """Who takes part, with which weight, and where clients start."""
+    """The clients of a round, their weights, and where they start."""
 
     clients_per_round: int | None = option(
         None, "Clients drawn each round, uniformly without replacement (all).", at_least=1
@@ -321,22 +326,32 @@ class ServerConfig:
         None,
         "Step size of the server optimiser.",
         above=0,
-        needs=when("server.optimizer", *_SERVER_OPTIMIZERS),
-        then=lambda config: 1.0 if config.server.optimizer == "fedavgm" else 0.01,
-        then_text="1 for fedavgm, 0.01 for fedadam and fedyogi",
+        requires=when("server.optimizer", *_SERVER_OPTIMIZERS),
+        conditional_default=lambda config: 1.0 if config.server.optimizer == "fedavgm" else 0.01,
+        conditional_default_text="1 for fedavgm, 0.01 for fedadam and fedyogi",
     )
     momentum: float | None = option(
-        None, "β1.", at_least=0, below=1, needs=when("server.optimizer", *_SERVER_OPTIMIZERS), then=0.9
+        None,
+        "β1.",
+        at_least=0,
+        below=1,
+        requires=when("server.optimizer", *_SERVER_OPTIMIZERS),
+        conditional_default=0.9,
     )
     second_momentum: float | None = option(
-        None, "β2.", at_least=0, below=1, needs=when("server.optimizer", "fedadam", "fedyogi"), then=0.99
+        None,
+        "β2.",
+        at_least=0,
+        below=1,
+        requires=when("server.optimizer", "fedadam", "fedyogi"),
+        conditional_default=0.99,
     )
     adaptivity: float | None = option(
         None,
         "τ, added to the root of the second moment.",
         above=0,
-        needs=when("server.optimizer", "fedadam", "fedyogi"),
-        then=0.001,
+        requires=when("server.optimizer", "fedadam", "fedyogi"),
+        conditional_default=0.001,
     )
 
 
@@ -374,7 +389,7 @@ class CheckpointConfig:
         2,
         "Checkpoints kept; at least 2, so that one survives a failure while the other is written.",
         at_least=2,
-        because="one survives while the other is written",
+        reason="one survives while the other is written",
         identity=False,
     )
     seconds: float = option(
@@ -430,12 +445,12 @@ class FabricConfig:
         "A rank waits this long for the others in a collective before the run ends with an error.",
         above=0,
         at_most=525600,
-        because="a year",
+        reason="a year",
         identity=False,
     )
     heartbeat_seconds: float = option(
         120.0,
-        "A process that gives no sign of life for so long is taken for lost, and the run ends with an error.",
+        "A process without a heartbeat in this time counts as lost, and the run ends with an error.",
         above=0,
         identity=False,
     )

@@ -86,7 +86,19 @@ class ImageData:
 
 @dataclass(frozen=True, eq=False)
 class ImageCollection:
-    """All images of a source, before the configuration selects among them."""
+    """All images of a source, before the configuration selects among them.
+
+    Example:
+        >>> lorafair.ImageCollection(
+        ...     domains=("photo",),
+        ...     classes=("cat", "dog"),
+        ...     images=ImagesInMemory(np.zeros((4, 32, 32, 3), np.uint8)),
+        ...     labels=np.array([0, 1, 0, 1]),
+        ...     domain_of=np.array([0, 0, 0, 0]),
+        ...     held_out=np.array([False, False, True, True]),
+        ...     description="four photos",
+        ... )
+    """
 
     domains: tuple[str, ...]
     classes: tuple[str, ...]

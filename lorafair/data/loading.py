@@ -135,7 +135,7 @@ class _Workers:
             persistent_workers=True,
             multiprocessing_context=context,
             pin_memory=pin_memory,
-            collate_fn=_as_is,
+            collate_fn=_no_collate,
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
         )
@@ -250,20 +250,20 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _as_is(batch: Any) -> Tensor:
+def _no_collate(batch: Any) -> Tensor:
     return cast(Tensor, batch)
 
 
 def _begin_worker(_worker: int) -> None:
     """A worker that hangs in a file system would outlive the training process, and keep its console open."""
-    threading.Thread(target=_leave_with_training, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the training process acts on it
     signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULER_SIGNALS)  # the server may have been started by others before
     torch.set_num_threads(1)
 
 
-def _leave_with_training() -> None:
-    """What the system calls its parent is the server process, which in turn stays as long as there are workers."""
+def _exit_with_parent() -> None:
+    """A worker's parent is the server process, which in turn stays as long as there are workers."""
     training = multiprocessing.parent_process()
     assert training is not None
     training.join()

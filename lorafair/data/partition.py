@@ -12,7 +12,7 @@ import numpy as np
 
 from lorafair.config.schema import PartitionConfig
 from lorafair.console import log
-from lorafair.errors import LorafairError
+from lorafair.errors import LorafairError, of_plugin
 from lorafair.registry import PARTITIONS
 from lorafair.seeding import seeded_numpy
 
@@ -25,7 +25,11 @@ class PartitionError(LorafairError):
 
 @dataclass(frozen=True, eq=False)
 class Client:
-    """One client's images."""
+    """One client's images.
+
+    Example:
+        >>> lorafair.Client("client-0", None, np.array([0, 3, 4]))
+    """
 
     name: str  # "serif" (a domain), "serif-0" (one of several in it), "client-3" (across domains)
     domain: int | None  # index of its domain; None: images of all domains
@@ -73,9 +77,12 @@ def partition(
     `labels` and `domains` (N,) are the class and the domain of every image. `config` as `load_config` returns it, its
     conditional options filled in. Raises PartitionError.
     """
-    clients = tuple(PARTITIONS[config.scheme](config, labels, domains, domain_names, seed))
-    if PARTITIONS.is_added(config.scheme):
-        _check_clients(config.scheme, clients, len(labels))
+    scheme = PARTITIONS[config.scheme]
+    if not PARTITIONS.is_from_plugin(config.scheme):
+        return tuple(scheme(config, labels, domains, domain_names, seed))
+    with of_plugin(f"partition.scheme={config.scheme}"):
+        clients = tuple(scheme(config, labels, domains, domain_names, seed))
+    _check_clients(config.scheme, clients, len(labels))
     return clients
 
 
@@ -116,7 +123,7 @@ def clients_known_before(config: PartitionConfig, domains: int | None) -> int | 
     """How many clients there will be, as far as it follows from the configuration and the number of domains alone."""
     if config.scheme == "iid":
         return config.clients
-    if domains is None or PARTITIONS.is_added(config.scheme):
+    if domains is None or PARTITIONS.is_from_plugin(config.scheme):
         return None
     return domains * (config.clients_per_domain or 1) if config.scheme == "dirichlet" else domains
 
@@ -167,7 +174,7 @@ def _draw_cuts(config: PartitionConfig, counts: np.ndarray, name: str, rng: np.r
 
 
 def _check_clients(scheme: str, clients: Sequence[Client], images: int) -> None:
-    """Raise PartitionError where clients of a plug-in have no images, others' or none of ours; say how many are left.
+    """Raise PartitionError for a plug-in's clients without images, with shared or unknown ones; log unused images.
 
     Names tell clients apart, so they must differ.
     """

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from lorafair.config.schema import DataConfig
 from lorafair.data.datasets import Domains, from_datasets
 from lorafair.data.images import DataError, ImageCollection, ImageData, Source, Split, Subset
+from lorafair.errors import of_plugin
 from lorafair.registry import SOURCES
 from lorafair.seeding import seeded_numpy
 
@@ -72,13 +74,14 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
 
     Domains come in the order of data.domains. Of data.train_images and data.test_images images a domain, every class
     gets the same number as far as it has them (a larger number only adds images); they are drawn with the seed. The
-    image files that will be used are checked here, and an unusable one is an error now rather than in the tenth hour.
+    image files that will be used are checked here, and an unusable one is an error before training begins.
 
     With data.validation_fraction the test images are left alone and a part of the training images is tested on instead.
 
     Raises DataError (what is there, and the key to change), FetchError or CacheError.
     """
-    collection = SOURCES[config.source].load(config, seed)
+    with of_plugin(f"data.source={config.source}") if SOURCES.is_from_plugin(config.source) else nullcontext():
+        collection = SOURCES[config.source].load(config, seed)
     domains = _choose_domains(collection, config)
     classes = _choose_classes(collection, config)
     train = _choose_images(collection, domains, len(classes), "train", config.train_images, seed)

@@ -67,7 +67,7 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
         try:
             partial.rename(target)
         except OSError:
-            if not target.is_dir():  # else another node was faster, and its folder is as good
+            if not target.is_dir():  # else another node was faster; its folder has the same content
                 raise
         fsync(target.parent)
     finally:

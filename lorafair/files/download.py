@@ -95,7 +95,7 @@ def _explain(wanted: str, index: str, stderr: str) -> str:
 
 
 def _reason(stderr: str) -> str:
-    """The line of a package client's output that tells most: warnings and log locations come before and after it."""
+    """The most informative line of a package client's output: warnings and log locations come before and after it."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith(("error", "npm error", "npm err!"))]
     return next(iter(errors or lines[-1:]), "no message")

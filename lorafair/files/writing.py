@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file in such a way that nobody ever sees half of it. Raises OSError."""
+    """Write a file atomically: a reader sees the old file or the new one. Raises OSError."""
     with replacing(path) as partial:
         if isinstance(content, bytes):
             partial.write_bytes(content)

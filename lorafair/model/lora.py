@@ -1,6 +1,6 @@
 """Low-rank adapters for C clients side by side around frozen linear layers (LoRA, arXiv 2106.09685).
 
-Letters: C clients in the cohort, N images of one client, R rank, I in_features, O out_features, P packed length.
+Letters: C clients in the cohort, N images of one client, R LoRA rank, I in_features, O out_features, P packed length.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lorafair.seeding import seeded
 class DropoutStreams:
     """Where each client of a training cohort draws its dropout masks.
 
-    Each draws from a generator of its own and for its own images only, so that its masks do not depend on who trains
-    beside it. The rows beyond a client's count are padding.
+    Each draws from a generator of its own and for its own images only, so that its masks do not depend on the
+    clients beside it. The rows beyond a client's count are padding.
     """
 
     generators: Sequence[torch.Generator]
@@ -56,15 +56,15 @@ class LoRALinear(nn.Module):
     A: nn.Parameter  # (C, R, I)
     B: nn.Parameter  # (C, O, R)
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: nn.Linear, lora_rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.scaling = alpha / rank
+        self.scaling = alpha / lora_rank
         self.dropout = dropout
         self.dropout_streams: DropoutStreams | None = None
         device = base.weight.device
-        self.A = nn.Parameter(torch.empty(1, rank, base.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(1, base.out_features, rank, device=device))
+        self.A = nn.Parameter(torch.empty(1, lora_rank, base.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(1, base.out_features, lora_rank, device=device))
 
     def draw(self, generator: torch.Generator) -> LoRAFactors:
         """Fresh factors as LoRA starts: A Kaiming-uniform, B zero, so that the update is zero."""
@@ -105,7 +105,13 @@ class ClientHead(nn.Module):
 
 
 def add_lora(
-    backbone: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float, last_blocks: int | None
+    backbone: nn.Module,
+    targets: Sequence[str],
+    *,
+    lora_rank: int,
+    alpha: float,
+    dropout: float,
+    last_blocks: int | None,
 ) -> list[str]:
     """Wrap the linear layers that `targets` name, in place; returns their module paths.
 
@@ -128,14 +134,14 @@ def add_lora(
             )
         chosen |= kept
     for path, layer in chosen.items():
-        if rank > min(layer.in_features, layer.out_features):
+        if lora_rank > min(layer.in_features, layer.out_features):
             raise ConfigError(
-                f"model.lora.rank={rank} is more than layer {path} can have: its weight is {layer.out_features} x "
-                f"{layer.in_features}, so a rank of at most {min(layer.in_features, layer.out_features)}"
+                f"model.lora.rank={lora_rank} is larger than layer {path} allows: its weight is {layer.out_features} x "
+                f"{layer.in_features}, so a LoRA rank of at most {min(layer.in_features, layer.out_features)}"
             )
     for path in chosen:  # in the order of the model, so that the packed order does not depend on the order of targets
         parent, _, name = path.rpartition(".")
-        wrapped = LoRALinear(chosen[path], rank, alpha, dropout)
+        wrapped = LoRALinear(chosen[path], lora_rank, alpha, dropout)
         setattr(backbone.get_submodule(parent), name, wrapped)
     return [path for path in linear if path in chosen]
 
@@ -263,7 +269,7 @@ class AdapterParameters:
 
     @torch.no_grad()
     def fold_into_base(self, folded: Mapping[str, LoRAFactors]) -> None:
-        """Add s·B·A to the frozen weights: W0 += s·B·A with A (r, I), B (O, r) of any rank r."""
+        """Add s·B·A to the frozen weights: W0 += s·B·A with A (r, I), B (O, r) of any LoRA rank r."""
         for path, factors in folded.items():
             layer = self._layers[path]
             weight = layer.base.weight

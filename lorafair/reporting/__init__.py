@@ -1,1 +1,1 @@
-"""What a run leaves to look at: scalars, TensorBoard, metrics.csv, pictures, result.json, the table; rank 0 only."""
+"""The output of a run: scalars, TensorBoard, metrics.csv, pictures, result.json, the table; rank 0 only."""

@@ -1,10 +1,10 @@
-"""Callbacks: what users have done at certain moments of a run, on rank 0."""
+"""Callbacks: methods of a user's objects that are called at certain moments of a run, on rank 0."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lorafair.errors import LorafairError
+from lorafair.errors import LorafairError, of_plugin, one_line
 from lorafair.evaluation import Evaluation
 from lorafair.registry import CALLBACKS
 
@@ -45,6 +45,12 @@ def register_callback(name: str) -> Callable[[Callable[[], Callback]], Callable[
 
     Raises:
         ConfigError: The name is taken.
+
+    Example:
+        >>> @lorafair.register_callback("stop_watch")
+        ... class StopWatch(lorafair.Callback):
+        ...     def on_round_end(self, round, scalars):
+        ...         print(round, scalars["time/train"])
     """
 
     def register(make: Callable[[], Callback]) -> Callable[[], Callback]:
@@ -52,6 +58,16 @@ def register_callback(name: str) -> Callable[[Callable[[], Callback]], Callable[
         return make
 
     return register
+
+
+def make_callback(name: str) -> Callback:
+    """The callback of a name in `callbacks`. Raises LorafairError where it cannot be made."""
+    make = CALLBACKS[name]
+    with of_plugin(f"callbacks: {name}"):
+        callback = make()
+    if not isinstance(callback, Callback):
+        raise LorafairError(f"callbacks: {name} makes {one_line(callback)}, which does not extend lorafair.Callback")
+    return callback
 
 
 class Callbacks:
@@ -63,8 +79,5 @@ class Callbacks:
     def call(self, moment: str, *arguments: object) -> None:
         """Call a method of each. Raises LorafairError naming the one that fails."""
         for callback in self._callbacks:
-            try:
+            with of_plugin(f"callback {type(callback).__name__}.{moment}"):
                 getattr(callback, moment)(*arguments)
-            except Exception as error:
-                name = type(callback).__name__
-                raise LorafairError(f"callback {name}.{moment} failed: {type(error).__name__}: {error}") from error

@@ -48,22 +48,27 @@ def register_logger(name: str) -> Callable[[Callable[..., Logger]], Callable[...
 
 def open_loggers(config: Config) -> list[Logger]:
     """The loggers of a run. Raises LorafairError for one that cannot be made."""
-    loggers = []
+    from lightning.fabric.loggers.logger import Logger
+
+    loggers: list[Logger] = []
     for name, options in config.loggers.items():
         make = LOGGERS[name]
         try:
-            loggers.append(make(config.folder, **(options or {})))
+            logger = make(config.folder, **(options or {}))
         except TypeError as error:
             raise ConfigError(f"loggers.{name}: {error}") from error
         except ModuleNotFoundError as error:
-            hint = "" if LOGGERS.is_added(name) else f"; pip install {name}"
+            hint = "" if LOGGERS.is_from_plugin(name) else f"; pip install {name}"
             raise LorafairError(
                 f"loggers.{name} needs a package that is not installed: {one_line(error)}{hint}"
             ) from error
         except LorafairError:
             raise
-        except Exception as error:  # theirs: no account, no server, no place to write
+        except Exception as error:  # raised by the logger: no account, no server, no space
             raise LorafairError(f"loggers.{name} cannot be opened: {one_line(error)}") from error
+        if not isinstance(logger, Logger):
+            raise ConfigError(f"loggers.{name} is a {type(logger).__name__}, and must be a Logger of lightning.fabric")
+        loggers.append(logger)
     return loggers
 
 

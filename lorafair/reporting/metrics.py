@@ -19,7 +19,7 @@ CLIENT_CURVES = 1000  # clients of a run of which each has a curve of its own; T
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """What is told of one round."""
+    """What is reported of one round."""
 
     round: int  # from 1
     plan: RoundPlan
@@ -71,7 +71,7 @@ def evaluation_scalars(experiment: Experiment, evaluation: Evaluation) -> dict[s
 
 
 def own_domain_mask(experiment: Experiment, evaluation: Evaluation) -> Tensor | None:
-    """(M, D) where a client meets its own domain; None unless every client is evaluated and has one domain."""
+    """(M, D) true where a client's domain is its own; None unless every client is evaluated and has one domain."""
     domains = [client.domain for client in experiment.clients]
     if not experiment.aggregator.personal_parts or len(experiment.data.domains) < 2 or None in domains:
         return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorafair import third_party
 
-LARGEST = 150  # classes of a picture: more labels than that nobody can read
+LARGEST = 150  # classes of a picture; more labels are not readable
 _NUMBERED = 40  # classes of a picture whose cells have room for a number
 _INCH_PER_CELL, _INCH_PER_LETTER, _DPI = 0.3, 0.085, 100
 

@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from lorafair import __version__
-from lorafair.config.loading import to_yaml
+from lorafair.communication.agreement import same_error_on_all_ranks
+from lorafair.config.loading import VERSION_LINE, to_yaml
 from lorafair.config.schema import Config
-from lorafair.console import clock_text, counted, log
+from lorafair.console import clock_text, format_count, log
 from lorafair.errors import LorafairError
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.files.writing import write_atomically
-from lorafair.registry import CALLBACKS
-from lorafair.reporting.callbacks import Callback, Callbacks
+from lorafair.reporting.callbacks import Callback, Callbacks, make_callback
 from lorafair.reporting.loggers import open_loggers
 from lorafair.reporting.metrics import RoundSummary, evaluation_scalars, round_scalars
 from lorafair.reporting.pictures import LARGEST, confusion_picture
 from lorafair.reporting.results import result_text, write_result
-from lorafair.reporting.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE, VERSION_LINE, read_result, version_of
+from lorafair.reporting.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_result, version_of
 from lorafair.reporting.tracker import Tracker
 
 
@@ -33,7 +33,7 @@ class Report:
         self._experiment, config = experiment, experiment.config
         config.folder.mkdir(exist_ok=True)  # resume=never has put an earlier run aside
         write_config(config, continued=completed_rounds > 0)
-        self._callbacks = Callbacks([*callbacks, *(CALLBACKS[name]() for name in config.callbacks)])
+        self._callbacks = Callbacks([*callbacks, *(make_callback(name) for name in config.callbacks)])
         self._tracker = Tracker(config.folder, completed_rounds, dataclasses.asdict(config), open_loggers(config))
         self._completed = completed_rounds
         self._began: float | None = None  # of the first whole round, on the monotonic clock
@@ -48,7 +48,7 @@ class Report:
         self._callbacks.call("on_round_start", round)
 
     def round_ended(self, summary: RoundSummary, totals: Mapping[str, float]) -> None:
-        """Record one round and print its line; `totals` since round 1 tell the pace while no whole round is done."""
+        """Record one round and print its line; `totals` since round 1 give the pace while no whole round is done."""
         scalars = round_scalars(self._experiment, summary)
         self._tracker.scalars(scalars, summary.round)
         self._completed = summary.round
@@ -75,7 +75,9 @@ class Report:
             if picture is not None:
                 self._tracker.picture(f"eval/confusion/{domain}", picture, config.rounds)
         if len(classes) > LARGEST:
-            log.info(f"no pictures of confusion matrices: {len(classes)} classes, and nobody can read over {LARGEST}")
+            log.info(
+                f"no pictures of confusion matrices: {len(classes)} classes; pictures are drawn for at most {LARGEST}"
+            )
         scalars = evaluation_scalars(experiment, evaluation)
         self._tracker.final({"final/accuracy": scalars["eval/accuracy"]})
         print_result(config, write_result(experiment, evaluation, totals))
@@ -85,7 +87,7 @@ class Report:
         self._tracker.close("success" if reason == "finished" else "failed")
         try:
             self._callbacks.call("on_stop", self._completed, reason)
-        except LorafairError as error:  # all is done, or another error is on its way
+        except LorafairError as error:  # the run is done, or another error is being raised
             log.warning(str(error))
 
     def _pace(self, totals: Mapping[str, float]) -> float:
@@ -100,15 +102,24 @@ class Report:
 def open_report(
     experiment: Experiment, completed_rounds: int, callbacks: Sequence[Callback] = ()
 ) -> Iterator[Report | None]:
-    """The report on rank 0, None elsewhere; callbacks hear how the block ends."""
-    if not experiment.fabric.is_global_zero:
+    """The report on rank 0, None elsewhere; callbacks get the reason of its end. Call on every rank.
+
+    Raises LorafairError on all ranks where a logger or a callback cannot be made.
+    """
+    report = None
+    with same_error_on_all_ranks(experiment.fabric):
+        if experiment.fabric.is_global_zero:
+            report = Report(experiment, completed_rounds, callbacks)
+    if report is None:
         yield None
         return
-    report = Report(experiment, completed_rounds, callbacks)
     try:
         yield report
     except BaseException as error:
-        report.close(str(error) or type(error).__name__)
+        try:
+            report.close(str(error) or type(error).__name__)
+        except Exception as closing:  # the first error is the one to raise
+            log.warning(f"the report could not be closed: {type(closing).__name__}: {closing}")
         raise
     report.close("finished")
 
@@ -116,14 +127,14 @@ def open_report(
 def write_config(config: Config, *, continued: bool) -> None:
     """Write config.yaml: every option, and the version that trained the first rounds."""
     version = (version_of(config.folder) if continued else None) or __version__
-    # Whole at all times: jobs of a comparison look at each other's.
+    # Atomically: jobs of a comparison read each other's.
     write_atomically(config.folder / CONFIG_FILE, f"{VERSION_LINE}{version}\n{to_yaml(config)}")
 
 
 def report_finished_before(config: Config) -> None:
-    """Say that a run was done before, and print its table again."""
+    """Print that a run was done before, and its table again."""
     log.info(
-        f"this run was finished before, with {counted(config.rounds, 'round')}: nothing is computed again "
+        f"this run was finished before, with {format_count(config.rounds, 'round')}: nothing is computed again "
         "(more rounds continue it, resume=never starts it anew)"
     )
     print_result(config, read_result(config.folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from lorafair import __version__
-from lorafair.config.identity import identity_settings
+from lorafair.config.identity import run_identity
 from lorafair.config.schema import Config
-from lorafair.console import counted, table
+from lorafair.console import format_count, table
+from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.files.shipped import commit
-from lorafair.files.writing import write_atomically
 from lorafair.reporting.metrics import evaluation_scalars, own_domain_mask
-from lorafair.reporting.run_dir import RESULT_FILE, read_result
+from lorafair.reporting.run_dir import RESULT_FILE, read_result, write_result_file
 
 OWN, OTHERS = "own_client", "other_clients"  # accuracy of methods whose clients keep a model each
 
@@ -41,11 +41,11 @@ def write_result(experiment: Experiment, evaluation: Evaluation, totals: Mapping
         "totals": dict(totals),
         "processes": experiment.fabric.world_size,
         "data": {"source": config.data.source, "description": data.description, "fingerprint": data.fingerprint},
-        "config": identity_settings(config),
+        "config": run_identity(config),
         "start": _start(experiment),
         "versions": versions(),
     }
-    write_atomically(config.folder / RESULT_FILE, json.dumps(result, indent=1, default=str) + "\n")
+    write_result_file(config.folder, result)
     return result
 
 
@@ -53,14 +53,17 @@ def is_finished(config: Config) -> bool:
     """Whether the run directory has the result of as many rounds as are asked for, with all that its table needs."""
     if not (config.folder / RESULT_FILE).is_file():
         return False
-    result = read_result(config.folder)
+    try:
+        result = read_result(config.folder)
+    except ConfigError:  # damaged: the evaluation is repeated, and it is written anew
+        return False
     return bool(result["rounds"] == config.rounds and result.get("domains"))
 
 
 def result_text(result: Mapping[str, Any]) -> str:
     """The table of a result: a row for each domain, and their mean."""
     domains: Mapping[str, Mapping[str, float]] = result["domains"]
-    rounds = counted(result["rounds"], "round")
+    rounds = format_count(result["rounds"], "round")
     title = f"{result['method']['name']} on {result['data']['source']}, {rounds}, seed {result['seed']}"
     columns = {"accuracy %": "accuracy", "own client %": OWN, "other clients %": OTHERS}
     columns = {header: name for header, name in columns.items() if name in next(iter(domains.values()))}
@@ -83,7 +86,7 @@ def result_text(result: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Of what has computed the numbers; of lorafair also the commit, where it runs from a checkout."""
-    found = {"lorafair": __version__}
+    found = {"lorafair": __version__, "python": platform.python_version()}
     if at := commit():
         found["commit"] = at
     for package in ("torch", "lightning", "timm"):
@@ -112,7 +115,7 @@ def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict
 
 def _start(experiment: Experiment) -> dict[str, str]:
     """What the run began from, as sha256 sums: methods are compared fairly where these are equal."""
-    initial = experiment.model.adapters.draw(experiment.config.seed, 0)  # drawn anew, so a continued run tells it too
+    initial = experiment.model.adapters.draw(experiment.config.seed, 0)  # drawn anew, so a continued run has it, too
     clients = hashlib.sha256()
     for client in experiment.clients:
         clients.update(f"{client.name} {len(client.indices)}:".encode() + client.indices.astype("<i8").tobytes())

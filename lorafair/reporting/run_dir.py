@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorafair.config.loading import VERSION_LINE
 from lorafair.errors import ConfigError
+from lorafair.files.writing import write_atomically
 
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.yaml", "metrics.csv", "result.json"
-VERSION_LINE = "# lorafair "  # the first line of config.yaml begins with it
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Curve = dict[int, float]  # round -> value
+
+
+def write_result_file(run_dir: Path, result: dict[str, Any]) -> None:
+    """Write result.json, in strict JSON: NaN and infinity, which it does not have, as the texts NaN and Infinity."""
+    write_atomically(run_dir / RESULT_FILE, json.dumps(_mapped(result, _as_text), indent=1, default=str) + "\n")
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
     """The result of a finished run. ConfigError where there is none, or it cannot be read."""
     file = run_dir / RESULT_FILE
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = _mapped(json.loads(file.read_text(encoding="utf-8")), _as_number)
         if not isinstance(result, dict) or not {"rounds", "mean_accuracy", "versions"} <= result.keys():
             raise ValueError("it is not the result of a run")
     except (OSError, ValueError) as error:
@@ -48,3 +58,22 @@ def version_of(run_dir: Path) -> str | None:
         return None
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix(VERSION_LINE) if first.startswith(VERSION_LINE) else "an unknown version"
+
+
+def _mapped(node: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested groups and lists with every value in them changed."""
+    if isinstance(node, dict):
+        return {key: _mapped(value, change) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_mapped(value, change) for value in node]
+    return change(node)
+
+
+def _as_text(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return next(text for text, number in _NOT_FINITE.items() if str(number) == str(value))
+
+
+def _as_number(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -35,10 +35,20 @@ class Tracker:
             key: value if isinstance(value, bool | int | float) else str(value)
             for key, value in flatten(settings).items()
         }
-        self._tell(lambda logger: logger.log_hyperparams(self._settings))
+        self._show_settings()
         # A continued run repeats the rounds after its checkpoint: their earlier values are dropped in both places.
         self._writer = SummaryWriter(str(run_dir), purge_step=completed_rounds + 1)
         self._csv_file, self._csv = _reopen_csv(run_dir / METRICS_FILE, completed_rounds)
+
+    def _show_settings(self) -> None:
+        """To the loggers that take them: not all do, and config.yaml has them in any case."""
+        for logger in self._loggers:
+            try:
+                logger.log_hyperparams(self._settings)
+            except NotImplementedError:
+                continue
+            except Exception as error:  # raised by the logger
+                log.warning(f"logger {type(logger).__name__} did not take the settings: {one_line(error)}")
 
     def scalars(self, values: Mapping[str, float], round: int) -> None:
         """Record values after this many rounds and make them visible at once."""
@@ -46,7 +56,7 @@ class Tracker:
         self._csv.writerows([round, name, repr(float(value))] for name, value in values.items())
         self._writer.flush()
         self._csv_file.flush()
-        self._tell(lambda logger: logger.log_metrics(dict(values), step=round))
+        self._call_loggers(lambda logger: logger.log_metrics(dict(values), step=round))
 
     def picture(self, tag: str, picture: np.ndarray[Any, Any], round: int) -> None:
         """Show a picture (H, W, 3) uint8 in TensorBoard."""
@@ -55,20 +65,20 @@ class Tracker:
     def final(self, metrics: Mapping[str, float]) -> None:
         """Record numbers of the whole run: in TensorBoard's table of runs, and at no step in loggers."""
         self._writer.add_hparams(self._settings, dict(metrics), run_name=".")
-        self._tell(lambda logger: logger.log_metrics(dict(metrics)))
+        self._call_loggers(lambda logger: logger.log_metrics(dict(metrics)))
 
     def close(self, status: str) -> None:
         """Flush and close everything; `status` is "success" or "failed"."""
         self._writer.close()
         self._csv_file.close()
-        self._tell(lambda logger: logger.finalize(status))
+        self._call_loggers(lambda logger: logger.finalize(status))
 
-    def _tell(self, what: Callable[[Logger], object]) -> None:
-        """Tell the loggers; one that fails, as where its server is gone, is left out from then on and ends no run."""
+    def _call_loggers(self, what: Callable[[Logger], object]) -> None:
+        """Call each logger; one that fails is left out from then on, and the run continues."""
         for logger in list(self._loggers):
             try:
                 what(logger)
-            except Exception as error:  # theirs
+            except Exception as error:  # raised by the logger
                 self._loggers.remove(logger)
                 log.warning(
                     f"logger {type(logger).__name__} failed and gets nothing more of this run "

@@ -23,7 +23,7 @@ _BASE = "base."  # before the path of a frozen weight, in a checkpoint
 
 @dataclass
 class ServerState:
-    """The state between two rounds; the same on every rank but for `moments`."""
+    """The state between two rounds; the same on every rank but for `moments` and `totals`."""
 
     completed_rounds: int
     adapter: Tensor  # (P,) where clients start
@@ -33,9 +33,9 @@ class ServerState:
     )
     controls: ControlVariates | None = None  # of SCAFFOLD
     folded: bool = False  # the frozen weights have changed
-    left_unfinished: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
+    unfinished_rounds: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
-    client_seconds: dict[int, float] = field(default_factory=dict)  # taken lately; decides who trains where
+    client_seconds: dict[int, float] = field(default_factory=dict)  # taken lately; decides the assignment to ranks
     saved_rounds: int = 0  # completed rounds of the last checkpoint
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -71,8 +71,9 @@ def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> Se
         state.completed_rounds, state.totals = checkpoint.completed_rounds, dict(checkpoint.totals)
         state.client_seconds, state.saved_rounds = dict(checkpoint.client_seconds), checkpoint.completed_rounds
         state.folded = bool(base)
-    # Rank 0 looks: file systems lag between nodes.
-    state.left_unfinished = fabric.broadcast(frozenset(list_unfinished(config.folder) if fabric.is_global_zero else ()))
+    # Only rank 0 reads: file systems lag between nodes.
+    unfinished = list_unfinished(config.folder) if fabric.is_global_zero else ()
+    state.unfinished_rounds = fabric.broadcast(frozenset(unfinished))
     return state
 
 
@@ -107,6 +108,6 @@ def initial_adapters(
     else:
         rows = take_columns(state.adapter, layout.columns_of(shard, PARTS)).expand(len(clients), -1)
     lora_ranks = [experiment.lora_ranks[client] for client in clients]
-    if all(rank == experiment.config.model.lora.rank for rank in lora_ranks):
+    if all(lora_rank == experiment.config.model.lora.rank for lora_rank in lora_ranks):
         return rows
     return (shard or layout).truncated(rows, torch.tensor(lora_ranks, device=rows.device))

@@ -1,4 +1,6 @@
-"""The server step: on rank 0 for all layers, or on every rank for some of them. None of its numbers depends on where.
+"""The server step: on rank 0 for all layers, or on every rank for some of them.
+
+The results do not depend on where it runs.
 
 Letters: K clients of the round, L adapted layers, n clients of this rank, p numbers trained, P packed length.
 """
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.base import ServerUpdate, aggregate
+from lorafair.aggregation.base import ServerUpdate, aggregate, check_finite
 from lorafair.aggregation.bias import bias_metrics
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import (
@@ -52,14 +54,14 @@ class Server(ABC):
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        self.shards = self.deal_out(experiment.layout, experiment.fabric.world_size)
+        self.shards = self.assign_layers(experiment.layout, experiment.fabric.world_size)
 
     @abstractmethod
-    def deal_out(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
+    def assign_layers(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
         """The layers that each rank aggregates."""
 
     @abstractmethod
-    def merge(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
+    def merge_shards(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
         """What all ranks have made of their layers, on rank 0. Call on every rank."""
 
     @property
@@ -90,18 +92,19 @@ class Server(ABC):
     def step(self, state: ServerState, results: ClientResults) -> ServerResult | None:
         """The next adapter, from the gathered results; all of it on rank 0, None elsewhere. Call on every rank."""
         with same_error_on_all_ranks(self.experiment.fabric):
-            mine = self._aggregate_shard(state, results)
-        return self.merge(state, mine)
+            mine = self.aggregate_shard(state, results)
+        return self.merge_shards(state, mine)
 
-    def _aggregate_shard(self, state: ServerState, results: ClientResults) -> ServerResult:
+    def aggregate_shard(self, state: ServerState, results: ClientResults) -> ServerResult:
         """The server step on the layers of this rank."""
         shard, aggregator = self.shard, self.experiment.aggregator
         if not shard.length:
-            return ServerResult(ServerUpdate(factors={}, folded={}, head={}, sent_rank={}), bias={}, moments=None)
+            return ServerResult(ServerUpdate(factors={}, folded={}, head={}, sent_lora_rank={}), bias={}, moments=None)
         weights = torch.tensor(results.weights, dtype=torch.float64, device=results.rows.device)
         columns = self.experiment.layout.columns_of(shard, PARTS)
         clients, start = shard.unpack(results.rows), take_columns(state.adapter, columns)
         update, moments = aggregate(aggregator, clients, weights, shard.unpack(start)), None
+        check_finite(aggregator, update)
         if state.moments is not None:
             moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
             proposed = shard.pack(AdapterState(factors=update.factors, head=update.head))
@@ -123,11 +126,11 @@ class Server(ABC):
 class Rank0Server(Server):
     """fabric.server=rank0: rank 0 holds all clients' adapters and aggregates all layers."""
 
-    def deal_out(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
+    def assign_layers(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
         """All layers to rank 0."""
         return [layout, *[AdapterLayout(factors={}, head={})] * (ranks - 1)]
 
-    def merge(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
+    def merge_shards(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
         """Rank 0 has made all of it."""
         return mine if self.experiment.fabric.is_global_zero else None
 
@@ -135,11 +138,11 @@ class Rank0Server(Server):
 class ShardedServer(Server):
     """fabric.server=sharded: every rank holds and aggregates some of the layers."""
 
-    def deal_out(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
+    def assign_layers(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
         """About equal numbers of parameters to every rank."""
         return layout.split(ranks)
 
-    def merge(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
+    def merge_shards(self, state: ServerState, mine: ServerResult) -> ServerResult | None:
         """Rank 0 gets the layers of all, in the order of the model."""
         gathered = gather_objects(self.experiment.fabric, mine.to("cpu"))
         if gathered is None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafair.aggregation import factor_algebra
 from lorafair.aggregation.base import Aggregator, LayerUpdate, ServerUpdate, aggregate
@@ -23,6 +22,7 @@ from lorafair.model.adapter import PARTS, AdapterState, LoRAFactors, row
 from lorafair.registry import METHODS
 from tests import references
 from tests.references import OperationLog
+from tests.torch_private import FakeTensorMode
 
 IN_FACTOR_SPACE = {
     "fedit": FedIT(),
@@ -58,7 +58,7 @@ def test_fedit_averages_the_factors_and_every_method_the_head() -> None:
 
 
 SHIPPED = {name: METHODS[name] for name in METHODS.names}
-GO_ON = [name for name, m in SHIPPED.items() if m.mixed_ranks and not (m.restarts or m.decomposes)]
+GO_ON = [name for name, m in SHIPPED.items() if m.mixed_lora_ranks and not (m.restarts or m.decomposes)]
 
 
 @pytest.mark.parametrize("name", GO_ON)
@@ -90,12 +90,16 @@ def test_local_only_leaves_everything_with_the_clients() -> None:
     method = LocalOnly()
     assert method.personal_parts == PARTS
     assert method.sends(0) == method.receives(0) == ()
-    update = aggregate(method, clients, weights)  # of all clients, for nobody
+    update = aggregate(method, clients, weights)  # of all clients, sent to none
     torch.testing.assert_close(update.factors["first"].B, aggregate(FedIT(), clients, weights).factors["first"].B)
 
 
 def test_folded_factors_are_passed_on_in_the_clients_precision() -> None:
     class Folding(FedIT):
+        @property
+        def folds(self) -> bool:
+            return True
+
         def combine(self, clients: LoRAFactors, weights: torch.Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
             return dataclasses.replace(
                 super().combine(clients, weights), folded=LoRAFactors(clients.A[0], clients.B[0])
@@ -207,7 +211,7 @@ def test_clients_in_blocks_are_the_clients_at_once(
         pytest.skip("options of lora_fair")
     layers = {f"{o}x{i}": references.random_clients(o, i, 3, 20)[0] for o, i in ((7, 9), (9, 7))}
     weights = references.random_clients(clients=20)[1]
-    for factors in layers.values() if SHIPPED[name].mixed_ranks else ():
+    for factors in layers.values() if SHIPPED[name].mixed_lora_ranks else ():
         factors.A[::3, 2:] = 0
         factors.B[::3, :, 2:] = 0
     clients = AdapterState(layers, {"head": torch.arange(60.0).view(20, 3)})
@@ -257,7 +261,7 @@ def test_metrics_count_what_is_folded_into_the_weights() -> None:
     clients, mean = AdapterState({"layer": factors}, {}), references.mean(factors, weights)
     left, size, right = torch.linalg.svd(references.ideal_update(factors, weights) - mean.B @ mean.A)
     residual = LoRAFactors(A=size[:, None] * right, B=left[:, : len(size)])
-    update = ServerUpdate(factors={"layer": mean}, folded={"layer": residual}, head={}, sent_rank={})
+    update = ServerUpdate(factors={"layer": mean}, folded={"layer": residual}, head={}, sent_lora_rank={})
     metrics = bias_metrics(clients, weights, update)
     assert metrics["error_after"] < 1e-7
     assert metrics["cosine_after"] == pytest.approx(1)

@@ -1,6 +1,6 @@
 """Every method against a dense float64 computation written from its formula, and what theory says must hold.
 
-Letters: K clients, R rank, I in_features, O out_features.
+Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 import tests.references as references
 from lorafair.aggregation.alignment import aligned, nearest_rotation
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import aggregation_bias, ranks_of, svd
+from lorafair.aggregation.factor_algebra import aggregation_bias, lora_ranks_of, svd
 from lorafair.aggregation.fedex_lora import FedExLoRA
 from lorafair.aggregation.fedrot_lora import FedRotLoRA
 from lorafair.aggregation.fedrpca import FedRPCA, robust_pca
@@ -131,8 +131,8 @@ def test_fedsvd_rewrites_the_mean_without_loss(size: tuple[int, int, int, int]) 
 def test_het_lora_weighs_clients_by_their_updates(ranks: tuple[int, ...]) -> None:
     clients, weights = mixed(ranks)
     norms = [float(np.linalg.norm((B @ A).numpy())) for A, B in zip(clients.A, clients.B, strict=True)]
-    shares = torch.tensor(norms) / sum(norms)
-    expected = references.mean(clients, shares.double())
+    norm_weights = torch.tensor(norms) / sum(norms)
+    expected = references.mean(clients, norm_weights.double())
     factors = HETLoRA().combine(clients, weights).factors
     torch.testing.assert_close(factors.A, expected.A, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(factors.B, expected.B, rtol=1e-6, atol=1e-6)
@@ -148,15 +148,15 @@ def test_florist_keeps_the_fewest_directions_that_hold_the_energy(energy: float)
     squares = np.linalg.svd(ideal.numpy())[1] ** 2
     kept = next(n for n in range(1, 19) if squares[:n].sum() >= energy * squares.sum() * (1 - 1e-12))
     update = FLoRIST(energy=energy).combine(clients, weights, start)
-    assert update.sent_rank == min(kept, 4)
+    assert update.sent_lora_rank == min(kept, 4)
     torch.testing.assert_close(product(update.factors), best_of_rank(ideal, min(kept, 4)), rtol=1e-9, atol=1e-9)
-    assert torch.equal(update.factors.A[update.sent_rank :], start.A[update.sent_rank :].double())
+    assert torch.equal(update.factors.A[update.sent_lora_rank :], start.A[update.sent_lora_rank :].double())
 
 
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (4, 2, 1), (2, 4, 4, 3), (1, 5)])
 def test_raflora_averages_each_range_of_ranks_over_those_who_have_it(ranks: tuple[int, ...]) -> None:
     clients, weights = mixed(ranks)
-    assert ranks_of(clients).tolist() == list(ranks)
+    assert lora_ranks_of(clients).tolist() == list(ranks)
     expected = torch.zeros(10, 8, dtype=torch.float64)
     for r in range(max(ranks)):  # range by range is direction by direction
         have = [k for k, rank in enumerate(ranks) if rank > r]

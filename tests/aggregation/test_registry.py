@@ -103,7 +103,9 @@ def define_shrunk(name: str = "shrunk") -> type[Aggregator]:
 
         factor: float = option(0.5, "What B̄ is multiplied with.", above=0, at_most=1)
         how: Literal["once", "repeated"] = option("once", "How B̄ is multiplied.")
-        times: int | None = option(None, "How often.", at_least=2, needs=when("method.how", "repeated"), then=3)
+        times: int | None = option(
+            None, "How often.", at_least=2, requires=when("method.how", "repeated"), conditional_default=3
+        )
         start: Literal["mean", "zero"] | None = option(None, "Where the rest of B comes from.")
         offset: float = 0.0
 
@@ -160,7 +162,7 @@ def test_wrong_options_of_a_registered_method_are_named(options: dict[str, Any],
 
 def test_a_registered_method_is_among_those_that_are_possible() -> None:
     define_shrunk()
-    assert METHODS.is_added("shrunk")
+    assert METHODS.is_from_plugin("shrunk")
     with pytest.raises(ConfigError, match=r"method\.name=shrnk is unknown; did you mean shrunk\? methods: .*, shrunk$"):
         build_aggregator({"name": "shrnk"})
 
@@ -206,7 +208,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
     class Other(FedIT):
         pass
 
-    with pytest.raises(ConfigError, match=r"there is a method shrunk already, of .*Shrunk"):
+    with pytest.raises(ConfigError, match=r"there is a method shrunk already, .*Shrunk in .*test_registry\.py"):
         register_method("shrunk")(Other)
     assert METHODS["shrunk"] is first
 
@@ -221,3 +223,10 @@ def test_the_same_definition_may_come_again_and_the_last_one_counts() -> None:
 def test_a_name_that_could_not_be_typed_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="is no name for a method: letters, digits, _ and -"):
         define_shrunk(name)
+
+
+def test_a_method_made_in_python_is_checked_as_well() -> None:
+    with pytest.raises(ConfigError, match=r"^method\.regularization=-1 is out of range: it must be at least 0$"):
+        LoRAFair(regularization=-1)
+    with pytest.raises(ConfigError, match=r"^method\.sgd_steps=5 has no effect: it needs method\.solver=sgd$"):
+        LoRAFair(sgd_steps=5)

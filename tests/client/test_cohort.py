@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafair.aggregation.factor_algebra import ranks_of
+from lorafair.aggregation.factor_algebra import lora_ranks_of
 from lorafair.client.cohort import Cohort, GradientRule, LocalTraining, client_losses, make_optimizer
 from lorafair.config.loading import load_config
 from lorafair.config.schema import ClientConfig, LoRAConfig, ModelConfig
@@ -25,6 +24,7 @@ from lorafair.model.adapter import PARTS, AdapterState, LoRAFactors, Part
 from lorafair.model.backbone import build_model, check_model
 from lorafair.schedule import effective_step_size, with_scheduled_learning_rate
 from lorafair.seeding import seeded
+from tests.torch_private import FakeTensorMode
 
 MODEL = ModelConfig(
     name="test_vit", weights="random", image_size=32, lora=LoRAConfig(rank=4, alpha=8, last_blocks=2, dropout=0.0)
@@ -262,7 +262,7 @@ def test_a_client_of_smaller_rank_stays_there() -> None:
     of_clients = batches([np.arange(20), np.arange(20)], ADAMW)
     rows = train(m, truncated, of_clients, replace(ADAMW, weight_decay=0.1), 0, 1)[:, :-1]
     for factors in layout.unpack(rows).factors.values():
-        assert ranks_of(factors).tolist() == [1, 2]
+        assert lora_ranks_of(factors).tolist() == [1, 2]
         assert not factors.B[0, :, 1:].any()
         assert not factors.B[1, :, 2:].any()
 

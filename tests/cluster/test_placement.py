@@ -55,7 +55,7 @@ def test_a_step_says_everything_whatever_the_job_is_called(name: str, ntasks_per
     assert (found.rank, found.local_rank, found.node_rank) == (3, 1, 1)
     assert (found.address, found.port) == ("cn01", port_of(12, 3))
     assert found.description == (
-        f"Slurm job 12, step 3: srun has started 2 on each of 2 nodes (cn[01-02]); they meet at cn01:{found.port}"
+        f"Slurm job 12, step 3: srun has started 2 on each of 2 nodes (cn[01-02]); rendezvous at cn01:{found.port}"
     )
 
 
@@ -143,6 +143,12 @@ SRUN = "srun --kill-on-bad-exit=1 python train.py conf/demo.yaml"
             "env -u SLURM_GPUS_PER_TASK srun --kill-on-bad-exit=1 --gpus-per-node=2 python train.py conf/demo.yaml",
         ),
         (
+            {},
+            FabricConfig(devices=2, num_nodes=2),
+            "fabric.num_nodes=2: this is one node without Slurm.*torchrun --nnodes=2 --nproc-per-node=2 .*train.py.*; "
+            "or use fabric.num_nodes=1",
+        ),
+        (
             step("2(x2)"),
             FabricConfig(devices=1),
             "fabric.devices=1, but this Slurm step has 2 processes a node; leave fabric.devices out, or add "
@@ -167,6 +173,7 @@ SRUN = "srun --kill-on-bad-exit=1 python train.py conf/demo.yaml"
         "salloc",
         "uneven",
         "gpus-per-task",
+        "nodes without Slurm",
         "devices",
         "nodes",
         "one task",
@@ -182,7 +189,7 @@ def test_what_would_wait_for_ever_is_refused_with_the_line_to_type(
     assert "\n" not in str(caught.value)
 
 
-def test_on_the_cpu_nobody_needs_to_see_a_gpu() -> None:
+def test_on_the_cpu_no_process_needs_to_see_a_gpu() -> None:
     environ = step("2", nodes="cn01", CUDA_VISIBLE_DEVICES="1")
     assert detect(environ, FabricConfig(accelerator="cpu"), COMMAND).devices == 2
 

@@ -11,12 +11,12 @@ import pytest
 from lorafair.cluster import signals
 from lorafair.cluster.signals import (
     ANOTHER_RANK,
-    NOTHING,
+    NO_REASON,
     TIME_LIMIT,
     handle_only,
     handling_signals,
     request_stop,
-    request_stop_unless_it_fits,
+    request_stop_before_time_limit,
     set_time_limit,
     stop_requested,
 )
@@ -34,7 +34,7 @@ def send(number: int) -> None:
 
 def test_signals_only_set_a_flag_and_ctrl_c_stops_at_once_the_second_time() -> None:
     with handling_signals():
-        assert stop_requested() == NOTHING
+        assert stop_requested() == NO_REASON
         send(signal.SIGUSR1)
         assert stop_requested() == signal.SIGUSR1
         send(signal.SIGINT)
@@ -42,7 +42,7 @@ def test_signals_only_set_a_flag_and_ctrl_c_stops_at_once_the_second_time() -> N
         assert stop_requested() == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-    assert stop_requested() == NOTHING
+    assert stop_requested() == NO_REASON
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -65,12 +65,12 @@ def test_a_forked_process_does_not_act_on_a_signal() -> None:
 
 
 def test_what_would_not_end_before_the_jobs_limit_asks_to_stop() -> None:
-    request_stop_unless_it_fits(1e6)
-    assert stop_requested() == NOTHING  # nobody knows of a limit
+    request_stop_before_time_limit(1e6)
+    assert stop_requested() == NO_REASON  # no known limit
     set_time_limit(100)
-    request_stop_unless_it_fits(50)
-    assert stop_requested() == NOTHING
-    request_stop_unless_it_fits(85)
+    request_stop_before_time_limit(50)
+    assert stop_requested() == NO_REASON
+    request_stop_before_time_limit(85)
     assert stop_requested() == TIME_LIMIT
 
 

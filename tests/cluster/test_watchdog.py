@@ -1,4 +1,4 @@
-"""Nobody waits for ever: a process whose client hangs, or whose partner is gone, ends in bounded time and says why."""
+"""A process whose client hangs, or that has lost another process, ends in bounded time and prints the reason."""
 
 from __future__ import annotations
 
@@ -64,6 +64,24 @@ def test_steps_are_signs_that_it_gets_on_and_nothing_is_expected_outside_of_the_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stop_ends_a_process_that_waits_for_others_to_start(name: str) -> None:
+    """The main thread waits in C, where Python's handlers do not run."""
+    ended = python(f"""
+        import ctypes, os, signal, threading
+        from lorafair.cluster.signals import handling_signals
+        from lorafair.cluster.watchdog import start_watchdog
+        dog = start_watchdog("process 0")
+        with handling_signals(), dog.deadline("the start", 60, stoppable=True):
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.{name})).start()
+            while True:
+                ctypes.CDLL(None).sleep(60)
+    """)
+    assert ended.returncode == 130
+    assert f"error: process 0: stopped by {name} in the start; " in ended.stderr
+
+
+@pytest.mark.slow
 def test_a_started_process_that_fails_ends_its_starter_and_an_orphan_ends_itself() -> None:
     ended = python("""
         import subprocess, sys, time
@@ -113,7 +131,7 @@ def test_a_silent_rank_is_taken_for_lost_and_one_that_has_left_is_not(monkeypatc
     threading.excepthook, before = lambda _: None, threading.excepthook
     time.sleep(1.5)
     threading.excepthook = before
-    assert ranks[0].lost() == "process 2 has given no sign of life for 0.5 seconds"
+    assert ranks[0].lost() == "process 2 has sent no heartbeat for 0.5 seconds"
     stopped[0].set()
     ranks[0].join()
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 
+import lorafair
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.cli import main
 from lorafair.commands.export import export_run
@@ -16,6 +19,7 @@ from lorafair.config.schema import Config
 from lorafair.errors import LorafairError
 from lorafair.federation import run_federation
 from lorafair.model.backbone import build_model, create_backbone
+from lorafair.registry import BACKBONES
 from lorafair.seeding import seeded
 from tests.conftest import launched
 
@@ -56,6 +60,34 @@ def test_a_peft_adapter_on_the_same_frozen_weights(tiny: Tiny, tmp_path: Path) -
     loaded = peft.PeftModel.from_pretrained(create_backbone(config.model, 4, config.seed), tmp_path / "out").eval()
     with torch.inference_mode():
         torch.testing.assert_close(loaded((IMAGES / 255 - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_peft_adapter_of_a_backbone_that_does_not_know_the_classes(tiny: Tiny, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="pip install 'lorafair[export]'")
+
+    class Small(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.hidden, self.head = nn.Linear(3 * 32 * 32, 16), nn.Linear(16, classes)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.hidden(images.flatten(1)).relu())
+            return logits
+
+    lorafair.register_backbone("small", head="head", image_size=32, targets=("hidden",))(lambda config: Small(2))
+    try:
+        config = tiny("model.name=small", "model.lora.last_blocks=null")
+        expected = trained(config)
+        export_run(config.folder, tmp_path / "out", peft=True)
+        plain = create_backbone(config.model, 4, config.seed)
+        plain.head = nn.Linear(16, 4)
+        loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        with torch.inference_mode():
+            torch.testing.assert_close(loaded((IMAGES / 255 - mean) / std), expected, rtol=1e-4, atol=1e-5)
+    finally:
+        BACKBONES.remove("small")
 
 
 @pytest.mark.slow

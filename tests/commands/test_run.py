@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,9 +69,14 @@ def state():
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "7"
+class Failing(lorafair.Callback):
+    def on_round_start(self, round):
+        raise OSError("no place")
+
 before = state()
 arguments = sys.argv[1:]
-for options in ({"rounds": 1}, {"rounds": 1}, {"rounds": 0}, {"rounds": 2, "callbacks": [lorafair.Callback, None]}):
+failing = {"rounds": 2, "callbacks": [lorafair.Callback(), Failing()]}
+for options in ({"rounds": 1}, {"rounds": 1}, {"rounds": 0}, failing):
     try:
         print(lorafair.run(*arguments, fabric={"threads": 2}, **options))
     except lorafair.LorafairError as error:
@@ -162,6 +170,14 @@ def test_a_finished_run_is_not_computed_again(finished: RunResult, capsys: pytes
     assert "this run was finished before, with 3 rounds" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_damaged_result_is_written_again(finished: RunResult, tmp_path: Path) -> None:
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text('{"rounds": 3')
+    again = lorafair.run(TINY, "rounds=3", run_dir=tmp_path / "run")
+    assert again.accuracy == finished.accuracy
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -174,7 +190,15 @@ def test_a_finished_run_is_not_computed_again(finished: RunResult, capsys: pytes
         ((TINY, Config()), {}, r"^give one Config, or files and key=value pairs, not both$"),
         ((Config(rounds=0),), {}, r"^rounds=0 is out of range"),
         ((TINY, "lr=3"), {}, r"^there is no option lr; did you mean client\.learning_rate=3\?"),
-        ((TINY,), {"model": {"lora": {"rank": 1000}}}, r"^model\.lora\.rank=1000 is more than layer "),
+        ((3,), {}, r"^3 \(int\) is neither a YAML file, nor a key=value pair, nor a list of them; values by key are"),
+        (({"rounds": 3},), {}, r"^\{'rounds': 3\} \(dict\) is neither a YAML file"),
+        (
+            (TINY,),
+            {"callbacks": 3},
+            r"^callbacks=3 must be a list of objects of classes that extend lorafair\.Callback$",
+        ),
+        ((TINY,), {"callbacks": [lorafair.Callback]}, r"^callbacks=\[<class .* must be a list of objects"),
+        ((TINY,), {"model": {"lora": {"rank": 1000}}}, r"^model\.lora\.rank=1000 is larger than layer "),
         ((TINY,), {"data.domains": ("plain", "colourful")}, r"^data\.domains: synthetic has no domain colourful"),
     ],
 )
@@ -261,7 +285,8 @@ def test_callbacks_are_called_in_order_and_change_nothing(finished: RunResult, t
 def test_a_callback_that_fails_ends_the_run_with_its_name(finished: RunResult, tmp_path: Path) -> None:
     heard: list[tuple[Any, ...]] = []
     arguments = (*TINY, "rounds=3", f"run_dir={tmp_path / 'run'}")
-    message = "callback Broken.on_round_end failed: ValueError: no"
+    line = inspect.getsourcelines(Broken.on_round_end)[1] + 2
+    message = f"callback Broken.on_round_end failed: ValueError: no (test_run.py, line {line})"
     with pytest.raises(LorafairError, match=f"^{re.escape(message)}$"):
         lorafair.run(arguments, callbacks=[Broken(), Listener("", heard)])
     assert heard[-1] == ("", "stop", 2, message)
@@ -364,6 +389,47 @@ def test_a_child_that_is_interrupted_raises_keyboard_interrupt_and_the_same_call
     assert re.search(r"continuing after round \d+ of 40", capsys.readouterr().out)
     alone = lorafair.run(arguments, run_dir=tmp_path / "alone")
     assert torch.equal(adapter(result.run_dir), adapter(alone.run_dir))
+
+
+@pytest.mark.slow
+def test_a_child_whose_caller_is_gone_stops_with_everything_saved(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*TINY, "rounds=5000", "checkpoint.every=auto", "fabric.devices=2", f"run_dir={run_dir}"]
+    script = f"import lorafair; lorafair.run({arguments!r})"
+
+    def of_run() -> list[str]:
+        found = subprocess.run(["pgrep", "-f", f"{tmp_path.name}.yaml"], capture_output=True, text=True, check=False)
+        return found.stdout.split()
+
+    log = (tmp_path / "log").open("w+")
+    caller = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=log, stderr=log)
+    end = time.monotonic() + 90
+    while not (run_dir / "metrics.csv").exists() or "train/loss" not in (run_dir / "metrics.csv").read_text():
+        assert time.monotonic() < end, (tmp_path / "log").read_text()
+        assert caller.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    assert of_run(), "it trains"
+    caller.kill()
+    caller.wait()
+    while of_run():
+        assert time.monotonic() < end, f"processes {of_run()} still train"
+        time.sleep(0.2)
+    assert list_checkpoints(run_dir)
+    assert not (run_dir / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_signals_that_are_not_asked_for_keep_their_effect_in_place(tmp_path: Path) -> None:
+    """fabric.signals=[TERM]: USR2 is none of the scheduler's, and ends the process as it always does."""
+    script = f"""
+import os, signal, lorafair
+class Signalled(lorafair.Callback):
+    def on_round_end(self, round, scalars):
+        os.kill(os.getpid(), signal.SIGUSR2)
+lorafair.run({[*TINY, "fabric.signals=[TERM]", f"run_dir={tmp_path / 'run'}"]!r}, callbacks=[Signalled()])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGUSR2, ended.stderr
 
 
 @pytest.mark.slow

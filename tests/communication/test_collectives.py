@@ -80,8 +80,8 @@ def few_at_a_time(fabric: Any, numbers: int, clients_of_rank: tuple[tuple[int, .
 
 def update() -> ServerUpdate:
     state = LAYOUT.unpack(torch.arange(1.0, LAYOUT.length + 1))
-    folded = LoRAFactors(A=torch.full((6, 4), 2.0), B=torch.full((5, 6), 3.0))  # of a rank nobody else knows
-    return ServerUpdate(factors=state.factors, folded={"b": folded}, head=state.head, sent_rank={"a": 2, "b": 2})
+    folded = LoRAFactors(A=torch.full((6, 4), 2.0), B=torch.full((5, 6), 3.0))  # of a LoRA rank that only rank 0 knows
+    return ServerUpdate(factors=state.factors, folded={"b": folded}, head=state.head, sent_lora_rank={"a": 2, "b": 2})
 
 
 def received(fabric: Any, parts: tuple[Part, ...]) -> tuple[list[float], dict[str, tuple[Any, Any]]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from lorafair.config.identity import differences, flatten, identity_settings
 from lorafair.config.loading import load_config
+from lorafair.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,33 @@ def test_an_option_that_an_older_version_did_not_have_counts_as_its_default() ->
     assert differences(older, mine) == ""
     changed = identity_settings(load_config("client.b_learning_rate_ratio=4"))
     assert differences(older, changed) == "client.b_learning_rate_ratio is not set there and 4.0 here"
+
+
+def test_an_option_that_had_another_name_is_the_same_one() -> None:
+    mine = identity_settings(load_config("client.schedule=cosine", "client.final_fraction=0.1"))
+    older = json.loads(json.dumps(mine))
+    older["client"]["final_share"] = older["client"].pop("final_fraction")
+    older["model"]["lora"]["client_rank_shares"] = older["model"]["lora"].pop("client_rank_probabilities")
+    assert differences(older, mine) == ""
+    older["client"]["final_share"] = 0.2
+    assert differences(older, mine) == "client.final_fraction is 0.2 there and 0.1 here"
+
+
+def test_the_configuration_of_a_run_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """Its own config.yaml has every option, by the names of then; in a file of a user these are a mistake."""
+    written = (
+        "client: {schedule: cosine, final_share: 0.1}\n"
+        "model: {lora: {client_ranks: null, client_rank_shares: null}}\n"
+        "run_dir: !!python/object/apply:pathlib.PosixPath\n- runs\n- old\n"
+    )
+    of_run, of_user = tmp_path / "config.yaml", tmp_path / "mine.yaml"
+    of_run.write_text(f"# lorafair 0.1.0\n{written}")
+    of_user.write_text(written)
+    read = load_config(of_run)
+    assert (read.client.final_fraction, read.model.lora.client_rank_probabilities) == (0.1, None)
+    assert read.run_dir == Path("runs/old")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: client\.final_share is now client\.final_fraction$"):
+        load_config(of_user)
 
 
 def test_groups_are_flattened_to_dotted_keys() -> None:

@@ -16,13 +16,15 @@ from lorafair.config.schema import Config
 from lorafair.errors import ConfigError
 
 OPTIONS = dict(all_options(Config))
-CONDITIONAL = {key: needs for key, declared in OPTIONS.items() if (needs := option_of(declared).needs) is not None}
+CONDITIONAL = {
+    key: requires for key, declared in OPTIONS.items() if (requires := option_of(declared).requires) is not None
+}
 
 
 def choices(key: str) -> tuple[Any, ...]:
     """What an option may be: the values of its type, or the names of its registry."""
     if names := option_of(OPTIONS[key]).names:
-        return tuple(registry.ALL[names].names)
+        return tuple(registry.REGISTRIES[names].names)
     owner: Any = Config
     *parents, name = key.split(".")
     for parent in parents:
@@ -40,8 +42,8 @@ def test_every_option_is_explained() -> None:
 def test_every_value_that_is_declared_is_in_its_range() -> None:
     for key, declared in OPTIONS.items():
         assert option_of(declared).is_in_range(declared.default), key
-        if not callable(option_of(declared).then):
-            assert option_of(declared).is_in_range(option_of(declared).then), key
+        if not callable(option_of(declared).conditional_default):
+            assert option_of(declared).is_in_range(option_of(declared).conditional_default), key
 
 
 @pytest.mark.parametrize("key", CONDITIONAL)
@@ -55,7 +57,7 @@ def test_a_conditional_option_is_unset_and_needs_a_choice_that_there_is(key: str
 def test_every_name_belongs_to_a_registry_and_every_other_spelling_to_a_value() -> None:
     spelled = set()
     for key, declared in OPTIONS.items():
-        assert option_of(declared).names in ("", *registry.ALL)
+        assert option_of(declared).names in ("", *registry.REGISTRIES)
         for meant in option_of(declared).spellings.values():
             assert meant is None or meant in choices(key)
             spelled.add(key)
@@ -85,8 +87,8 @@ def test_the_spellings_of_lightning_are_understood(pair: str, value: object) -> 
     [
         ({"at_least": 1}, "at least 1", [1, 7], [0, -1]),
         ({"above": 0}, "above 0", [0.1], [0, float("inf"), float("nan")]),
-        ({"at_most": 5, "because": "a week"}, "at most 5 (a week)", [5, -1], [6]),
-        ({"at_least": 2, "because": "one is written"}, "at least 2 (one is written)", [2], [1]),
+        ({"at_most": 5, "reason": "a week"}, "at most 5 (a week)", [5, -1], [6]),
+        ({"at_least": 2, "reason": "one is written"}, "at least 2 (one is written)", [2], [1]),
         ({"at_least": 0, "at_most": 1}, "from 0 to 1", [0, 1], [-0.1, 1.1]),
         ({"at_least": 0, "below": 1}, "from 0 up to but not including 1", [0, 0.9], [1]),
         ({"above": 0, "below": 1}, "between 0 and 1", [0.5], [0, 1]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -50,12 +51,12 @@ def my_logger(run_dir, path="x"): ...
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """Take back what a test has registered."""
-    before = {kind: set(names.names) for kind, names in registry.ALL.items()}
+    before = {kind: set(names.names) for kind, names in registry.REGISTRIES.items()}
     path = list(sys.path)
     yield
     sys.path[:] = path
     sys.modules.pop("my_module", None)
-    for kind, names in registry.ALL.items():
+    for kind, names in registry.REGISTRIES.items():
         for name in set(names.names) - before[kind]:
             names.remove(name)
 
@@ -71,7 +72,7 @@ def test_a_file_beside_the_yaml_is_found_from_another_working_directory(
     monkeypatch.chdir(elsewhere)
     config = load_config("../study/run.yaml")
     assert config.plugins == (str(folder / "mine.py"),)
-    assert registry.METHODS.is_added("mine")
+    assert registry.METHODS.is_from_plugin("mine")
     assert registry.loaded_files()[-1] == str(folder / "mine.py")
     (elsewhere / "config.yaml").write_text(to_yaml(config))
     monkeypatch.chdir("/")
@@ -106,7 +107,8 @@ def test_a_package_is_named_by_its_folder_and_a_module_is_found_beside_the_yaml(
         assert config.plugins == (str(folder / "package"),)
         assert registry.METHODS.is_known_to_others("mine", config.plugins)
         assert (
-            registry.METHODS.source_sum("mine") == sha256((folder / "package" / "methods.py").read_bytes()).hexdigest()
+            registry.METHODS.source_sha256("mine")
+            == sha256((folder / "package" / "methods.py").read_bytes()).hexdigest()
         )
 
 
@@ -132,7 +134,11 @@ def test_a_module_is_imported_from_the_working_directory(tmp_path: Path, monkeyp
         ("no_such_module", None, r"^plugins: no_such_module cannot be imported: ModuleNotFoundError: No module named"),
         ("broken.py", "1 / 0", r"^plugins: .*/broken\.py cannot be imported: ZeroDivisionError: division by zero$"),
         ("broken.py", "def (", r"^plugins: .*/broken\.py cannot be imported: SyntaxError: "),
-        ("taken.py", METHOD.replace('"mine"', '"fedit"'), r"^there is a method fedit already, of lorafair; register"),
+        (
+            "taken.py",
+            METHOD.replace('"mine"', '"fedit"'),
+            r"^plugins: .*/taken\.py: there is a method fedit already, of lorafair; register yours",
+        ),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_one_line(
@@ -191,5 +197,35 @@ def test_a_name_can_be_registered_again_by_its_own_definition_only(tmp_path: Pat
     assert load_config(f"plugins=[{first}]", "method.name=mine") == load_config(
         f"plugins=[{first}]", "method.name=mine"
     )
-    with pytest.raises(ConfigError, match=r"^there is a method mine already, of lorafair_plugin_first_.*\.Mine"):
+    message = r"^plugins: .*/second\.py: there is a method mine already, Mine in .*/first\.py; register yours under"
+    with pytest.raises(ConfigError, match=message):
         load_config(f"plugins=[{first}, {second}]")
+
+
+def test_a_package_that_python_has_imported_may_be_named_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same definition by two names: no mistake, and processes that import the path have it."""
+    (tmp_path / "my_module").mkdir()
+    (tmp_path / "my_module" / "__init__.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_module")
+    path = str(tmp_path / "my_module")
+    assert load_config(f"plugins=[{path}]", "method.name=mine").method == {"name": "mine"}
+    importlib.reload(sys.modules["my_module"])
+    assert registry.METHODS.is_known_to_others("mine", [path])
+    assert not registry.METHODS.is_known_to_others("mine", [str(tmp_path / "other")])
+
+
+def test_an_empty_group_takes_back_what_a_file_has_set(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("loggers: {csv: {name: mine}}\n")
+    assert load_config(file).loggers == {"csv": {"name": "mine"}}
+    assert load_config(file, "loggers={}").loggers == {}
+    assert load_config(file, loggers={}).loggers == {}
+
+
+def test_a_plugin_that_leaves_is_named(tmp_path: Path) -> None:
+    (tmp_path / "leaving.py").write_text("raise SystemExit(3)")
+    with pytest.raises(ConfigError, match=r"^plugins: .*/leaving\.py cannot be imported: SystemExit: 3$"):
+        load_config(f"plugins=[{tmp_path / 'leaving.py'}]")

@@ -315,7 +315,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
         return two_domains()
 
     for register in (lambda: register_source("mine")(other), lambda: register_source("mine", two_domains())):
-        with pytest.raises(ConfigError, match=r"there is a data source mine already, of .*nothing"):
+        with pytest.raises(ConfigError, match=r"there is a data source mine already, .*nothing in .*test_datasets\.py"):
             register()
     assert load_images(DataConfig(source="other"), seed=0).domains == ("photo", "sketch")
 

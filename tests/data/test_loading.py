@@ -17,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.client import training
@@ -31,6 +30,7 @@ from lorafair.errors import ConfigError
 from lorafair.federation import run_federation
 from lorafair.seeding import below, hashed, seeded
 from tests.conftest import damaged_folder, launched
+from tests.torch_private import FakeTensorMode
 
 IMAGES = torch.randint(0, 256, (150, 3, 16, 16), dtype=torch.uint8, generator=seeded(0, "images"))
 
@@ -276,7 +276,7 @@ def test_workers_heed_no_signal_of_the_scheduler(reading: subprocess.Popen[str])
 @pytest.mark.slow
 def test_workers_end_with_their_process_even_if_it_is_killed(reading: subprocess.Popen[str]) -> None:
     reading.kill()
-    reading.communicate(timeout=30)  # until nobody has an end of its pipe any more, the workers included
+    reading.communicate(timeout=30)  # until no process has an end of its pipe any more, the workers included
 
 
 # Augmentation
@@ -298,7 +298,7 @@ def augment(steps: list[CohortStep], clients: list[int], round_index: int = 0, c
     return list(augmented(inputs, steps, clients, seed=0, round_index=round_index, crop=crop))
 
 
-def test_an_image_is_changed_alike_whoever_trains_beside_the_client() -> None:
+def test_an_image_is_changed_alike_whatever_clients_train_beside_its_own() -> None:
     [alone] = augment(step_of([5, 7]), [2])
     [together] = augment(step_of([1, 9, 4], [5, 7], [3]), [8, 2, 0])
     assert torch.equal(together.view(3, 3, *alone.shape[1:])[1, :2], alone)

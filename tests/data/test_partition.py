@@ -103,24 +103,24 @@ def test_a_domains_clients_do_not_depend_on_the_other_domains() -> None:
 def test_alpha_sets_how_skewed_the_labels_are() -> None:
     labels, domains = make_images(per_domain=2000)
 
-    def largest_share(alpha: float) -> float:
-        """Mean over clients and classes of a client's largest share in its domain's class; 1/4 if all are alike."""
+    def largest_fraction(alpha: float) -> float:
+        """Mean over clients and classes of a client's largest fraction in its domain's class; 1/4 if all are alike."""
         clients = partition(dirichlet(alpha=alpha), labels, domains, NAMES, seed=0)
         counts = np.array([np.bincount(labels[c.indices], minlength=CLASSES) for c in clients]).reshape(3, 4, CLASSES)
         return float((counts.max(axis=1) / counts.sum(axis=1)).mean())
 
-    assert largest_share(1e4) < 0.27 < 0.4 < largest_share(0.5) < 0.85 < largest_share(0.05)
+    assert largest_fraction(1e4) < 0.27 < 0.4 < largest_fraction(0.5) < 0.85 < largest_fraction(0.05)
 
 
 def test_the_shares_have_the_dirichlet_distributions_variance() -> None:
-    """Var of one share of Dirichlet(a, ..., a) over K clients is (1/K)(1 - 1/K) / (K a + 1)."""
+    """Var of one fraction of Dirichlet(a, ..., a) over K clients is (1/K)(1 - 1/K) / (K a + 1)."""
     alpha, k, images, classes = 0.5, 4, 400, 500
     labels = np.repeat(np.arange(classes), images)
     clients = partition(dirichlet(k, alpha), labels, np.zeros_like(labels), ("only",), seed=0)
-    shares = np.array([np.bincount(labels[c.indices], minlength=classes) for c in clients]) / images
+    fractions = np.array([np.bincount(labels[c.indices], minlength=classes) for c in clients]) / images
     expected = (1 / k) * (1 - 1 / k) / (k * alpha + 1)
-    np.testing.assert_allclose(shares.var(axis=1), expected, rtol=0.2)
-    np.testing.assert_allclose(shares.mean(axis=1), 1 / k, atol=0.05)
+    np.testing.assert_allclose(fractions.var(axis=1), expected, rtol=0.2)
+    np.testing.assert_allclose(fractions.mean(axis=1), 1 / k, atol=0.05)
 
 
 def test_more_images_than_there_are_is_refused_with_the_numbers() -> None:
@@ -214,7 +214,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
         register_partition("iid")(other)
     deal([0, 1, 2, 3, 4, 5])
     deal([0, 1, 2], [3, 4, 5])  # the same definition may come again, as when a cell of a notebook is run twice
-    with pytest.raises(ConfigError, match=r"there is a partition fixed already, of .*deal\.<locals>\.fixed"):
+    with pytest.raises(ConfigError, match=r"there is a partition fixed already, .*deal\.<locals>\.fixed in "):
         register_partition("fixed")(other)
     assert register_partition("other")(other) is other
 

@@ -27,13 +27,13 @@ def forward(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 
 def adapted(max_cohort: int = 1, dropout: float = 0.0) -> tuple[nn.Sequential, AdapterParameters]:
     model = network()
-    add_lora(model, ["blocks.*.0"], rank=2, alpha=3.0, dropout=dropout, last_blocks=None)
+    add_lora(model, ["blocks.*.0"], lora_rank=2, alpha=3.0, dropout=dropout, last_blocks=None)
     return model, AdapterParameters(model, max_cohort)
 
 
 def test_forward_is_the_formula_of_lora() -> None:
     torch.manual_seed(1)
-    layer = LoRALinear(nn.Linear(5, 7), rank=2, alpha=3.0)
+    layer = LoRALinear(nn.Linear(5, 7), lora_rank=2, alpha=3.0)
     layer.A.data.normal_()
     layer.B.data.normal_()
     x = torch.randn(4, 6, 5)
@@ -121,7 +121,7 @@ def test_folding_moves_the_update_into_the_frozen_weights() -> None:
 
 def test_targets_are_ends_of_paths_or_patterns_and_keep_the_order_of_the_model() -> None:
     def paths(*targets: str, last_blocks: int | None = None) -> list[str]:
-        return add_lora(network(), targets, rank=2, alpha=2, dropout=0, last_blocks=last_blocks)
+        return add_lora(network(), targets, lora_rank=2, alpha=2, dropout=0, last_blocks=last_blocks)
 
     assert paths("0") == ["blocks.0.0", "blocks.1.0"]
     assert paths("blocks.1.0", "blocks.0.*") == ["blocks.0.0", "blocks.1.0"]
@@ -142,15 +142,15 @@ def test_targets_are_ends_of_paths_or_patterns_and_keep_the_order_of_the_model()
 )
 def test_a_target_that_adapts_nothing_is_an_error(targets: list[str], last_blocks: int | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        add_lora(network(), targets, rank=2, alpha=2, dropout=0, last_blocks=last_blocks)
+        add_lora(network(), targets, lora_rank=2, alpha=2, dropout=0, last_blocks=last_blocks)
 
 
 def test_a_rank_that_a_layer_cannot_have_is_an_error() -> None:
-    assert add_lora(network(), ["0"], rank=6, alpha=2, dropout=0, last_blocks=None)
+    assert add_lora(network(), ["0"], lora_rank=6, alpha=2, dropout=0, last_blocks=None)
     with pytest.raises(
-        ConfigError, match=r"model\.lora\.rank=7 is more than layer blocks\.0\.0 can have: .* at most 6"
+        ConfigError, match=r"model\.lora\.rank=7 is larger than layer blocks\.0\.0 allows: .* at most 6"
     ):
-        add_lora(network(), ["0"], rank=7, alpha=2, dropout=0, last_blocks=None)
+        add_lora(network(), ["0"], lora_rank=7, alpha=2, dropout=0, last_blocks=None)
 
 
 def test_what_is_drawn_follows_from_seed_round_and_name() -> None:

@@ -47,12 +47,12 @@ def summary(
 ) -> RoundSummary:
     """A round of three clients whose mean loss is 1."""
     clients = tuple(client for client in (0, 1, 2) if client not in dropped)
-    share = 1 / len(clients)
+    weight = 1 / len(clients)
     return RoundSummary(
         round=round,
         plan=experiment.scheduler.plan(round - 1, {}),
         results=ClientResults(
-            clients, (share,) * len(clients), (1.0,) * len(clients), (0.5,) * 3, dropped, torch.empty(0)
+            clients, (weight,) * len(clients), (1.0,) * len(clients), (0.5,) * 3, dropped, torch.empty(0)
         ),
         bias={},
         evaluation=evaluation() if evaluated else None,

@@ -115,5 +115,5 @@ def test_the_confusion_picture_is_dark_where_predictions_are(classes: int, large
     assert dark < 0.5
 
 
-def test_nobody_can_read_a_larger_picture() -> None:
+def test_a_larger_picture_is_not_drawn() -> None:
     assert confusion_picture(torch.eye(345, dtype=torch.int64), [str(i) for i in range(345)], "sketch") is None

@@ -66,11 +66,11 @@ def test_with_momentum_too_a_constant_gradient_is_found_exactly(momentum: float)
 
 
 def test_the_server_keeps_the_weighted_mean_and_untrained_columns_stay() -> None:
-    shares = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     controls = ControlVariates.at_start(CLIENTS, torch.zeros(6).double())
     for sampled in ([0, 1, 2, 3], [2, 0], [3, 1]):
         moved = torch.randn(len(sampled), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(len(sampled)))
-        controls.update(sampled, shares[sampled].tolist(), moved, {"B": slice(2, 5)}, {"B": [0.5] * len(sampled)})
-        torch.testing.assert_close(controls.server, (shares.unsqueeze(1) * controls.clients).sum(0))
+        controls.update(sampled, weights[sampled].tolist(), moved, {"B": slice(2, 5)}, {"B": [0.5] * len(sampled)})
+        torch.testing.assert_close(controls.server, (weights.unsqueeze(1) * controls.clients).sum(0))
     assert not controls.clients[:, [0, 1, 5]].any()
     assert controls.clients[:, 2:5].all()

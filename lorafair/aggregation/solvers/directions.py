@@ -4,7 +4,7 @@ With D = ΔR Āᵀ and ĀĀᵀ = U diag(e) Uᵀ, the minimiser of S(ΔW, (B̄ + 
 descent have the columns ΔBu_r = x_r B̄u_r + y_r Du_r. So what is solved is a batch of small problems in the R-vectors
 e_r, ‖B̄u_r‖², ⟨B̄u_r, Du_r⟩ and ‖Du_r‖²: one problem a layer, or one a row where the similarity is taken row by row.
 
-Letters: R rank, N problems, S scales tried.
+Letters: R LoRA rank, N problems, S scales tried.
 """
 
 from __future__ import annotations

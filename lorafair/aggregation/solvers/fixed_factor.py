@@ -2,8 +2,8 @@
 
 To correct A with B fixed, transpose the layers.
 
-Letters: K clients, R rank (the largest of the layers), I in_features, O out_features, L layers, N problems (L, or the
-sum of O over layers).
+Letters: K clients, R LoRA rank (the largest of the layers), I in_features, O out_features, L layers, N problems (L, or
+the sum of O over layers).
 """
 
 from __future__ import annotations

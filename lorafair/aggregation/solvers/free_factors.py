@@ -1,6 +1,6 @@
 """Correct A and B together, or B under a similarity for which a fixed A is no help: descent in the factors.
 
-Letters: K clients, R rank, I in_features, O out_features, N = K·R.
+Letters: K clients, R LoRA rank, I in_features, O out_features, N = K·R.
 """
 
 from __future__ import annotations

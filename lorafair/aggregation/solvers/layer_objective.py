@@ -3,7 +3,7 @@
 S depends on h = ⟨ΔW, BA⟩ and ν = ‖BA‖² alone, of the flattened matrices or of each of their I columns, so value and
 gradient cost a few products with factors; no (O, I) matrix is formed.
 
-Letters: K clients, R rank, I in_features, O out_features, N = K·R.
+Letters: K clients, R LoRA rank, I in_features, O out_features, N = K·R.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def _build(folder: Path) -> None:
 
 
 def _hold_out(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which images are for the test: the same share of every class. Bool (N,)."""
+    """Which images are for the test: the same fraction of every class. Bool (N,)."""
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
