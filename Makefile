@@ -14,7 +14,8 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 demo: $(VENV)/.installed ## a federated run on real images with a pretrained ViT (15 minutes on 2 cores at most)
-	$(BIN)/python train.py conf/demo.yaml
+	cores=$$($(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)))'); \
+	$(BIN)/python train.py conf/demo.yaml $$([ $$cores -gt 1 ] || echo fabric.devices=1)
 
 test: lint types tests ## lint, types and all tests
 
@@ -29,10 +30,10 @@ types: $(VENV)/.installed ## mypy, strict
 	$(BIN)/mypy
 
 # A file of tests stays in one process, because what its tests share is made once; ranks of a run need cores, too. Jobs
-# of a real Slurm are timed by the cluster and come last, alone.
+# of a real Slurm are timed by the cluster: they come last, on two clusters, one test at a time on each.
 tests: $(VENV)/.installed ## pytest, files side by side
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --ignore=tests/slurm
-	$(BIN)/python -m pytest -ra tests/slurm
+	$(BIN)/python -m pytest -ra -n auto --maxprocesses=2 --dist load --maxschedchunk=1 tests/slurm
 
 results: $(VENV)/.installed ## the runs behind the README's result table (about half an hour on 2 cores)
 	for method in lora_fair fedit centralized local_only; do \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import time
@@ -70,17 +71,28 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[Cluster]:
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The cluster, started for the session; a test that cannot have it is skipped with the reason."""
     if not (SCRIPTS / "start").exists():
         pytest.skip(f"needs the test cluster's scripts in {SCRIPTS}")
     if os.geteuid() != 0 and not os.environ.get("CI"):
         pytest.skip("needs root to start Slurm's daemons")
-    folder = Path(os.environ.setdefault("SLURM_TEST_DIR", f"/tmp/lorafair-slurm-{os.getpid()}"))
-    started = subprocess.run([SCRIPTS / "start"], capture_output=True, text=True, timeout=400, check=False)
+    folder = Path(f"/tmp/lorafair-slurm-{os.getpid()}")
+    ours = {**os.environ, "SLURM_TEST_DIR": str(folder)}
+    with (tmp_path_factory.getbasetemp().parent / "slurm-start.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one start at a time installs Slurm's packages
+        started = subprocess.run(
+            [SCRIPTS / "start"], env=ours, capture_output=True, text=True, timeout=400, check=False
+        )
     assert started.returncode == 0, f"the test cluster did not start:\n{started.stderr}"
     script = f". {folder}/env.sh && env -0"
     found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     environment = dict(pair.split("=", 1) for pair in found.split("\0") if "=" in pair)
+    # The rendezvous port of a job follows from its id, and all clusters of this machine share one network:
+    # the ids of each pytest process's cluster lie apart.
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    with (folder / "slurm.conf").open("a") as settings:
+        settings.write(f"\nFirstJobId={1000 * worker + 1}\n")
+    subprocess.run(["scontrol", "reconfigure"], env=environment, check=True, timeout=60)
     yield Cluster({**environment, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
-    subprocess.run([SCRIPTS / "stop", "--clean"], capture_output=True, timeout=120, check=True)
+    subprocess.run([SCRIPTS / "stop", "--clean"], env=ours, capture_output=True, timeout=120, check=True)

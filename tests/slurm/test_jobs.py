@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cache")]
 
 # Eight clients that take about half a second each: time enough to stop within a round, also on a quick machine.
 RUN = (
-    "conf/synthetic.yaml", "partition.scheme=iid", "partition.clients=8", "client.steps=450", "rounds=4",
+    "conf/synthetic.yaml", "partition.scheme=iid", "partition.clients=8", "client.steps=450", "rounds=3",
     "data.test_images=24",
 )  # fmt: skip
 TRAINING = r"tokens of the \d+ frozen blocks"  # the line before the first round
@@ -79,7 +79,7 @@ def submit(slurm: Cluster, tmp_path: Path) -> Callable[..., Submitted]:
 def sum_of(folder: Path) -> str:
     """sha256 of the adapter that a run ended with."""
     newest = list_checkpoints(folder)[-1]
-    assert newest.name == "round_000004"
+    assert newest.name == "round_000003"
     return hashlib.sha256(load_checkpoint(newest).tensors["adapter"].numpy().tobytes()).hexdigest()
 
 
@@ -121,7 +121,7 @@ def test_two_nodes_give_the_bits_of_one_process_and_bad_placements_are_refused_a
     assert "devices: exit 2" in log
     assert "gpus: exit 2" in log
     assert int(re.findall(r"refused in (\d+) s", log)[0]) < 60
-    assert re.search(r"step \d: srun has started 1 on each of 2 nodes \(cn\[01-02\]\); they meet at cn01:\d+\n", log)
+    assert re.search(r"step \d: srun has started 1 on each of 2 nodes \(cn\[01-02\]\); rendezvous at cn01:\d+\n", log)
     assert f"lorafair {__version__}: 2 processes on cpu" in log
     assert "two nodes: exit 0\npart: exit 0" in log
     assert sum_of(tmp_path / "run") == expected
@@ -138,11 +138,11 @@ def test_a_job_that_is_signalled_preempted_requeued_and_loses_a_node_ends_with_t
     time.sleep(1.5)
     slurm.run("scancel", "--signal=USR1", job.id)
     log = job.wait_for("is requeued")
-    found = re.findall(r"stopped by SIGUSR1 in round (\d) of 4, with (\d) of its 8 clients done", log)
+    found = re.findall(r"stopped by SIGUSR1 in round (\d) of 3, with (\d) of its 8 clients done", log)
     round_, done = map(int, found[0])
     job.wait_for(rf"round {round_}: {done} clients? done before" if done else TRAINING, starts=2)
 
-    job.wait_for(rf"round {round_}/4 ", starts=2)
+    job.wait_for(rf"round {round_}/3 ", starts=2)
     slurm.run("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
     job.wait_for("stopped by SIGTERM in round", starts=2)
 
@@ -168,12 +168,12 @@ def test_a_killed_rank_fails_the_job_and_the_next_one_continues(
             exec {sys.executable} train.py "$@"' x {" ".join(RUN)} fabric.devices=1 run_dir=$TMP_FOLDER/run
         """
     first = submit(lines, "--nodes=2", "--ntasks-per-node=1")
-    first.wait_for("round 1/4 ")
+    first.wait_for("round 1/3 ")
     (tmp_path / "kill").touch()
     first.ends("FAILED", seconds=40)
     assert "1" not in {path.name for path in list_checkpoints(tmp_path / "run")}
     second = submit(lines, "--nodes=2", "--ntasks-per-node=1")
-    assert re.search(r"continuing after round [1-3] of 4", second.ends("COMPLETED"))
+    assert re.search(r"continuing after round [1-2] of 3", second.ends("COMPLETED"))
     assert sum_of(tmp_path / "run") == expected
 
 
@@ -187,7 +187,7 @@ def test_one_task_of_an_array_is_requeued_and_the_other_is_left_alone(
         "--array=0-1", "--ntasks=1", f"--output={tmp_path}/%a.log",
     )  # fmt: skip
     tasks = [Submitted(slurm, f"{job.id}_{number}", tmp_path / f"{number}.log") for number in (0, 1)]
-    tasks[1].wait_for("round 1/4 ")
+    tasks[1].wait_for("round 1/3 ")
     slurm.run("scancel", "--signal=USR1", tasks[1].id)
     assert f"job {job.id}_1 is requeued" in tasks[1].wait_for("is requeued")
     assert tasks[0].ends("COMPLETED").count("script starts") == 1
