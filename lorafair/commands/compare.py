@@ -13,7 +13,7 @@ from lorafair.cluster.signals import Interrupted, handle_only, handling_signals
 from lorafair.commands.run import RunResult, check_called_once, check_child_can_know, show_child
 from lorafair.comparison.plan import Comparison
 from lorafair.comparison.section import load_comparison
-from lorafair.config.loading import flat_arguments
+from lorafair.config.layers import flat_arguments
 from lorafair.console import format_count, log, printing
 from lorafair.errors import ConfigError
 from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_placement, run_until_stopped

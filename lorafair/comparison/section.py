@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lorafair.comparison.listing import options_text, short_names
 from lorafair.comparison.plan import REPORT, SECTION, Comparison, Options, Run, Tuning
 from lorafair.config.identity import leaves
-from lorafair.config.loading import ConfigLayer, config_of, flat_arguments, is_pair, merge_layers, read_layers
+from lorafair.config.layers import ConfigLayer, flat_arguments, is_pair, read_layers
+from lorafair.config.loading import config_of, merge_layers
 from lorafair.config.schema import Config
 from lorafair.console import format_value
 from lorafair.errors import ConfigError, did_you_mean, first_line

@@ -10,7 +10,8 @@ from typing import Any
 
 from lorafair import __version__
 from lorafair.communication.agreement import same_error_on_all_ranks
-from lorafair.config.loading import VERSION_LINE, to_yaml
+from lorafair.config.layers import VERSION_LINE
+from lorafair.config.loading import to_yaml
 from lorafair.config.schema import Config
 from lorafair.console import clock_text, format_count, log
 from lorafair.errors import LorafairError

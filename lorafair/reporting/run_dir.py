@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorafair.config.loading import VERSION_LINE
+from lorafair.config.layers import VERSION_LINE
 from lorafair.errors import ConfigError
 from lorafair.files.writing import write_atomically
 
