@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorafair import registry
-from lorafair.config.entries import check_entries, with_canonical_values
+from lorafair.config.entries import FREE_GROUPS, check_entries, with_canonical_values
 from lorafair.config.options import former_keys
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean, first_line, one_line
@@ -89,9 +90,34 @@ def _read_yaml(argument: str) -> ConfigLayer:
         raise ConfigError(f"{argument} is not readable YAML: {one_line(error)}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{argument} must hold keys and values, not a {type(content).__name__}")
+    content = OmegaConf.create(_nested(cast(dict[str, Any], OmegaConf.to_container(content)), f"{argument}: "))
     if of_run:
         _rename_options(content)
     return ConfigLayer(f"{argument}: ", _with_absolute_paths(content, file.parent))
+
+
+def _nested(group: Mapping[Any, Any], origin: str, prefix: str = "") -> dict[Any, Any]:
+    """Keys with dots, as they are typed in the command, as groups in groups. Raises ConfigError for one given twice."""
+    nested: dict[Any, Any] = {}
+    for key, value in group.items():
+        name, dot, rest = key.partition(".") if isinstance(key, str) else (key, "", "")
+        inner = {rest: value} if dot else value
+        where = f"{prefix}{name}"
+        if isinstance(inner, dict) and where not in (*FREE_GROUPS, "compare"):
+            inner = _nested(inner, origin, f"{where}.")
+        _join(nested, {name: inner}, origin, prefix)
+    return nested
+
+
+def _join(group: dict[Any, Any], more: Mapping[Any, Any], origin: str, prefix: str) -> None:
+    """Put more entries into a group. Raises ConfigError for one that it has."""
+    for name, value in more.items():
+        if name not in group:
+            group[name] = value
+        elif isinstance(value, dict) and isinstance(group[name], dict):
+            _join(group[name], value, origin, f"{prefix}{name}.")
+        else:
+            raise ConfigError(f"{origin}{prefix}{name} is given twice")
 
 
 def _rename_options(written: DictConfig) -> None:
@@ -103,7 +129,20 @@ def _rename_options(written: DictConfig) -> None:
             parent[key.rpartition(".")[2]] = parent.pop(name)
 
 
-def _read_pairs(pairs: Sequence[str]) -> ConfigLayer:
+def _literal(pair: str) -> str:
+    """The pair with a text as it was typed: YAML would cut a path at ` #`, and take `a: b` for a group."""
+    key, _, text = pair.partition("=")
+    if text.startswith(("{", "[", '"', "'")):
+        return pair
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError:
+        parsed = text
+    return f"{key}={json.dumps(text)}" if isinstance(parsed, str | dict) and text != parsed else pair
+
+
+def _read_pairs(given: Sequence[str]) -> ConfigLayer:
+    pairs = [_literal(pair) for pair in given]
     for pair in pairs:  # one by one: of data=3 and data.source=folder together, the first would vanish
         try:
             alone = with_canonical_values(OmegaConf.from_dotlist([pair]), "")

