@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lorafair.config.schema import DataConfig
+from lorafair.console import format_count, log
 from lorafair.data.files import ImageFiles
 from lorafair.data.images import DataError, ImageCollection, Source
 from lorafair.seeding import seeded_numpy
@@ -19,6 +20,9 @@ _SPLITS = ("train", "test")
 _LIST_FOLDERS = ("", "NICO_DG_official", "splits")  # where the list files lie, below the root
 _IMAGE_FOLDER = "NICO_DG"  # where entries may begin, below the root
 _PROBED = 20  # entries of a list that are looked for to find out where they begin
+
+# What other systems leave in folders, beside names that begin with a dot.
+_OF_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 # An image: path below the root, class, index of its domain, whether it is for the test.
 Row = tuple[str, str, int, bool]
@@ -39,6 +43,7 @@ def load_lists(config: DataConfig, seed: int) -> ImageCollection:
         lines = list(_read_list(lists / f"{domain}_{split}.txt", label_of))
         start = _where_entries_begin(root, lists, lines)
         rows += [(f"{start}{entry}", name, d, split == "test") for entry, name in lines]
+    _check_repeated([row for row in rows if domains[row[2]] in (config.domains or domains)], lists)
     return _collection(root, rows, domains, label_of, f"{config.source}: real images of data.root, split by its lists")
 
 
@@ -53,12 +58,15 @@ def load_folder(config: DataConfig, seed: int) -> ImageCollection:
     bases = _SPLITS if has_split else ("",)
     domains = tuple(sorted({domain for base in bases for domain in _subfolders(root / base)}))
     rows: list[Row] = []
+    foreign: list[Path] = []
     for base, (d, domain) in itertools.product(bases, enumerate(domains)):
-        for name, files in _classes_in(root / base / domain):
+        for name, files in _classes_in(root / base / domain, foreign):
             held_out = [base == "test"] * len(files)
             if not has_split:
                 held_out = _hold_out(len(files), config, seed, domain, name)
             rows += [(str(Path(base, domain, name, file)), name, d, h) for file, h in zip(files, held_out, strict=True)]
+    if foreign:
+        log.warning(f"{format_count(len(foreign), 'file')} of other systems left out, such as {foreign[0]}")
     if not rows:
         raise DataError(
             f"data.root={root} holds no images as domain/class/image, nor below train and test; "
@@ -148,13 +156,35 @@ def _where_entries_begin(root: Path, lists: Path, lines: Sequence[tuple[str, str
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_of_system(entry.name))
 
 
-def _classes_in(domain: Path) -> Iterator[tuple[str, list[str]]]:
-    """(class, sorted file names) for every class folder of a domain."""
+def _is_of_system(name: str) -> bool:
+    return name.startswith(".") or name in _OF_SYSTEMS
+
+
+def _check_repeated(rows: Sequence[Row], lists: Path) -> None:
+    """Raise DataError for images in a training and a test list; warn of those that are listed twice in one."""
+    splits_of: dict[str, list[bool]] = {}
+    for entry, _, _, held_out in rows:
+        splits_of.setdefault(entry, []).append(held_out)
+    repeated = [entry for entry, splits in splits_of.items() if len(splits) > 1]
+    leaked = [entry for entry in repeated if len(set(splits_of[entry])) > 1]
+    if leaked:
+        raise DataError(
+            f"in {lists}: {format_count(len(leaked), 'image')} both in a training and in a test list, such as "
+            f"{leaked[0]}: results would be too good; take them out of one of the two"
+        )
+    if repeated:
+        log.warning(f"in {lists}: {format_count(len(repeated), 'image')} listed more than once, such as {repeated[0]}")
+
+
+def _classes_in(domain: Path, foreign: list[Path]) -> Iterator[tuple[str, list[str]]]:
+    """(class, sorted file names) for every class folder of a domain; files of other systems go to `foreign`."""
     for name in _subfolders(domain) if domain.is_dir() else ():
-        yield name, sorted(file for file in os.listdir(domain / name) if file.lower().endswith(_SUFFIXES))
+        files = sorted(file for file in os.listdir(domain / name) if file.lower().endswith(_SUFFIXES))
+        foreign += [domain / name / file for file in files if _is_of_system(file)]
+        yield name, [file for file in files if not _is_of_system(file)]
 
 
 def _hold_out(images: int, config: DataConfig, seed: int, domain: str, class_: str) -> list[bool]:

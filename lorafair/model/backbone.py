@@ -218,7 +218,14 @@ def _pretrained_cfg(name: str) -> Any:
             f"model.name={name} is no timm {timm.__version__} model{registered}"
             + (f"; similar: {', '.join(near)}" if near else "; see timm.list_models()")
         )
-    return timm.get_pretrained_cfg(name)
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the name's tag, behind the dot
+        architecture = name.partition(".")[0]
+        raise ConfigError(
+            f"model.name={name}: timm has no such weights of {architecture}; there are "
+            f"{', '.join(timm.list_models(f'{architecture}.*', pretrained=True)) or 'none'}"
+        ) from error
 
 
 def _check_image_size(config: ModelConfig) -> None:
@@ -237,7 +244,13 @@ def _load(backbone: nn.Module, name: str, weights: dict[str, Tensor], origin: st
     """Load converted weights strictly: only the head may be missing or different."""
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if convert is not None:  # timm's own: resamples position embeddings, renames foreign keys
-        weights = convert(weights, backbone)
+        try:
+            weights = convert(weights, backbone)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise ConfigError(
+                f"model.weights={origin} does not fit {name}: its position embedding or its keys are of another model "
+                f"({first_line(error)})"
+            ) from error
     head = f"{_head_path(backbone, name)}."
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(head)}
     try:

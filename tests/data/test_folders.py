@@ -112,6 +112,22 @@ def test_a_wrong_line_is_named_by_file_and_number(domainnet: Path, line: str, co
         load(domainnet)
 
 
+def test_an_image_in_both_lists_is_refused_and_one_listed_twice_is_said(
+    domainnet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test, train = domainnet / "clipart_test.txt", domainnet / "clipart_train.txt"
+    lines = train.read_text()
+    train.write_text(lines + lines.splitlines()[0] + "\n")
+    assert len(load(domainnet).train.labels) == 13
+    said = capsys.readouterr().out
+    assert f"warning: in {domainnet}: 1 image listed more than once, such as clipart/aircraft_carrier/" in said
+    train.write_text(lines + test.read_text())
+    message = r"^in .*: 3 images both in a training and in a test list, such as clipart/aircraft_carrier/clipart_000_"
+    with pytest.raises(DataError, match=message):
+        load(domainnet)
+    assert load(domainnet, domains=("sketch",)).domains == ("sketch",), "another domain's lists do not matter"
+
+
 def test_a_missing_list_is_named_unless_its_domain_is_left_out(domainnet: Path) -> None:
     (domainnet / "sketch_test.txt").unlink()
     assert load(domainnet, domains=("clipart",)).domains == ("clipart",)
@@ -225,6 +241,19 @@ def test_suffixes_in_any_case_count_and_other_files_do_not(photos: Path) -> None
     data = load_folder(photos)
     assert data.domains == ("day", "night")
     assert len(data.train) + len(data.test) == expected + 1
+
+
+def test_files_of_other_systems_are_left_out_and_counted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = load_folder(photos)
+    of_class = next(path for path in sorted(photos.glob("*/*")) if path.is_dir())
+    for name in ("._im0.jpg", "._im1.jpg", "Thumbs.db", ".DS_Store"):
+        (of_class / name).write_bytes(b"\0\5\26\7")
+    (photos / "__MACOSX" / "art").mkdir(parents=True)
+    capsys.readouterr()
+    after = load_folder(photos)
+    assert names(after.train) == names(before.train)
+    assert after.domains == before.domains
+    assert f"warning: 2 files of other systems left out, such as {of_class / '._im0.jpg'}" in capsys.readouterr().out
 
 
 def test_an_empty_domain_is_an_error_unless_it_is_left_out(photos: Path) -> None:
