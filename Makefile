@@ -32,7 +32,7 @@ types: $(VENV)/.installed ## mypy, strict
 # A file of tests stays in one process, because what its tests share is made once; ranks of a run need cores, too. Jobs
 # of a real Slurm are timed by the cluster: they come last, on two clusters, one test at a time on each.
 tests: $(VENV)/.installed ## pytest, files side by side
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --ignore=tests/slurm
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm
 	$(BIN)/python -m pytest -ra -n auto --maxprocesses=2 --dist load --maxschedchunk=1 tests/slurm
 
 results: $(VENV)/.installed ## the runs behind the README's result table (about half an hour on 2 cores)

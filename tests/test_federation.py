@@ -152,6 +152,7 @@ def run_all(
 SHARDED = [
     name for name, options in VARIANTS.items()
     if not {"local", "method.name=fedsa_lora", "method.name=local_only", "client.scaffold=true"} & {name, *options}
+    and name not in ("side_by_side", "augmented", "no_cache")  # of local training alone, and slow to start
 ]  # fmt: skip
 
 

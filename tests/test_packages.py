@@ -265,7 +265,7 @@ def test_the_tests_of_the_sdist_run(built: Built) -> None:
     for file in below(ROOT / "tests"):
         if Path(file).name.startswith("test_"):
             assert f"tests/{file}::" in collected
-    assert " passed" in call(*pytest_, "tests/files", "tests/config/test_config.py", cwd=built.unpacked)
+    assert " passed" in call(*pytest_, "tests/files/test_shipped.py", cwd=built.unpacked)
     code = "import lorafair; print(lorafair.__file__)"
     assert call(sys.executable, "-c", code, cwd=built.unpacked).strip() == f"{built.unpacked}/lorafair/__init__.py"
 

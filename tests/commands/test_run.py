@@ -368,7 +368,7 @@ def ctrl_c() -> Iterator[None]:
 def test_a_child_that_is_interrupted_raises_keyboard_interrupt_and_the_same_call_continues(
     plugin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = (*TINY, "rounds=40", f"plugins=[{plugin}]")
+    arguments = (*TINY, "rounds=16", f"plugins=[{plugin}]")
     in_child = (*arguments, "callbacks=[of_a_file]", "fabric.devices=2", f"run_dir={tmp_path / 'run'}")
 
     def interrupting(line: str, **options: Any) -> None:
@@ -382,11 +382,11 @@ def test_a_child_that_is_interrupted_raises_keyboard_interrupt_and_the_same_call
             lorafair.run(in_child)
     said = capsys.readouterr().out
     assert "stopping once the clients in training are done" in said
-    assert re.search(r"stopped by SIGINT in round \d+ of 40, .*; the same command continues", said)
+    assert re.search(r"stopped by SIGINT in round \d+ of 16, .*; the same command continues", said)
     assert said.count("the callback heard of round 1\n") == 1, "callbacks of a plug-in are called on rank 0"
     assert not (tmp_path / "run" / "result.json").exists()
     result = lorafair.run(in_child)
-    assert re.search(r"continuing after round \d+ of 40", capsys.readouterr().out)
+    assert re.search(r"continuing after round \d+ of 16", capsys.readouterr().out)
     alone = lorafair.run(arguments, run_dir=tmp_path / "alone")
     assert torch.equal(adapter(result.run_dir), adapter(alone.run_dir))
 

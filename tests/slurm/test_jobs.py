@@ -135,7 +135,7 @@ def test_a_job_that_is_signalled_preempted_requeued_and_loses_a_node_ends_with_t
         "--nodes=2", "--ntasks-per-node=1", "--partition=low", "--exclusive",
     )  # fmt: skip
     job.wait_for(TRAINING)
-    time.sleep(1.5)
+    time.sleep(1)
     slurm.run("scancel", "--signal=USR1", job.id)
     log = job.wait_for("is requeued")
     found = re.findall(r"stopped by SIGUSR1 in round (\d) of 3, with (\d) of its 8 clients done", log)
