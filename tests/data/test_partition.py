@@ -153,14 +153,14 @@ def test_a_registered_scheme_deals_the_images_out() -> None:
     labels, domains = make_images()
     asked: list[tuple[object, ...]] = []
 
-    @register_partition("by_class")
+    @register_partition("dealt_by_class")
     def by_class(
         config: PartitionConfig, labels: np.ndarray, domains: np.ndarray, domain_names: Sequence[str], seed: int
     ) -> list[Client]:
         asked.append((config, domain_names, seed))
         return [Client(f"class-{c}", None, np.flatnonzero(labels == c)) for c in range(config.options["classes"])]
 
-    config = PartitionConfig(scheme="by_class", options={"classes": CLASSES})
+    config = PartitionConfig(scheme="dealt_by_class", options={"classes": CLASSES})
     clients = partition(config, labels, domains, NAMES, seed=7)
     assert asked == [(config, NAMES, 7)]
     assert [client.name for client in clients] == [f"class-{c}" for c in range(CLASSES)]
