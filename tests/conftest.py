@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorafair import console, third_party
+from lorafair import console, registry, third_party
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.launch import make_fabric
@@ -63,6 +64,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with many slow tests first: then processes side by side, a file each, end at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clean_registries() -> Iterator[None]:
+    """Take back what a file of tests has registered: others may run in this process."""
+    before = {kind: set(names.names) for kind, names in registry.REGISTRIES.items()}
+    yield
+    for kind, names in registry.REGISTRIES.items():
+        for name in set(names.names) - before[kind]:
+            names.remove(name)
+    for module in [name for name in sys.modules if name.startswith("lorafair_plugin_")]:
+        del sys.modules[module]
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +10,13 @@ import pytest
 import torch
 
 import lorafair
-from lorafair import cli, registry
+from lorafair import cli
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.commands.run import RunResult
 from lorafair.federation import run_federation
 from tests.conftest import TINY, run_ranks
 
 SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registries() -> Iterator[None]:
-    """Take back what the examples have registered: other files of tests may run in this process."""
-    before = {kind: set(names.names) for kind, names in registry.REGISTRIES.items()}
-    yield
-    for kind, names in registry.REGISTRIES.items():
-        for name in set(names.names) - before[kind]:
-            names.remove(name)
-    for module in [name for name in sys.modules if name.startswith("lorafair_plugin_")]:
-        del sys.modules[module]
 
 
 @pytest.fixture
