@@ -56,6 +56,7 @@ def handling_signals() -> Iterator[None]:
     _state.process = os.getpid()
     numbers = [signal.SIGINT, *(_number(name) for name in SCHEDULER_SIGNALS)]
     before = {number: signal.signal(number, _handle) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # what is blocked is inherited, from a fork server too
     try:
         yield
     except Exception as error:
@@ -63,6 +64,7 @@ def handling_signals() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
         reset()

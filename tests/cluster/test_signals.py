@@ -46,6 +46,18 @@ def test_signals_only_set_a_flag_and_ctrl_c_stops_at_once_the_second_time() -> N
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_signals_are_taken_where_the_process_has_inherited_them_blocked() -> None:
+    """A fork server that was started while data workers were starting has them blocked, and all its children."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with handling_signals():
+            send(signal.SIGUSR1)
+            assert stop_requested() == signal.SIGUSR1
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_signals_that_are_not_listened_to_have_their_usual_effect() -> None:
     with handling_signals():
         handle_only(["USR2"])
