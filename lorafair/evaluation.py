@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafair import third_party
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import gather_objects, sum_over_ranks
@@ -31,12 +30,8 @@ from lorafair.errors import ConfigError, of_plugin
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.registry import METRICS
 
-third_party.make_torchvision_importable()
-
-from torchmetrics.functional.classification import multiclass_confusion_matrix  # noqa: E402
-
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
     from torchmetrics import Metric
 
 _TAKEN = ("accuracy", "loss", "confusion")  # names of curves that every run has
@@ -198,9 +193,11 @@ class _Counts:
     def add(self, adapter: int, batch: int, domain: int, logits: Tensor, labels: Tensor) -> None:
         """One batch of one adapter."""
         self.losses[adapter, batch] = F.cross_entropy(logits.double(), labels, reduction="sum")
-        counts = multiclass_confusion_matrix(logits, labels, self.confusion.shape[1], validate_args=False)
-        self.right[adapter, domain] += counts.trace()
-        self.confusion[domain] += counts
+        predicted = logits.argmax(1)
+        self.right[adapter, domain] += (predicted == labels).sum()
+        # As torchmetrics' multiclass_confusion_matrix, which takes two seconds to import and waits for the device.
+        cells = labels * self.confusion.shape[1] + predicted
+        self.confusion[domain].view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def evaluation(
         self, fabric: Fabric, images: Sequence[int], domain_of_batch: Sequence[int], metrics: dict[str, float]

@@ -37,7 +37,7 @@ from lorafair.schedule import Scheduler
 from lorafair.seeding import seeded
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 # client.cohort=auto: enough cohorts for many ranks, and steps whose activations fit into a core's cache, or fill a GPU.
 COHORTS_OF_ROUND = 16

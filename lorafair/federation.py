@@ -36,7 +36,7 @@ from lorafair.server.state import ServerState, checkpoint_of, initial_adapters, 
 from lorafair.server.step import Server, ServerResult, apply_update, make_server, update_controls
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 SHORTEST_INTERVAL = 1.0  # seconds between checkpoints: one takes some milliseconds, as does a round of a tiny model
 

@@ -29,9 +29,9 @@ from lorafair.console import format_count, log
 from lorafair.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-    from lightning.fabric.strategies.strategy import Strategy
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning_fabric.strategies.strategy import Strategy
 
 RENDEZVOUS_MINUTES = 10.0
 SECONDS_UNTIL_KILLED = 120.0
@@ -65,8 +65,8 @@ def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
     A watchdog watches them from now on (cluster/watchdog.py).
     """
     fabric = make_fabric(config, placement)  # imports lightning, which sets the levels of its loggers
-    for name in ("lightning.fabric", "lightning.pytorch"):  # the lines here say what their banners say
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("lightning_fabric", "lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # the lines here say what their banners say
     threads = set_threads(fabric, config.threads)
     if fabric.device.type == "cpu":
         keep_freed_memory()
@@ -110,9 +110,9 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
     Where the processes are, `cluster.placement.detect` has found out unless it is given. One process alone needs no
     process group and gets none. Raises ConfigError for devices that are not there.
     """
-    third_party.make_torchvision_importable()  # lightning imports it
+    third_party.import_fabric()
     import torch
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     placement = placement or detect(os.environ, config, [sys.executable, *sys.argv])
     cuda = torch.cuda.is_available()
@@ -139,16 +139,16 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
 
 def _strategy(config: FabricConfig, accelerator: str, *, alone: bool) -> Strategy:
     if alone:
-        from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+        from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 
         return SingleDeviceStrategy(device="cpu" if accelerator == "cpu" else "cuda:0")
     return third_party.quiet_ddp_strategy(timedelta(minutes=config.timeout_minutes))
 
 
 def _environment(placement: Placement) -> ClusterEnvironment:
-    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     if placement.launcher == "torchrun":
         return TorchElasticEnvironment()

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.strategies.ddp import DDPStrategy
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
@@ -24,7 +28,7 @@ def make_torchvision_importable() -> None:
     """Let torchvision be imported beside a torch that it was not compiled for. Call before anything imports it.
 
     Package indexes without a CPU build of torchvision combine a CPU build of torch with a CUDA build of torchvision.
-    Its compiled operators cannot be loaded then, which does not matter here: timm, lightning and torchmetrics import it
+    Its compiled operators cannot be loaded then, which does not matter here: timm and torchmetrics import it
     for other things. But it registers stand-ins for some operators without looking whether they exist, and fails.
     Declaring those operators first is all that is missing. Seen with torchvision 0.28.0 beside torch 2.13.0+cpu.
     """
@@ -90,6 +94,25 @@ if not _has_ops():
 """
 
 
+def import_fabric() -> None:
+    """Import Lightning's Fabric without the rest of Lightning, and without torchmetrics, which it asks for its version.
+
+    `lightning.fabric` and `lightning_fabric` are the same code, both installed by `lightning`, but the first imports
+    lightning.pytorch before. Either imports torchmetrics, and that matplotlib, scipy and, where they are installed,
+    transformers: 2 of 6 seconds and 100 of 440 MiB. A module with nothing but the version stands in for torchmetrics
+    until Fabric is imported. Seen with lightning 2.6.6.
+    """
+    if "lightning_fabric" in sys.modules or "torchmetrics" in sys.modules:
+        return
+    stand_in = ModuleType("torchmetrics")
+    vars(stand_in)["__version__"] = version("torchmetrics")
+    sys.modules["torchmetrics"] = stand_in
+    try:
+        import_module("lightning_fabric")
+    finally:
+        del sys.modules["torchmetrics"]
+
+
 def quiet_ddp_strategy(timeout: timedelta) -> DDPStrategy:
     """Fabric's "ddp", but for the thread that ends this process by SIGKILL when one that it has started fails.
 
@@ -97,8 +120,8 @@ def quiet_ddp_strategy(timeout: timedelta) -> DDPStrategy:
     what happened. Private: `_configure_launcher`, `_launcher`, `_SubprocessScriptLauncher` and its
     `_call_children_scripts`. Seen with lightning 2.6.6.
     """
-    from lightning.fabric.strategies.ddp import DDPStrategy
-    from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+    from lightning_fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
     class Launcher(_SubprocessScriptLauncher):
         def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -40,7 +40,7 @@ def blank_picture(confusion: Any, classes: Sequence[str], title: str) -> np.ndar
 report.confusion_picture = blank_picture  # here, so that ranks started below have it, too
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 SECONDS_FOR_RANKS = 120
 

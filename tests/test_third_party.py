@@ -158,11 +158,29 @@ def launcher_of(strategy: object, environment: object) -> object:
     return strategy.launcher  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
+def test_a_run_imports_neither_torchmetrics_nor_the_rest_of_lightning() -> None:
+    """`lightning_fabric`, and its asking torchmetrics for a version: lightning 2.6.6."""
+    code = (
+        "import sys\n"
+        "from lorafair import launch\n"
+        "from lorafair.config import load_config\n"
+        "fabric = launch.make_fabric(load_config(['fabric.accelerator=cpu']).fabric)\n"
+        "import lorafair.commands.compare, lorafair.commands.run, lorafair.federation\n"
+        "heavy = 'torchmetrics', 'lightning', 'pytorch_lightning', 'scipy', 'matplotlib', 'transformers', 'pandas'\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+        "import torchmetrics.classification\n"  # the one that is installed
+    )
+    with seen_with(lightning="2.6.6"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 @pytest.mark.parametrize("external", [True, False])
 def test_quiet_ddp_strategy(external: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`_configure_launcher`, `_launcher`, `_SubprocessScriptLauncher`, `_call_children_scripts`: lightning 2.6.6."""
     with seen_with(lightning="2.6.6"):
-        from lightning.fabric.strategies.launchers import subprocess_script
+        from lightning_fabric.strategies.launchers import subprocess_script
 
         launcher_class = subprocess_script._SubprocessScriptLauncher
         # What is replaced still does just this: it starts the others, and the thread that is left out.
@@ -184,8 +202,8 @@ def test_quiet_ddp_strategy(external: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_quiet_ddp_strategy_is_what_fabric_asks_for_its_launcher() -> None:
     """Fabric's strategies make their launcher by `_configure_launcher`: lightning 2.6.6."""
     with seen_with(lightning="2.6.6"):
-        from lightning.fabric import Fabric
-        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
         strategy = third_party.quiet_ddp_strategy(timedelta(minutes=1))
         Fabric(accelerator="cpu", devices=2, strategy=strategy, plugins=[LightningEnvironment()])
@@ -195,8 +213,8 @@ def test_quiet_ddp_strategy_is_what_fabric_asks_for_its_launcher() -> None:
 def test_child_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """`procs` of the launcher, filled by `_call_children_scripts`: lightning 2.6.6."""
     with seen_with(lightning="2.6.6"):
-        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-        from lightning.fabric.strategies.launchers import subprocess_script
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning_fabric.strategies.launchers import subprocess_script
 
         strategy = third_party.quiet_ddp_strategy(timedelta(minutes=1))
         launcher = launcher_of(strategy, LightningEnvironment())

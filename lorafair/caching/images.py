@@ -26,7 +26,7 @@ from lorafair.data.loading import ImageSource, Indices
 from lorafair.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 PART = 64  # images decoded by one rank at a time
 

@@ -19,7 +19,7 @@ from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.backbone import image_size_of
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)

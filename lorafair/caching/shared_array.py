@@ -34,7 +34,7 @@ from lorafair.errors import ConfigError
 from lorafair.files.cache import CacheError, cache_dir
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 GIGABYTE = 1e9

@@ -16,7 +16,7 @@ from lorafair.console import EVERY_RANK, log
 from lorafair.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 

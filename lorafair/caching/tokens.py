@@ -27,7 +27,7 @@ from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.backbone import image_size_of
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 # Fixed, because the last bits of a token can depend on the size of the batch it is computed in.
 EMBED_BATCH = 64

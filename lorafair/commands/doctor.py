@@ -30,7 +30,7 @@ from lorafair.model.backbone import build_model
 from lorafair.reporting.results import versions
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 REPEATS = 7  # of a collective; the median counts
 SKEW_SECONDS = 5.0  # clocks further apart than that confuse file times

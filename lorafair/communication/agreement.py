@@ -22,7 +22,7 @@ from lorafair.cluster.signals import (
 from lorafair.errors import LorafairError
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 # In the error messages of gloo, NCCL and PyTorch's store when a process is lost.
 _SIGNS_OF_LOSS = (

@@ -19,7 +19,7 @@ from lorafair.model.adapter import AdapterLayout, AdapterState, LoRAFactors, Par
 from lorafair.schedule import RoundPlan
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 T = TypeVar("T")
 _NUMBERS_AT_A_TIME = 2**24  # of all clients, that a rank receives at a time: 64 MB of float32

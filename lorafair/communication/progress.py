@@ -12,7 +12,7 @@ from lorafair.console import Progress
 from lorafair.schedule import RoundPlan
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 _SECONDS = 0.2  # between two additions of a rank to what all have done
 _numbers = itertools.count()  # of the counts of this process; every rank makes the same ones in the same order

@@ -22,7 +22,7 @@ from lorafair.federation import run_federation
 from lorafair.files.writing import write_atomically
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafair import third_party
-
 LARGEST = 150  # classes of a picture; more labels are not readable
 _NUMBERED = 40  # classes of a picture whose cells have room for a number
 _INCH_PER_CELL, _INCH_PER_LETTER, _DPI = 0.3, 0.085, 100
@@ -28,10 +26,8 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str], title: str) -> 
     count = len(classes)
     if count > LARGEST:
         return None
-    third_party.make_torchvision_importable()  # torchmetrics imports it
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would touch the user's display and state
     from matplotlib.figure import Figure
-    from torchmetrics.utilities.plot import plot_confusion_matrix
 
     percent = (100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)).round().to(torch.int64)
     cell = _INCH_PER_CELL if count <= _NUMBERED else 0.16
@@ -40,16 +36,17 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str], title: str) -> 
     figure = Figure(figsize=(side + margin + 0.3, side + margin + 0.8), layout="constrained")
     canvas: Any = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    plot_confusion_matrix(percent, ax=axes, add_text=count <= _NUMBERED, labels=list(classes), cmap="Blues")
+    axes.imshow(percent, cmap="Blues")
+    axes.set_xlabel("Predicted class", fontsize=10)
+    axes.set_ylabel("True class", fontsize=10)
     size = min(10.0, 62 * side / count)
     axes.set_xticks(range(count), classes, rotation=90, fontsize=size)
     axes.set_yticks(range(count), classes, rotation=0, fontsize=size)
-    for text in axes.texts:
-        text.set_fontsize(0.75 * size)
-        if text.get_text() == "0":
-            text.set_visible(False)
-    axes.xaxis.label.set_fontsize(10)
-    axes.yaxis.label.set_fontsize(10)
+    if count <= _NUMBERED:
+        for true, predicted in percent.nonzero().tolist():
+            value = int(percent[true, predicted])
+            colour = "white" if value > percent.max() / 2 else "black"
+            axes.text(predicted, true, str(value), ha="center", va="center", fontsize=0.75 * size, color=colour)
     letters = int((side + margin) / 0.095)
     axes.set_title("\n".join(textwrap.wrap(f"{title}: percent of each true class", letters)), fontsize=11)
     figure.set_dpi(_DPI)

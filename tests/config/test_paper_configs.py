@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from PIL import Image
 
 from lorafair.commands.checks import check_comparison
