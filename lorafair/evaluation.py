@@ -25,7 +25,7 @@ from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import gather_objects, sum_over_ranks
 from lorafair.communication.progress import SharedProgress
 from lorafair.data.images import ImageData
-from lorafair.data.loading import BatchSource, Indices
+from lorafair.data.loading import BatchSource, Indices, index_on, on_device
 from lorafair.errors import ConfigError, of_plugin
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.registry import METRICS
@@ -143,11 +143,12 @@ class Evaluator:
         fabric, units = self._fabric, len(self._batches)
         mine = range((fabric.global_rank - index * units) % fabric.world_size, units, fabric.world_size)
         answers: list[tuple[int, Tensor]] = []
-        for u, inputs in zip(mine, self._source.batches([self._batches[u] for u in mine]), strict=True):
+        batches = on_device(self._source.batches([self._batches[u] for u in mine]), fabric.device)
+        for u, inputs in zip(mine, batches, strict=True):
             heartbeat()
-            labels = self._labels[torch.from_numpy(self._batches[u])]
+            labels = self._labels[index_on(self._batches[u], fabric.device)]
             with fabric.autocast():
-                logits = model(inputs.to(fabric.device, non_blocking=True))
+                logits = model(inputs)
             counts.add(index, u, self._domain_of_batch[u], logits, labels)
             if self._metrics:
                 answers.append((u, logits.float().cpu()))

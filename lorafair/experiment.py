@@ -39,8 +39,9 @@ from lorafair.seeding import seeded
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# client.cohort=auto: enough cohorts for many ranks, and steps whose activations fit into a core's cache, or fill a GPU.
-COHORTS_OF_ROUND = 16
+# client.cohort=auto: enough cohorts for many ranks (a GPU loses more by small steps), and steps whose activations fit into a
+# core's cache, or fill a GPU.
+COHORTS_OF_ROUND = {"cpu": 16, "gpu": 8}
 NUMBERS_OF_STEP = {"cpu": 2**19, "gpu": 2**25}  # that enter an adapted layer
 
 
@@ -156,7 +157,8 @@ def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkp
         with same_error_on_all_ranks(fabric):
             try_out(aggregator, model.adapters.layout)
     if config.model.compile is not None:
-        model.compile(backend=config.model.compile)
+        mode = config.model.compile_mode
+        model.compile(backend=config.model.compile, **({} if mode is None else {"mode": mode}))
     identity = _identity(config, loaded.data, model)
     _introduce(config, loaded, cohort, fabric.world_size)
     experiment = Experiment(
@@ -258,13 +260,14 @@ def cohort_size(config: Config, clients: tuple[Client, ...], model: AdaptedModel
     """
     if config.client.cohort != "auto":
         return config.client.cohort
+    kind = "cpu" if device.type == "cpu" else "gpu"
     selected = min(config.federation.clients_per_round or len(clients), len(clients))
-    most = selected // COHORTS_OF_ROUND
+    most = selected // COHORTS_OF_ROUND[kind]
     if most <= 1:
         return 1
     batch = min(config.client.batch_size, max(len(client.indices) for client in clients))
     numbers = batch * model.numbers_per_image(image_size_of(config.model))
-    return max(1, min(most, int(NUMBERS_OF_STEP["cpu" if device.type == "cpu" else "gpu"] / numbers)))
+    return max(1, min(most, int(NUMBERS_OF_STEP[kind] / numbers)))
 
 
 def _introduce(config: Config, loaded: _Loaded, cohort: int, world_size: int) -> None:

@@ -65,6 +65,7 @@ def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
     A watchdog watches them from now on (cluster/watchdog.py).
     """
     fabric = make_fabric(config, placement)  # imports lightning, which sets the levels of its loggers
+    set_matmul_precision(config.matmul_precision)
     for name in ("lightning_fabric", "lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the lines here say what their banners say
     threads = set_threads(fabric, config.threads)
@@ -93,10 +94,13 @@ def in_place(config: FabricConfig) -> Iterator[Fabric]:
     fabric = make_fabric(config, Placement("local", "this process alone", devices=1, num_nodes=1))
     threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     set_threads(fabric, config.threads)
+    before = set_matmul_precision(config.matmul_precision)
     fabric.launch()
     try:
         yield fabric
     finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
         torch.set_num_threads(threads)
         if variable is None:
             os.environ.pop("OMP_NUM_THREADS", None)
@@ -219,6 +223,20 @@ def set_threads(fabric: Fabric, threads: int | None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that Fabric starts, and so that it sets no other
     torch.set_num_threads(threads)
     return threads
+
+
+def set_matmul_precision(precision: str) -> tuple[str, bool]:
+    """How exact float32 products on a GPU are, of matrices and in convolutions; returns what was set before.
+
+    PyTorch's own default is float32 for the first and TF32 for the second.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    if torch.cuda.is_available():  # on a CPU the same setting would choose bfloat16 for some products
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
+    return before
 
 
 def keep_freed_memory() -> bool:

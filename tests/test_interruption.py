@@ -108,6 +108,25 @@ def run_and_stop(fabric: Any, arguments: Sequence[str], asking_rank: int) -> tup
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("asking_rank", [-1, 0])
+def test_work_given_ahead_as_to_a_gpu_changes_nothing(
+    asking_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fabric = launched(1)
+    run(fabric, [*SIX_CLIENTS, f"run_dir={tmp_path / 'whole'}"])
+    monkeypatch.setattr(training, "_cohorts_ahead", lambda device: 2)
+    options = [*SIX_CLIENTS, f"run_dir={tmp_path / 'ahead'}"]
+    end, trained = run(fabric, options, asking_rank=asking_rank, after=1)
+    if asking_rank == 0:
+        assert end.startswith(f"stopped by SIGUSR1 in round 1 of 2, with {len(trained)} of its 6 clients done")
+        assert len(trained) == 4  # one is done when the signal comes, and three are in training
+        end, more = run(fabric, options)
+        trained += more
+    assert (end, sorted(trained)) == ("done", sorted([*range(6), *range(6)]))
+    assert torch.equal(final_adapter(tmp_path / "ahead"), final_adapter(tmp_path / "whole"))
+
+
+@pytest.mark.slow
 def test_a_round_may_be_stopped_again_and_again(tmp_path: Path) -> None:
     fabric = launched(1)
     run(fabric, [*SIX_CLIENTS, f"run_dir={tmp_path / 'whole'}"])

@@ -6,6 +6,7 @@ import re
 import signal
 
 import pytest
+import torch
 
 from lorafair import launch
 from lorafair.cluster.signals import TIME_LIMIT, Interrupted
@@ -56,3 +57,22 @@ def test_a_job_about_to_be_ended_waits_for_it_where_it_cannot_be_requeued(
     assert launch.after_stop(Interrupted(signal.SIGTERM, "in round 1"), Job("7", 0), max_requeues=3)[0] == 75
     assert waited == [launch.SECONDS_UNTIL_KILLED]
     assert "waiting for Slurm to end it" in capsys.readouterr().out
+
+
+def test_products_on_a_gpu_are_as_exact_as_asked_and_a_notebooks_setting_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def setting() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = setting()
+    assert launch.set_matmul_precision("medium") == before == setting()  # no GPU: it would concern the CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        assert launch.set_matmul_precision("highest") == before
+        assert setting() == ("highest", False)  # PyTorch's default has TF32 in convolutions
+        launch.set_matmul_precision("high")
+        assert setting() == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from lorafair.config.schema import ClientConfig
-from lorafair.data.loading import CohortStep
+from lorafair.data.loading import CohortStep, index_on
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import PARTS, Part
 from lorafair.model.lora import DropoutStreams, TrainedColumns
@@ -75,11 +75,11 @@ class LocalTraining:
             losses[:active] += self.step(optimizer, rule, batch, step)
         adapters.use_dropout(None)
         taken = torch.tensor([sum(c < len(step.counts) for step in cohort.steps) for c in range(len(cohort.start))])
-        return CohortResult(rows=trained.clone(), losses=losses / taken.to(losses.device))
+        return CohortResult(rows=trained.clone(), losses=losses / taken.to(losses.device, non_blocking=True))
 
     def step(self, optimizer: Optimizer, rule: GradientRule, inputs: Tensor, step: CohortStep) -> Tensor:
         """One optimiser step of every client of `step`; returns their losses (C,) without waiting for the device."""
-        targets = self.labels[torch.from_numpy(step.indices).to(self.labels.device, non_blocking=True)]  # (C, N)
+        targets = self.labels[index_on(step.indices, self.labels.device)]  # (C, N)
         weights = _sample_weights(step.counts, step.indices.shape[1], targets.device)
         gradient = self.model.adapters.flat.grad
         assert gradient is not None
@@ -147,4 +147,4 @@ def _keep_rows(optimizer: Optimizer, rows: int) -> None:
 def _sample_weights(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """What each of N = `width` images of C clients counts for in its client's loss, (C, N); not to be changed."""
     images = torch.tensor(counts).unsqueeze(1)  # (C, 1)
-    return ((torch.arange(width) < images) / images).to(device)
+    return ((torch.arange(width) < images) / images).to(device, non_blocking=True)

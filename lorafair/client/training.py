@@ -6,7 +6,9 @@ Letters: C clients of a cohort, n clients of this rank, p numbers trained, P pac
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -19,7 +21,7 @@ from lorafair.cluster.watchdog import deadline, heartbeat
 from lorafair.communication.agreement import StopRequest
 from lorafair.communication.progress import TrainingProgress
 from lorafair.data.augmentation import augmented
-from lorafair.data.loading import CohortStep, cohort_steps, local_batches
+from lorafair.data.loading import CohortStep, cohort_steps, local_batches, on_device
 from lorafair.experiment import Experiment
 from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
 from lorafair.seeding import seeded
@@ -41,23 +43,77 @@ def train_clients(
     mine = plan.cohorts_of_rank[fabric.global_rank]
     rows = [partial.found[cohort].to(fabric.device) for cohort in mine if cohort in partial.found]
     work = [(cohort, trainer.steps_of(cohort)) for cohort in mine if cohort not in partial.found]
-    stream = experiment.inputs.train.batches([step.indices.reshape(-1) for _, steps in work for step in steps])
-    name = f"round {state.completed_rounds + 1}"
+    indices = [step.indices.reshape(-1) for _, steps in work for step in steps]
+    stream = on_device(experiment.inputs.train.batches(indices), fabric.device)
+    name, minutes = f"round {state.completed_rounds + 1}", trainer.training.config.timeout_minutes
+    in_training, ahead = deque[_CohortInTraining](), _cohorts_ahead(fabric.device)
+
+    def limit(cohort: Sequence[int]) -> AbstractContextManager[None]:
+        return deadline(f"{name}: client {' or '.join(experiment.clients[c].name for c in cohort)}", minutes)
+
     with TrainingProgress(fabric, f"{name}/{rounds}", plan, partial.found, experiment.costs) as progress:
+
+        def complete(most: int) -> None:
+            while len(in_training) > most:
+                oldest = in_training.popleft()
+                with limit(oldest.cohort):
+                    rows.append(oldest.rows())
+                partial.add(oldest.cohort, rows[-1])
+                progress.clients_done(len(oldest.cohort))
+
         for cohort, steps in work:
             if stop.is_set("cohort"):
                 break
-            clients = " or ".join(experiment.clients[client].name for client in cohort)
-            with (
-                stop.timed("cohort"),
-                deadline(f"{name}: client {clients}", trainer.training.config.timeout_minutes),
-            ):
-                rows.append(trainer.train(cohort, steps, _counted(stream, steps, progress)))
-            partial.add(cohort, rows[-1])
-            progress.clients_done(len(cohort))
+            with stop.timed("cohort"):
+                with limit(cohort):
+                    in_training.append(trainer.train(cohort, steps, _counted(stream, steps, progress)))
+                complete(ahead)
+        complete(0)
     stop.is_set("rest of the round")
     width = experiment.layout.length_of(trainer.training.parts) + 2
     return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
+
+
+def _cohorts_ahead(device: torch.device) -> int:
+    """A GPU has the work of the next cohort before it is done with one, so that it never waits for this process."""
+    return int(device.type == "cuda")
+
+
+class _Stopwatch:
+    """Seconds from its making to `stop`; on a GPU by events, since the work is done later than it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._began = self._seconds = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+
+    def stop(self) -> None:
+        self._seconds = time.perf_counter() - self._began
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Waits until the work is done."""
+        if not self._events:
+            return self._seconds
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
+
+
+@dataclass(frozen=True)
+class _CohortInTraining:
+    """C clients whose work the device has been given."""
+
+    cohort: tuple[int, ...]
+    numbers: Tensor  # (C, p)
+    losses: Tensor  # (C,)
+    stopwatch: _Stopwatch
+
+    def rows(self) -> Tensor:
+        """(C, p + 2): the numbers trained, mean loss and seconds of each. Waits for the device."""
+        seconds = torch.full_like(self.losses, self.stopwatch.seconds() / len(self.cohort))
+        return torch.cat([self.numbers, torch.stack([self.losses, seconds], dim=1).to(self.numbers)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -91,12 +147,13 @@ class _Trainer:
             ]
         )
 
-    def train(self, cohort: tuple[int, ...], steps: Sequence[CohortStep], batches: Iterator[Tensor]) -> Tensor:
-        """Train C clients; returns (C, p + 2): the numbers trained, mean loss and seconds of each."""
-        began = time.perf_counter()
+    def train(
+        self, cohort: tuple[int, ...], steps: Sequence[CohortStep], inputs: Iterator[Tensor]
+    ) -> _CohortInTraining:
+        """Train C clients. On a GPU the work may not be done yet."""
         device, state = self.experiment.fabric.device, self.state
+        stopwatch = _Stopwatch(device)
         seed, round_index = self.experiment.config.seed, state.completed_rounds
-        inputs: Iterator[Tensor] = (batch.to(device, non_blocking=True) for batch in batches)
         augmentation = self.experiment.config.data.augmentation
         if augmentation != "none":
             crop = augmentation == "crop_flip"
@@ -110,10 +167,9 @@ class _Trainer:
             ),
             inputs,
         )
-        losses = result.losses.cpu()  # waits for the device, so that the seconds are the cohort's
-        seconds = torch.full_like(losses, (time.perf_counter() - began) / len(cohort))
-        measured = torch.stack([losses, seconds], dim=1).to(result.rows)
-        return torch.cat([self.experiment.layout.select(result.rows, self.training.parts), measured], dim=1)
+        stopwatch.stop()
+        numbers = self.experiment.layout.select(result.rows, self.training.parts)
+        return _CohortInTraining(cohort, numbers, result.losses, stopwatch)
 
 
 def _counted(stream: Iterator[Tensor], steps: Sequence[CohortStep], progress: TrainingProgress) -> Iterator[Tensor]:

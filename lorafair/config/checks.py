@@ -56,6 +56,8 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"loggers.{name}={config.loggers[name]} must be a group of its options, or {{}}")
     _check_plugin_options(config)
     _check_client_ranks(config)
+    if (mode := config.model.compile_mode) is not None and config.model.compile != "inductor":
+        raise ConfigError(f"model.compile_mode={mode} is one of inductor; set model.compile=inductor, or no mode")
     if unknown := [name for name in config.fabric.signals if name not in SIGNALS]:
         raise ConfigError(f"fabric.signals: {unknown[0]} is not possible; there are {', '.join(SIGNALS)}")
     if config.resume in ("true", "false", "yes", "no", "latest", "last", "True", "False"):

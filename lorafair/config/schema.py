@@ -217,6 +217,12 @@ class ModelConfig:
         """Backend of torch.compile for the model, e.g. inductor (null: none). The first steps take minutes; the last
         bits of numbers change.""",
     )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = option(
+        None,
+        """A mode of inductor (null: default). reduce-overhead and max-autotune record CUDA graphs, for steps so small
+        that starting their kernels takes longer than these; max-autotune also tries several products of matrices.""",
+        requires=when_given("model.compile"),
+    )
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
@@ -430,6 +436,12 @@ class FabricConfig:
         16-mixed is for GPUs without bfloat16: losses are scaled by a constant, and a gradient that overflows counts as
         zero.""",
         spellings={32: "32-true", "32": "32-true", 16: "16-mixed", "16": "16-mixed", "bf16": "bf16-mixed"},
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = option(
+        "highest",
+        """Products of float32 matrices and convolutions on a GPU, as torch.set_float32_matmul_precision names them.
+        highest: float32. high: TF32, with 10 bits of 23 and several times as fast. medium: bfloat16 where PyTorch has
+        it. The server step is not concerned.""",
     )
     server: Literal["rank0", "sharded"] = option(
         "rank0",

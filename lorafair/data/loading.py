@@ -89,6 +89,39 @@ def cohort_steps(batches: Sequence[Sequence[Indices]]) -> list[CohortStep]:
     return steps
 
 
+def index_on(indices: Indices, device: torch.device) -> Tensor:
+    """An index for tensors of a device. Memory that is not pinned has been read when `to` returns, without waiting."""
+    return torch.from_numpy(indices).to(device, non_blocking=True)
+
+
+def on_device(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The batches on a device. A GPU gets each one while it works on the one before, where they come pinned."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    copying, before = torch.cuda.Stream(device), None
+    for batch in batches:
+        if batch.device == device:  # resident
+            yield batch
+            continue
+        with torch.cuda.stream(copying):
+            sent = batch.to(device, non_blocking=True)
+            arrived = copying.record_event()
+        if before is not None:
+            yield _arrived(*before)
+        before = sent, arrived
+    if before is not None:
+        yield _arrived(*before)
+
+
+def _arrived(batch: Tensor, event: torch.cuda.Event) -> Tensor:
+    """A batch from another stream, for work on the current one."""
+    current = torch.cuda.current_stream(batch.device)
+    current.wait_event(event)
+    batch.record_stream(current)  # its memory belongs to the other stream, which would use it again too early
+    return batch
+
+
 class ImageSource:
     """Decoded images (B, 3, S, S) uint8 of one split; with workers through one DataLoader for the whole run."""
 
@@ -194,8 +227,7 @@ class ResidentSource:
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
         """One tensor (len(i), ...) on the device for each index array i, in order."""
         device = self._inputs.device
-        places = (torch.from_numpy(batch).to(device, non_blocking=True) for batch in indices)
-        return (self._inputs.index_select(0, of_batch) for of_batch in places)
+        return (self._inputs.index_select(0, index_on(batch, device)) for batch in indices)
 
 
 def _check_room(size: int, device: torch.device) -> None:

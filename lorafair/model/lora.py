@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafair.errors import ConfigError
+from lorafair.model.adapted_product import adapted_product
 from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
 from lorafair.seeding import seeded
 
@@ -74,9 +75,15 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(C*N, ..., I) -> (C*N, ..., O)."""
+        cohort = self.A.shape[0]
+        if (
+            x.is_cuda and self.dropout_streams is None and not torch.compiler.is_compiling()
+        ):  # compilers fuse by themselves
+            rows = x.reshape(cohort, -1, x.shape[-1])  # (C, N..., I)
+            product = adapted_product(rows, self.base.weight, self.base.bias, self.A, self.B, self.scaling)
+            return product.view(*x.shape[:-1], product.shape[-1])
         out = F.linear(x, self.base.weight, self.base.bias)
         kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
-        cohort = self.A.shape[0]
         hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), self.A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)
         return torch.baddbmm(stacked, hidden, self.B.mT, alpha=self.scaling).view_as(out)

@@ -28,7 +28,7 @@ class ControlVariates:
 
     def corrections(self, clients: Sequence[int]) -> Tensor:
         """What these clients add to their gradients, c − c_k, (C, P)."""
-        return self.server - self.clients[list(clients)]
+        return self.server - self.clients[torch.tensor(clients).to(self.clients.device, non_blocking=True)]
 
     def update(
         self,

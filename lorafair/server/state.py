@@ -102,7 +102,8 @@ def initial_adapters(
     """Packed adapters (C, P) these clients start the round from, or the layers of a shard of them."""
     layout, personal = experiment.layout, experiment.personal_parts
     if state.personal_adapters is not None:
-        rows = layout.replaced(state.adapter, personal, layout.select(state.personal_adapters[list(clients)], personal))
+        chosen = torch.tensor(clients).to(state.adapter.device, non_blocking=True)  # waits for nothing on a GPU
+        rows = layout.replaced(state.adapter, personal, layout.select(state.personal_adapters[chosen], personal))
     elif shard is None:
         rows = state.adapter.expand(len(clients), -1)
     else:
@@ -110,4 +111,4 @@ def initial_adapters(
     lora_ranks = [experiment.lora_ranks[client] for client in clients]
     if all(lora_rank == experiment.config.model.lora.rank for lora_rank in lora_ranks):
         return rows
-    return (shard or layout).truncated(rows, torch.tensor(lora_ranks, device=rows.device))
+    return (shard or layout).truncated(rows, torch.tensor(lora_ranks).to(rows.device, non_blocking=True))

@@ -41,6 +41,13 @@ def test_what_is_typed_is_taken_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_config(file).rounds == 3
 
 
+def test_a_mode_of_inductor_needs_inductor() -> None:
+    assert load_config("model.compile=inductor", "model.compile_mode=max-autotune").model.compile_mode == "max-autotune"
+    for given in ([], ["model.compile=eager"]):
+        with pytest.raises(ConfigError, match=r"^model\.compile_mode=max-autotune "):
+            load_config("model.compile_mode=max-autotune", *given)
+
+
 def test_a_path_is_expanded_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch")

@@ -1,0 +1,58 @@
+"""The product of an adapted layer and its gradient, with as few passes over activations as a GPU needs.
+
+Written as `linear(x) + s·B(Ax)`, a layer makes two tensors of the size of its output and adds them, and its gradient
+makes two of the size of its input: each is a pass over memory, which on a GPU takes as long as the adapters' own
+arithmetic. Here the adapter's part is added by the product that computes it.
+
+Letters: C clients in the cohort, n rows of one client, R LoRA rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def adapted_product(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """x·W0ᵀ + bias + s·(x·Aᵀ)·Bᵀ of each client: (C, n, I) -> (C, n, O), in the type of autocast where that is on.
+
+    W0 (O, I) and the bias (O,) are frozen and get no gradient. A (C, R, I), B (C, O, R).
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, A, B = (tensor.to(dtype) for tensor in (x, weight, A, B))
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        product: Tensor = _AdaptedProduct.apply(x, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    ) -> Tensor:
+        out = F.linear(x, weight, bias)  # (C, n, O)
+        hidden = torch.bmm(x, A.mT)  # (C, n, R)
+        ctx.save_for_backward(x, weight, A, B, hidden)
+        ctx.scaling = scaling
+        return out.baddbmm_(hidden, B.mT, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients  # (C, n, O)
+        x, weight, A, B, hidden = ctx.saved_tensors
+        of_x, _, _, of_A, of_B, _ = ctx.needs_input_grad
+        of_hidden = torch.bmm(gradient, B).mul_(ctx.scaling)  # (C, n, R)
+        return (
+            torch.matmul(gradient, weight).baddbmm_(of_hidden, A) if of_x else None,
+            None,
+            None,
+            torch.bmm(of_hidden.mT, x) if of_A else None,
+            torch.bmm(gradient.mT, hidden).mul_(ctx.scaling) if of_B else None,
+            None,
+        )
