@@ -39,8 +39,8 @@ from lorafair.seeding import seeded
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# client.cohort=auto: enough cohorts for many ranks (a GPU loses more by small steps), and steps whose activations fit into a
-# core's cache, or fill a GPU.
+# client.cohort=auto: enough cohorts for many ranks (a GPU loses more by small steps), and steps whose activations fit
+# into a core's cache, or fill a GPU.
 COHORTS_OF_ROUND = {"cpu": 16, "gpu": 8}
 NUMBERS_OF_STEP = {"cpu": 2**19, "gpu": 2**25}  # that enter an adapted layer
 
