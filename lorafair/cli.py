@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lorafair import __version__
+from lorafair import __version__, console
+from lorafair.cluster.saved import outlook
 from lorafair.cluster.signals import FAILED, INTERRUPTED, SCHEDULER_SIGNALS, handling_signals
-from lorafair.cluster.watchdog import stop_watchdog
+from lorafair.cluster.watchdog import end_children_of_a_start, stop_watchdog
 from lorafair.commands.compare import Part, compare_command
 from lorafair.commands.run import run_command
 from lorafair.commands.slurm import SCHEDULER, Options, slurm_command
@@ -98,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues after the last checkpoint", file=sys.stderr, flush=True)
+        end_children_of_a_start()
+        if console.is_rank_0():  # Ctrl-C goes to all processes
+            print(f"interrupted{outlook()}", file=sys.stderr, flush=True)
         return INTERRUPTED
     except Exception as error:  # only here: every process that fails prints one last line
         return report_failure(error)
@@ -214,13 +217,13 @@ def _run(namespace: argparse.Namespace) -> int:
         return 0
     if not namespace.configuration:
         raise ConfigError("lorafair run needs a FILE.yaml or key=value; for example: lorafair run synthetic.yaml")
-    with handling_signals():
+    with handling_signals(starting=True):
         return run_command(load_config(namespace.configuration))
 
 
 def _compare(namespace: argparse.Namespace) -> int:
     part = Part(namespace.index, namespace.tune, namespace.list, namespace.report)
-    with nullcontext() if part.only_list or part.only_report else handling_signals():
+    with nullcontext() if part.only_list or part.only_report else handling_signals(starting=True):
         comparison = load_comparison(namespace.configuration)
         if comparison is None:
             raise ConfigError(
@@ -240,7 +243,7 @@ def _prepare(namespace: argparse.Namespace) -> int:
 
 
 def _doctor(namespace: argparse.Namespace) -> int:
-    with handling_signals():
+    with handling_signals(starting=True):
         comparison = load_comparison(namespace.configuration)
         first = load_config(namespace.configuration) if comparison is None else next(iter(comparison.configs.values()))
 

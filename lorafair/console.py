@@ -75,6 +75,11 @@ def set_rank(rank: int) -> None:
     _console.rank = rank
 
 
+def is_rank_0() -> bool:
+    """Whether this process prints."""
+    return _console.rank == 0
+
+
 class Progress:
     """The progress of a long task in one line: rewritten in place on a terminal, once a minute in a log.
 

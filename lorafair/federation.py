@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from lorafair.checkpointing.checkpoint import save_checkpoint
 from lorafair.checkpointing.partial_round import PartialRound, drop_unfinished, start_of_round
 from lorafair.client.training import train_clients
-from lorafair.cluster.signals import Interrupted
+from lorafair.cluster.saved import note_saved
+from lorafair.cluster.signals import Interrupted, finishing_clients
 from lorafair.cluster.watchdog import deadline, saving
 from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.communication.collectives import ClientResults, broadcast_update, drop_nonfinite, sum_over_ranks
@@ -47,12 +48,20 @@ def run_federation(fabric: Fabric, config: Config, callbacks: Sequence[Callback]
     Raises Interrupted on every rank, after all that is done is saved, where a signal or the job's time limit asks to
     stop.
     """
-    experiment, checkpoint = build_experiment(fabric, config)
+    with limited(config, "the loading of images, model and checkpoint", of_start=True):
+        experiment, checkpoint = build_experiment(fabric, config)
+    if checkpoint is not None:
+        note_saved(before=True)
     if finished_before(experiment, checkpoint is not None and checkpoint.completed_rounds == config.rounds):
         return
-    experiment.open_inputs()
+    with limited(config, "the decoding of images or computing of tokens", of_start=True):
+        experiment.open_inputs()
     state, server, stop = start_or_resume(experiment, checkpoint), make_server(experiment), StopRequest(fabric)
-    with open_report(experiment, state.completed_rounds, callbacks) as report:
+    with (
+        finishing_clients(),
+        limited(config, "the opening or closing of the report"),
+        open_report(experiment, state.completed_rounds, callbacks) as report,
+    ):
         evaluation = None
         while state.completed_rounds < config.rounds:
             with round_in_progress(experiment, state, stop, report) as this:
@@ -64,6 +73,19 @@ def run_federation(fabric: Fabric, config: Config, callbacks: Sequence[Callback]
                 evaluation = evaluate(experiment, state, this)
                 log_and_save(experiment, state, this, clients, update, evaluation)
         finish(experiment, state, report, evaluation)
+
+
+def limited(config: Config, what: str, *, of_start: bool = False) -> AbstractContextManager[None]:
+    """A deadline for one part of the run on this process; none where that of clients is switched off.
+
+    `of_start`: the part may take minutes without a sign of progress.
+    """
+    of_clients, of_collectives = config.client.timeout_minutes, config.fabric.timeout_minutes
+    if of_clients is None:
+        return deadline(what, None)
+    if of_start or of_collectives < of_clients:
+        return deadline(what, of_collectives, "fabric.timeout_minutes")
+    return deadline(what, of_clients, "client.timeout_minutes")
 
 
 @dataclass
@@ -83,10 +105,11 @@ def round_in_progress(
     experiment: Experiment, state: ServerState, stop: StopRequest, report: Report | None
 ) -> Iterator[Round]:
     """One round. Finished clients are saved if the round fails. The plan is the same on every rank."""
-    partial, plan = begin_round(experiment, state)
-    this = Round(plan, partial, stop, report, Clock(experiment.fabric.device))
-    with partial.kept_on_failure(), saving(partial.write):
-        yield this
+    with limited(experiment.config, f"round {state.completed_rounds + 1}"):
+        partial, plan = begin_round(experiment, state)
+        this = Round(plan, partial, stop, report, Clock(experiment.fabric.device))
+        with partial.kept_on_failure(), saving(partial.write):
+            yield this
     stop.record_duration("rest of the round", time.monotonic() - this.trained_at)
 
 
@@ -105,6 +128,8 @@ def begin_round(experiment: Experiment, state: ServerState) -> tuple[PartialRoun
     if experiment.fabric.is_global_zero:
         partial.read()
     finished = experiment.fabric.broadcast(list(partial.found))
+    if finished:
+        note_saved(before=True)
     plan = experiment.scheduler.plan(round_index, state.client_seconds, finished)
     if finished:
         done = sum(len(cohort) for cohort in plan.cohorts_of_rank[0] if cohort in finished)
@@ -136,7 +161,8 @@ def gather(experiment: Experiment, state: ServerState, this: Round, server: Serv
 
 def aggregate(state: ServerState, this: Round, server: Server, clients: ClientResults) -> ServerResult | None:
     """The server step; its result is on rank 0."""
-    with this.clock("server"):
+    what = f"the server step of round {state.completed_rounds + 1}"
+    with this.clock("server"), limited(server.experiment.config, what):
         return server.step(state, clients)
 
 
@@ -171,7 +197,7 @@ def evaluate_adapters(experiment: Experiment, state: ServerState) -> Evaluation:
     experiment.model.adapters.resize(1)
     personal = bool(experiment.aggregator.personal_parts)
     adapters = initial_adapters(experiment, state, everyone) if personal else state.adapter.unsqueeze(0)
-    with deadline(f"the evaluation after round {state.completed_rounds}", experiment.config.client.timeout_minutes):
+    with limited(experiment.config, f"the evaluation after round {state.completed_rounds}"):
         what = f"round {state.completed_rounds}/{experiment.config.rounds} evaluation"
         return experiment.evaluator(experiment.model, adapters, what)
 
@@ -185,7 +211,8 @@ def log_and_save(
     evaluation: Evaluation | None,
 ) -> None:
     """Count what the round has cost, report it, and write a checkpoint where one is due; on rank 0."""
-    with same_error_on_all_ranks(experiment.fabric):
+    what = f"the report and checkpoint of round {state.completed_rounds}"
+    with same_error_on_all_ranks(experiment.fabric), limited(experiment.config, what):
         if this.report is not None and result is not None:
             traffic = traffic_of(experiment, state, this.plan, result)
             add_to_totals(state, sum(this.clock.seconds.values()), traffic, len(clients.dropped))
@@ -225,18 +252,22 @@ def save(experiment: Experiment, state: ServerState, *, always: bool = False) ->
     else:
         due = state.completed_rounds % every == 0
     due |= state.completed_rounds == config.rounds
-    if not experiment.fabric.is_global_zero or not (due or always):
+    if not (due or always):
+        return
+    if not experiment.fabric.is_global_zero:
+        note_saved()
         return
     save_checkpoint(config.folder, checkpoint_of(experiment, state), config.checkpoint.keep)
     drop_unfinished(config.folder, state.completed_rounds)
     state.saved_rounds, state.saved_at = state.completed_rounds, time.monotonic()
+    note_saved()
 
 
 def finish(experiment: Experiment, state: ServerState, report: Report | None, evaluation: Evaluation | None) -> None:
     """Leave the result of the last evaluation; evaluate first where a run ended between the two."""
     if evaluation is None:
         evaluation = evaluate_adapters(experiment, state)
-    with same_error_on_all_ranks(experiment.fabric):
+    with same_error_on_all_ranks(experiment.fabric), limited(experiment.config, "the final report"):
         if report is not None:
             report.finished(evaluation, state.totals)
 
@@ -254,7 +285,8 @@ def finished_before(experiment: Experiment, all_rounds_done: bool) -> bool:
 def interrupt(experiment: Experiment, state: ServerState, this: Round, done: int, reason: int) -> NoReturn:
     """End the run where it can go on, with `done` clients of this rank's saved. Call on every rank."""
     fabric, config = experiment.fabric, experiment.config
-    with same_error_on_all_ranks(fabric):
+    what = "the saving of what is done"
+    with same_error_on_all_ranks(fabric), limited(config, what):
         this.partial.write()
         if state.completed_rounds != state.saved_rounds:
             save(experiment, state, always=True)

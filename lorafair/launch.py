@@ -20,12 +20,22 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from lorafair import __version__, console, third_party
+from lorafair.cluster.leftovers import without_leftovers
 from lorafair.cluster.placement import Placement, detect
-from lorafair.cluster.signals import FAILED, INTERRUPTED, SAVED, Interrupted, handle_only, set_time_limit
-from lorafair.cluster.slurm import Job, requeue, seconds_left, slurm_job, state_of_job
-from lorafair.cluster.watchdog import CONTINUES, Watchdog, start_watchdog, stop_watchdog
+from lorafair.cluster.saved import begin_start, outlook, saved_before, saved_now
+from lorafair.cluster.signals import (
+    FAILED,
+    INTERRUPTED,
+    SAVED,
+    TIME_LIMIT,
+    Interrupted,
+    handle_only,
+    set_time_limit,
+)
+from lorafair.cluster.slurm import Job, is_near, requeue, seconds_left, slurm_job, state_of_job, time_limit_of
+from lorafair.cluster.watchdog import current_watchdog, places_of_others, start_watchdog, stop_watchdog
 from lorafair.config.schema import FabricConfig
-from lorafair.console import format_count, log
+from lorafair.console import duration_text, format_count, log
 from lorafair.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -51,19 +61,28 @@ def let_idle_threads_sleep() -> None:
 
 
 def resolve_placement(config: FabricConfig) -> Placement:
-    """Find out where this process runs and print it, before anything heavy is imported. Raises ConfigError."""
+    """Find out where this process runs and print it, before anything heavy is imported. Raises ConfigError.
+
+    A watchdog watches it from now on (cluster/watchdog.py).
+    """
     handle_only(config.signals)
-    placement = detect(os.environ, config, [sys.executable, *sys.argv])
+    command = [sys.executable, *sys.argv]
+    environ = without_leftovers(os.environ, config, command)
+    dropped = sorted(os.environ.keys() - environ.keys())
+    for name in dropped:
+        del os.environ[name]
+    placement = detect(environ, config, command)
     console.set_rank(placement.rank)
+    begin_start()
+    start_watchdog(process_name(), is_child=placement.is_child)
     log.info(f"lorafair {__version__}: {placement.description}")
+    if dropped:
+        log.info(f"ignored, left over from another launcher: {', '.join(dropped)}")
     return placement
 
 
 def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
-    """Start the processes of a command, print what they run on, and return their Fabric. Call on every process.
-
-    A watchdog watches them from now on (cluster/watchdog.py).
-    """
+    """Start the processes of a command, print what they run on, and return their Fabric. Call on every process."""
     fabric = make_fabric(config, placement)  # imports lightning, which sets the levels of its loggers
     set_matmul_precision(config.matmul_precision)
     for name in ("lightning_fabric", "lightning.fabric", "lightning.pytorch"):
@@ -71,8 +90,7 @@ def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
     threads = set_threads(fabric, config.threads)
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    children = third_party.child_processes(fabric.strategy)
-    rendezvous(fabric, config, start_watchdog(process_name(), children, is_child=placement.is_child))
+    rendezvous(fabric, config)
     console.set_rank(fabric.global_rank)
     log.info(
         f"lorafair {__version__}: {format_count(fabric.world_size, 'process', 'processes')} on {fabric.device.type}, "
@@ -96,6 +114,7 @@ def in_place(config: FabricConfig) -> Iterator[Fabric]:
     set_threads(fabric, config.threads)
     before = set_matmul_precision(config.matmul_precision)
     fabric.launch()
+    third_party.let_lightning_log()
     try:
         yield fabric
     finally:
@@ -191,11 +210,15 @@ def _environment(placement: Placement) -> ClusterEnvironment:
     return SlurmStep()
 
 
-def rendezvous(fabric: Fabric, config: FabricConfig, watchdog: Watchdog) -> None:
+def rendezvous(fabric: Fabric, config: FabricConfig) -> None:
     """Start the processes, or connect to those already started, and start their heartbeats. Bounded in time."""
+    watchdog = current_watchdog()
+    watchdog.children = third_party.child_processes(fabric.strategy)
+    watchdog.seconds_for_others = 60 * (config.timeout_minutes + 1)  # the collective's own error comes first
     seconds = 60 * min(RENDEZVOUS_MINUTES, config.timeout_minutes)
     outside = slurm_job(os.environ) is None  # a job that is stopped now starts, and is then requeued
-    with watchdog.deadline("the start of all processes of the run", seconds, stoppable=outside):
+    what, key = "the start of all processes of the run", "fabric.timeout_minutes, at most 10"
+    with watchdog.deadline(what, seconds, key=key, stoppable=outside):
         fabric.launch()
     if fabric.world_size > 1:
         store = third_party.default_store()
@@ -255,14 +278,15 @@ def keep_freed_memory() -> bool:
 def run_until_stopped(fabric: Fabric, config: FabricConfig, placement: Placement, work: Callable[[], object]) -> int:
     """Do the work; if it was stopped, requeue the job where that is due; returns the exit status, on every rank."""
     from lorafair.communication.agreement import close_process_group
+    from lorafair.communication.collectives import on_all_ranks
 
     try:
         work()
         close_process_group(fabric)
     except Interrupted as stop:
-        status = None
+        status, gained = None, not on_all_ranks(fabric, not saved_now())
         if fabric.is_global_zero:
-            status, line = after_stop(stop, slurm_job(os.environ), config.max_requeues)
+            status, line = after_stop(stop, slurm_job(os.environ), config.max_requeues, gained=gained)
             log.info(f"{stop}; {line}")
         status = fabric.broadcast(status)  # the others wait: srun ends all processes once one has exited with an error
         assert status is not None
@@ -277,28 +301,54 @@ def run_until_stopped(fabric: Fabric, config: FabricConfig, placement: Placement
     return 0
 
 
-def after_stop(stop: Interrupted, job: Job | None, max_requeues: int) -> tuple[int, str]:
-    """Have the job requeued where that is due; returns the exit status and what to say."""
+def after_stop(stop: Interrupted, job: Job | None, max_requeues: int, *, gained: bool = True) -> tuple[int, str]:
+    """Have the job requeued where that is due; returns the exit status and what to say.
+
+    `gained`: this start has saved something, so that the next one gets further.
+    """
     if stop.reason == signal.SIGINT:
         return INTERRUPTED, "the same command continues"
     if job is None:
         return SAVED, "the same command continues"
     state, why = state_of_job(job)
+    at_limit = (state, why) == ("COMPLETING", "TimeLimit")
     # A job that was cancelled, and one that Slurm requeues by itself, are COMPLETING, too: do not start it again.
-    if state and state != "RUNNING" and (state, why) != ("COMPLETING", "TimeLimit"):
+    if state and state != "RUNNING" and not at_limit:
         return SAVED, f"Slurm ends job {job.name} ({state}) by itself; the same command continues"
     if job.restarts >= max_requeues:
         return FAILED, (
             f"job {job.name} was requeued {job.restarts} times, and fabric.max_requeues={max_requeues} ends that; the "
             "same command continues"
         )
+    if not gained and (futile := why_futile(job, at_limit=at_limit or stop.reason == TIME_LIMIT)):
+        return FAILED, futile
     problem = requeue(job)
     if not problem:
         return SAVED, f"job {job.name} is requeued and continues"
-    if stop.reason == signal.SIGTERM:  # Slurm ends the job soon; only a preempted one that lasts until then is requeued
+    # Slurm ends a batch job soon; only a preempted one that lasts until then is requeued.
+    if stop.reason == signal.SIGTERM and not job.is_interactive:
         log.info(f"{stop}; scontrol cannot requeue job {job.name} ({problem}); waiting for Slurm to end it")
         time.sleep(SECONDS_UNTIL_KILLED)
     return SAVED, f"job {job.name} could not be requeued ({problem}); the same command continues"
+
+
+def why_futile(job: Job, *, at_limit: bool) -> str:
+    """Why the job is not requeued after a start that has saved nothing; empty where the next start may get further.
+
+    The time limit, which the next start has as well, or the second such start where Slurm says nothing of the limit.
+    """
+    limit = time_limit_of(job)
+    near = at_limit or is_near(limit)
+    if near is False or (near is None and (job.restarts == 0 or saved_before())):
+        return ""
+    of = "" if limit.limit is None else f" of {duration_text(limit.limit)}"
+    lead = "" if limit.lead is None else f", {limit.lead:g} seconds before which its --signal asks to stop,"
+    return (
+        f"job {job.name} is not requeued: the time limit{of}{lead} leaves no time for anything to be finished, and the "
+        "next start would stop at the same place; ask for more (--time), or for a signal closer to the limit "
+        "(--signal=USR1@<seconds>), compute tokens before (lorafair prepare), or make a client shorter (client.steps, "
+        "client.epochs, client.cohort)"
+    )
 
 
 def report_failure(error: Exception) -> int:
@@ -308,11 +358,16 @@ def report_failure(error: Exception) -> int:
     what = one_line(f"{type(error).__name__}: {error}")
     if is_peer_loss(error):
         time.sleep(SECONDS_FOR_THE_REASON)  # until the failed process is known to be lost
-        lost = stop_watchdog() or "another process of the run is gone or has not answered for fabric.timeout_minutes"
+        places = places_of_others()
+        lost = stop_watchdog(failed=True)
+        if not lost:
+            lost = "another process of the run is gone or has not answered for fabric.timeout_minutes"
+            lost += f"; {places}" if places else ""
         what = f"{lost} ({what[:200]})"
     else:
         traceback.print_exception(error)
-    print(f"error: {process_name()}: {what}; {CONTINUES}", file=sys.stderr, flush=True)
+    print(f"error: {process_name()}: {what}{outlook()}", file=sys.stderr, flush=True)
+    stop_watchdog(failed=True)
     return FAILED
 
 

@@ -138,6 +138,16 @@ def quiet_ddp_strategy(timeout: timedelta) -> DDPStrategy:
     return Strategy(timeout=timeout)
 
 
+def let_lightning_log() -> None:
+    """Let Lightning's loggers write here: a RANK that is left over in the environment makes them silent.
+
+    They ask `rank_zero_only.rank`, which is read from the environment at import. Seen with lightning 2.6.6.
+    """
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+
+
 def child_processes(strategy: Any) -> Sequence[Any]:
     """The processes that a strategy of Fabric starts at launch; filled by then. Seen with lightning 2.6.6."""
     return getattr(strategy.launcher, "procs", ())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafair.aggregation.factor_algebra import nonzero_rows, weighted_mean
+from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.options import option_of
 from lorafair.errors import ConfigError, LorafairError, of_plugin
 from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
@@ -174,6 +175,7 @@ def aggregate(
     else:
         updates = {}
         for path, factors in clients.factors.items():
+            heartbeat()
             with _of_method(aggregator, f"combine of layer {path}"):
                 sent = None if initial_factors is None else initial_factors[path]
                 updates[path] = aggregator.combine(factors, weights, sent)

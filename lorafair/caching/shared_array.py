@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafair.cluster.saved import note_saved
 from lorafair.cluster.signals import NO_REASON, Interrupted, stop_requested
+from lorafair.cluster.watchdog import heartbeat
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import on_all_ranks, smallest_over_ranks
 from lorafair.console import EVERY_RANK, Progress, log
@@ -166,6 +168,7 @@ def lack_of_room(array: SharedArray, limit_gb: float, key: str) -> str:
 
 
 def _sum(rows: NDArray[Any]) -> int:
+    heartbeat()
     return zlib.crc32(np.ascontiguousarray(rows).data)
 
 
@@ -207,6 +210,7 @@ def _keep(partial: Path, file: Path) -> None:
         os.fsync(written.fileno())
     if not file.exists():  # another run may read it already; on a network file system a replaced file is lost to it
         os.replace(partial, file)
+    note_saved()
 
 
 def _remove_unused(folder: Path) -> None:

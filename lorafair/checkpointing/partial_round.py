@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lorafair.checkpointing.checkpoint import FOLDER, CheckpointError
+from lorafair.cluster.saved import note_saved
 from lorafair.console import EVERY_RANK, log
 from lorafair.files.writing import fsync, write_atomically
 
@@ -86,6 +87,7 @@ class PartialRound:
                 cohorts, rows = list(self._pending), torch.cat(list(self._pending.values())).cpu()
                 _write(self._folder / f"clients_{cohorts[0][0]:06d}.safetensors", cohorts, rows, self._start())
                 self._pending.clear()
+                note_saved()
         self._written = time.monotonic()
 
     @contextmanager

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial as partial_call
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lorafair.checkpointing.partial_round import PartialRound
 from lorafair.client.cohort import Cohort, LocalTraining
-from lorafair.cluster.watchdog import deadline, heartbeat
+from lorafair.cluster.watchdog import heartbeat, within
 from lorafair.communication.agreement import StopRequest
 from lorafair.communication.progress import TrainingProgress
 from lorafair.data.augmentation import augmented
@@ -27,6 +28,7 @@ from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
 from lorafair.seeding import seeded
 from lorafair.server.state import ServerState, initial_adapters
 
+T = TypeVar("T")
 HALF_PRECISION_SCALE = 4096.0  # lifts gradients over half precision's smallest number, 6e-8
 
 
@@ -48,16 +50,16 @@ def train_clients(
     name, minutes = f"round {state.completed_rounds + 1}", trainer.training.config.timeout_minutes
     in_training, ahead = deque[_CohortInTraining](), _cohorts_ahead(fabric.device)
 
-    def limit(cohort: Sequence[int]) -> AbstractContextManager[None]:
-        return deadline(f"{name}: client {' or '.join(experiment.clients[c].name for c in cohort)}", minutes)
+    def limited(cohort: Sequence[int], work: Callable[[], T]) -> T:
+        what = f"{name}: client {' or '.join(experiment.clients[c].name for c in cohort)}"
+        return within(what, minutes, "client.timeout_minutes", work)
 
     with TrainingProgress(fabric, f"{name}/{rounds}", plan, partial.found, experiment.costs) as progress:
 
         def complete(most: int) -> None:
             while len(in_training) > most:
                 oldest = in_training.popleft()
-                with limit(oldest.cohort):
-                    rows.append(oldest.rows())
+                rows.append(limited(oldest.cohort, oldest.rows))
                 partial.add(oldest.cohort, rows[-1])
                 progress.clients_done(len(oldest.cohort))
 
@@ -65,8 +67,8 @@ def train_clients(
             if stop.is_set("cohort"):
                 break
             with stop.timed("cohort"):
-                with limit(cohort):
-                    in_training.append(trainer.train(cohort, steps, _counted(stream, steps, progress)))
+                batches = _counted(stream, steps, progress)
+                in_training.append(limited(cohort, partial_call(trainer.train, cohort, steps, batches)))
                 complete(ahead)
         complete(0)
     stop.is_set("rest of the round")

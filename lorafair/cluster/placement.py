@@ -18,11 +18,19 @@ from lorafair.errors import ConfigError
 
 # Steps that Slurm makes by itself have ids from here on: batch script, interactive shell of salloc, ...
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_OF_A_STEP = (
+    "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_PROCID",
+    "SLURM_LOCALID", "SLURM_NODEID",
+)  # fmt: skip
 # Rendezvous ports: a prime number of them, below 32768, where Linux begins to give ports to outgoing connections.
 _FIRST_PORT, _PORTS = 10007, 21991
 
+PARENT = "LORAFAIR_STARTED_BY"  # the number of a process, for those that it starts
 # From which Lightning and PyTorch read a process's rank and address.
-_OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_LAUNCH = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+_SIZES_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # processes that mpirun has started
 
 
 @dataclass(frozen=True)
@@ -52,23 +60,40 @@ def detect(environ: Mapping[str, str], config: FabricConfig, command: Sequence[s
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         return _from_torchrun(environ, config)
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"mpirun is not supported; type: {_srun(command)}")
-    if _in_step(environ) and int(environ["SLURM_STEP_NUM_TASKS"]) > 1:
+    if in_step_of_several(environ):
         return _from_slurm_step(environ, config, command)
+    if variable := _started_by_mpi(environ):
+        raise ConfigError(
+            f"mpirun is not supported; type: {_srun(command)}; without Slurm, start one process and give "
+            f"fabric.devices={environ[variable]}. Where {variable}={environ[variable]} is left over from another "
+            f"launcher, type: env -u {variable} {shlex.join(command)}"
+        )
     return _local(environ, config, command)
 
 
 def processes_started(environ: Mapping[str, str]) -> int:
-    """How many processes srun or torchrun has started, of which this is one; 1 where neither has."""
-    if "TORCHELASTIC_RUN_ID" in environ:
+    """How many processes srun, torchrun or mpirun has started, of which this is one; 1 where none of them has."""
+    if "TORCHELASTIC_RUN_ID" in environ and environ.get("WORLD_SIZE", "").isdigit():
         return int(environ["WORLD_SIZE"])
-    return int(environ["SLURM_STEP_NUM_TASKS"]) if _in_step(environ) else 1
+    if _in_step(environ):
+        return int(environ["SLURM_STEP_NUM_TASKS"])
+    variable = _started_by_mpi(environ)
+    return int(environ[variable]) if variable else 1
+
+
+def is_of_a_launch(name: str) -> bool:
+    """Whether a variable says which of several processes this one is, or where they meet."""
+    return name in _OF_A_LAUNCH or name.startswith("TORCHELASTIC_")
 
 
 def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables for a process that starts others itself: without those of a process group here."""
-    return {name: value for name, value in environ.items() if name not in _OF_A_LAUNCH}
+    return {name: value for name, value in environ.items() if not is_of_a_launch(name) and name != PARENT}
+
+
+def in_step_of_several(environ: Mapping[str, str]) -> bool:
+    """Whether srun has started this process and others."""
+    return _in_step(environ) and int(environ["SLURM_STEP_NUM_TASKS"]) > 1
 
 
 def first_host(nodes: str) -> str:
@@ -91,10 +116,15 @@ def port_of(job: int, step: int) -> int:
 def _in_step(environ: Mapping[str, str]) -> bool:
     """Whether srun has started this process; variables may be left over from a step that submitted this job."""
     step = environ.get("SLURM_STEP_ID", "")
-    if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP or "SLURM_STEP_NUM_TASKS" not in environ:
+    if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP or not environ.keys() >= set(_OF_A_STEP):
         return False
     of_step = environ.get("SLURM_STEP_TASKS_PER_NODE")
     return environ.get("SLURM_TASKS_PER_NODE", of_step) == of_step
+
+
+def _started_by_mpi(environ: Mapping[str, str]) -> str:
+    """The variable that says that mpirun has started this process and others; empty if none does."""
+    return next((name for name in _SIZES_OF_MPI if environ.get(name, "").isdigit() and int(environ[name]) > 1), "")
 
 
 def _from_slurm_step(environ: Mapping[str, str], config: FabricConfig, command: Sequence[str]) -> Placement:
@@ -148,7 +178,8 @@ def _from_torchrun(environ: Mapping[str, str], config: FabricConfig) -> Placemen
 
 
 def _local(environ: Mapping[str, str], config: FabricConfig, command: Sequence[str]) -> Placement:
-    nodes, rank = config.num_nodes or 1, int(environ.get("LOCAL_RANK") or 0)
+    local_rank = environ.get("LOCAL_RANK", "")
+    nodes, rank = config.num_nodes or 1, int(local_rank) if local_rank.isdigit() else 0
     description = "no Slurm; starts its processes on this node itself"
     local = Placement("local", description, config.devices, nodes, rank=rank, local_rank=rank)
     if not environ.get("SLURM_JOB_ID"):
@@ -172,7 +203,8 @@ def _local(environ: Mapping[str, str], config: FabricConfig, command: Sequence[s
     if tasks > 1 or has_nodes > 1:
         raise ConfigError(
             f"{_job_text(environ)} has {tasks} tasks on {has_nodes} nodes, and this is {kind}: nothing would start the "
-            f"other processes; type: {_srun(command)}"
+            f"other processes; type: {_srun(command)}; where SLURM_JOB_ID={environ['SLURM_JOB_ID']} is left over from "
+            f"a job that has ended: env -u SLURM_JOB_ID {shlex.join(command)}"
         )
     if nodes > 1:
         raise ConfigError(

@@ -1,7 +1,8 @@
 """Requests to stop a run before it is done: a signal of the scheduler, Ctrl-C, or the end of the time that a job has.
 
-Handlers only set a flag, which a round checks where it can stop (federation.py). They are installed before the
-heavy imports; processes forked later, such as data workers, ignore them.
+Handlers only set a flag, which a round checks where it can stop (federation.py); before the first round, where there is
+nothing to finish, Ctrl-C ends the process at once. Handlers are installed before the heavy imports; processes forked
+later, such as data workers, ignore them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ FAILED, SAVED, INTERRUPTED = 1, 75, 130
 MARGIN_SECONDS = 10.0  # before the time limit, for saving and for the error of the prediction
 MARGIN_FRACTION = 0.1
 
+_SECONDS_TO_END = 2.0  # Ctrl-C is not heard again while it ends the process
+
 
 class Interrupted(Exception):
     """The run has stopped where it can go on; raised on every rank after everything is saved."""
@@ -39,7 +42,8 @@ class _State:
     process: int = 0  # the one whose flag this is
     requested: int = NO_REASON
     ctrl_c: bool = False
-    at_once: bool = False  # Ctrl-C came twice
+    starting: bool = False  # there is nothing to finish yet: Ctrl-C ends the process at once
+    at_once: float | None = None  # when Ctrl-C began to end the process, on the monotonic clock
     deadline: float | None = None  # on the monotonic clock
 
 
@@ -47,20 +51,23 @@ _state = _State()
 
 
 @contextmanager
-def handling_signals() -> Iterator[None]:
-    """Take signals as requests to stop, from now until the end of the block."""
+def handling_signals(*, starting: bool = False) -> Iterator[None]:
+    """Take signals as requests to stop, from now until the end of the block.
+
+    `starting`: outside of a `finishing_clients` block, Ctrl-C ends the process at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can handle signals
         return
     reset()
-    _state.process = os.getpid()
+    _state.process, _state.starting = os.getpid(), starting
     numbers = [signal.SIGINT, *(_number(name) for name in SCHEDULER_SIGNALS)]
     before = {number: signal.signal(number, _handle) for number in numbers}
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # what is blocked is inherited, from a fork server too
     try:
         yield
     except Exception as error:
-        if _state.at_once:  # a library may turn it into an error of its own
+        if _state.at_once is not None:  # a library may turn it into an error of its own
             raise KeyboardInterrupt from error
         raise
     finally:
@@ -68,6 +75,20 @@ def handling_signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         reset()
+        _state.starting = False
+
+
+@contextmanager
+def finishing_clients() -> Iterator[None]:
+    """In the block, a first Ctrl-C lets the clients in training finish; a second one ends the process at once."""
+    before, _state.starting = _state.starting, False
+    yield
+    _state.starting = before and _state.requested == NO_REASON  # what ends the run is not interrupted
+
+
+def ctrl_c_ends_at_once() -> bool:
+    """Whether a first Ctrl-C ends the process now."""
+    return _state.starting
 
 
 def handle_only(names: Sequence[str]) -> None:
@@ -89,7 +110,7 @@ def stop_requested() -> int:
 
 def reset() -> None:
     """Clear the request; for a process that continues with other work."""
-    _state.requested, _state.ctrl_c, _state.at_once, _state.deadline = NO_REASON, False, False, None
+    _state.requested, _state.ctrl_c, _state.at_once, _state.deadline = NO_REASON, False, None, None
 
 
 def set_time_limit(seconds: float | None) -> None:
@@ -111,6 +132,34 @@ def reason_text(reason: int) -> str:
     return "another process" if reason == ANOTHER_RANK else signal.Signals(reason).name
 
 
+class SignalNumbers:
+    """The numbers of the signals that come, readable in any thread; none where another thread than the main makes it.
+
+    Python's own handlers wait until the main thread runs Python again.
+    """
+
+    def __init__(self) -> None:
+        self._reader = self._writer = -1
+        if threading.current_thread() is threading.main_thread():
+            self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def read(self) -> bytes:
+        """Those that have come since the last time."""
+        try:
+            return os.read(self._reader, 64)
+        except OSError:  # none has come, or this is closed
+            return b""
+
+    def close(self) -> None:
+        """Give back what was set."""
+        if self._reader >= 0 and threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._before)
+            for number in (self._reader, self._writer):
+                os.close(number)
+            self._reader = self._writer = -1
+
+
 def _number(name: str) -> int:
     return signal.Signals[f"SIG{name}"]
 
@@ -119,8 +168,10 @@ def _handle(number: int, _frame: FrameType | None) -> None:
     if os.getpid() != _state.process:
         return  # forked with the handler: the scheduler signals every process of a job
     if number == signal.SIGINT:
-        if _state.ctrl_c:
-            _state.at_once = True
+        if _state.at_once is not None and time.monotonic() - _state.at_once < _SECONDS_TO_END:
+            return
+        if _state.starting or _state.ctrl_c:
+            _state.at_once = time.monotonic()
             raise KeyboardInterrupt
         _state.ctrl_c = True
         if os.isatty(2):

@@ -6,9 +6,13 @@ import re
 import signal
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _SECONDS_FOR_SLURM = 30
+# Of jobs without processes. A job that is PENDING is about to start again.
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+# A signal of `sbatch --signal` that comes so long before the time limit, or less, is one for it.
+_LEAD_UNKNOWN, _LEAD_TOLERANCE = 300.0, 60.0  # Slurm looks at limits twice a minute
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,17 @@ class Job:
 
     name: str  # what scontrol and squeue take: 42, or 42_1 for a task of an array
     restarts: int  # how often it was requeued
+    is_interactive: bool = field(default=False, compare=False)  # of salloc, or of srun alone: it cannot be requeued
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """The time limit of a job, and how near it is."""
+
+    limit: float | None  # seconds; None: none is known
+    left: float | None
+    preempted: bool  # the job makes room for another one
+    lead: float | None  # from the signal of sbatch --signal to the limit; None where the script does not say
 
 
 def slurm_job(environ: Mapping[str, str]) -> Job | None:
@@ -26,7 +41,11 @@ def slurm_job(environ: Mapping[str, str]) -> Job | None:
         return None
     # The number of an array's task may be that of the whole array, which must not be requeued with it.
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return Job(f"{array}_{task}" if array and task else number, int(environ.get("SLURM_RESTART_COUNT") or 0))
+    return Job(
+        f"{array}_{task}" if array and task else number,
+        int(environ.get("SLURM_RESTART_COUNT") or 0),
+        is_interactive="ENVIRONMENT" not in environ,  # BATCH in a batch script and its steps
+    )
 
 
 def seconds_left(job: Job) -> float | None:
@@ -47,6 +66,37 @@ def state_of_job(job: Job) -> tuple[str, str]:
     """The job's state and the reason that Slurm gives for it, e.g. ("COMPLETING", "TimeLimit")."""
     state, _, reason = _slurm("squeue", "-h", "-t", "all", "-j", job.name, "-o", "%T|%r")[1].strip().partition("|")
     return state, reason
+
+
+def has_ended(job: Job) -> bool:
+    """Whether Slurm says that the job has no processes any more; False where it says nothing."""
+    status, output = _slurm("squeue", "-h", "-t", "all", "-j", job.name, "-o", "%T")
+    return output.strip() in _ENDED if status == 0 else "Invalid job id" in output
+
+
+def time_limit_of(job: Job) -> TimeLimit:
+    """What Slurm says about the time limit of a job."""
+    words = _slurm("squeue", "-h", "-j", job.name, "-O", "TimeLimit,TimeLeft,PreemptTime")[1].split()
+    if len(words) != 3:
+        return TimeLimit(None, None, preempted=False, lead=None)
+    script = _slurm("scontrol", "write", "batch_script", job.name, "-")[1]
+    limit, left, preemption = words
+    return TimeLimit(parse_time_left(limit), parse_time_left(left), preemption[:1].isdigit(), lead_in(script))
+
+
+def lead_in(script: str) -> float | None:
+    """Seconds from the signal to the time limit, from the last --signal of a batch script; None without one."""
+    found = re.findall(r"^#SBATCH\b.*?--signal[= ](?:[BR]+:)?[A-Za-z0-9]+(?:@(\d+))?", script, re.MULTILINE)
+    return float(found[-1] or 60) if found else None  # 60 is Slurm's default
+
+
+def is_near(limit: TimeLimit) -> bool | None:
+    """Whether a signal that has come now is the one before the time limit; None where that is not known."""
+    if limit.preempted:
+        return False
+    if limit.left is None:
+        return None
+    return limit.left <= (_LEAD_UNKNOWN if limit.lead is None else limit.lead + _LEAD_TOLERANCE)
 
 
 def requeue(job: Job) -> str:

@@ -140,7 +140,7 @@ def _compare_in_place(comparison: Comparison) -> None:
 
     check_comparison(comparison)
     config = next(iter(comparison.configs.values())).fabric
-    with handling_signals():
+    with handling_signals(starting=True):
         handle_only(config.signals)
         try:
             with in_place(config) as fabric:

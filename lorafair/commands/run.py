@@ -240,7 +240,7 @@ def _run_in_place(config: Config, callbacks: Sequence[Callback]) -> None:
 
     from lorafair.federation import run_federation
 
-    with handling_signals():
+    with handling_signals(starting=True):
         handle_only(config.fabric.signals)
         try:
             with in_place(config.fabric) as fabric:

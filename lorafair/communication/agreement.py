@@ -19,6 +19,7 @@ from lorafair.cluster.signals import (
     request_stop_before_time_limit,
     stop_requested,
 )
+from lorafair.cluster.watchdog import waiting_for_others
 from lorafair.errors import LorafairError
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ def same_error_on_all_ranks(fabric: Fabric) -> Iterator[Agreement]:
     failed, agreement.stop = int(mine is not None), stop_requested()
     if fabric.world_size > 1:
         numbers = torch.tensor([failed, agreement.stop], device=fabric.device)
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-        failed, agreement.stop = numbers.tolist()
-        if failed:
-            dist.all_gather_object(errors, mine)
+        with waiting_for_others():
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+            failed, agreement.stop = numbers.tolist()
+            if failed:
+                dist.all_gather_object(errors, mine)
     first = next((error for error in errors if error is not None), None)
     if first is not None:
         abort_on_all_ranks(fabric, first)
@@ -76,8 +78,9 @@ def close_process_group(fabric: Fabric) -> None:
     A process that ends with the group open may abort while threads still run, and a completed run would then fail.
     """
     if fabric.world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        with waiting_for_others():
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 class StopRequest:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lorafair import registry, third_party
+from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.schema import ClientConfig
 from lorafair.data.images import DataError, ImageReader
 from lorafair.errors import ConfigError, one_line
@@ -223,6 +224,7 @@ class ResidentSource:
                 _check_room(values[0].numel() * values.element_size() * count, device)
                 self._inputs = torch.empty(count, *values.shape[1:], dtype=values.dtype, device=device)
             self._inputs[part[0] : part[-1] + 1] = values.to(device)
+            heartbeat()
 
     def batches(self, indices: Sequence[Indices]) -> Iterator[Tensor]:
         """One tensor (len(i), ...) on the device for each index array i, in order."""
