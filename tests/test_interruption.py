@@ -165,6 +165,28 @@ def test_an_error_keeps_the_clients_before_it(tmp_path: Path, monkeypatch: pytes
     assert len(run(launched(1), arguments)[1]) == 3
 
 
+@pytest.mark.parametrize("place", ["aggregate", "evaluate", "log_and_save"])
+def test_clients_of_a_round_that_ends_after_its_training_are_not_trained_again(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The state has moved on by then; what is written has to say what the clients started from."""
+    arguments = [*SIX_CLIENTS, f"run_dir={tmp_path}", "rounds=1", "data.train_images=24", "data.test_images=6"]
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError(place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(federation_module, place, fail)
+        with pytest.raises(RuntimeError, match=place):
+            run_federation(launched(1), load_config(arguments))
+    assert list_checkpoints(tmp_path) == []
+    capsys.readouterr()
+    assert run(launched(1), arguments) == ("done", [])
+    said = capsys.readouterr().out
+    assert "round 1: 6 clients done before the interruption" in said
+    assert "is not used" not in said
+
+
 def limited(fabric: Any, arguments: Sequence[str]) -> str:
     """Rank 1 alone knows that the job ends; the clients take half a second each."""
     train_cohort = TRAINER.train

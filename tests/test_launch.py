@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lorafair import launch
+from lorafair.cluster import saved
 from lorafair.cluster.signals import TIME_LIMIT, Interrupted
-from lorafair.cluster.slurm import Job
+from lorafair.cluster.slurm import Job, TimeLimit, lead_in, slurm_job
 
 RUNNING, ENDING = ("RUNNING", "None"), ("COMPLETING", "None")
 
@@ -76,3 +78,86 @@ def test_products_on_a_gpu_are_as_exact_as_asked_and_a_notebooks_setting_comes_b
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+LIMIT = TimeLimit(limit=120.0, left=55.0, preempted=False, lead=60.0)
+
+
+@pytest.mark.parametrize(
+    ("reason", "restarts", "state", "limit", "futile"),
+    [
+        (signal.SIGUSR1, 0, RUNNING, LIMIT, True),
+        (signal.SIGTERM, 0, ("COMPLETING", "TimeLimit"), TimeLimit(None, None, preempted=False, lead=None), True),
+        (TIME_LIMIT, 0, RUNNING, TimeLimit(None, None, preempted=False, lead=None), True),
+        (signal.SIGUSR1, 0, RUNNING, replace(LIMIT, left=280.0, lead=None), True),  # --signal of the command line
+        (signal.SIGUSR1, 0, RUNNING, replace(LIMIT, left=280.0), False),  # sent by hand
+        (signal.SIGTERM, 0, RUNNING, replace(LIMIT, preempted=True), False),
+        # Slurm's commands are not there, as in a container: a second start without anything
+        (signal.SIGUSR1, 0, ("", ""), TimeLimit(None, None, preempted=False, lead=None), False),
+        (signal.SIGUSR1, 1, ("", ""), TimeLimit(None, None, preempted=False, lead=None), True),
+    ],
+)
+def test_a_start_that_has_gained_nothing_before_the_time_limit_is_not_repeated(
+    reason: int, restarts: int, state: tuple[str, str], limit: TimeLimit, futile: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked_for: list[Job] = []
+    monkeypatch.setattr(launch, "state_of_job", lambda job: state)
+    monkeypatch.setattr(launch, "time_limit_of", lambda job: limit)
+    monkeypatch.setattr(launch, "requeue", lambda job: asked_for.append(job) or "")
+    saved.begin_start()
+    job, stop = Job("7", restarts), Interrupted(reason, "in round 1")
+    status, line = launch.after_stop(stop, job, max_requeues=3, gained=False)
+    assert (status, asked_for) == ((1, []) if futile else (75, [job]))
+    if futile:
+        assert "\n" not in line
+        assert_matches(r"job 7 is not requeued: the time limit.*--time.*--signal=USR1@.*client.steps", line)
+        assert ("of 2 minutes" in line) == (limit.limit is not None)
+        assert ("60 seconds before which its --signal asks to stop" in line) == (limit.lead is not None)
+    assert launch.after_stop(stop, job, max_requeues=3, gained=True)[0] == 75
+
+
+def test_what_an_earlier_start_has_saved_counts_where_nothing_is_known_of_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "time_limit_of", lambda job: TimeLimit(None, None, preempted=False, lead=None))
+    saved.begin_start()
+    assert launch.why_futile(Job("7", 1), at_limit=False)
+    saved.note_saved(before=True)
+    assert not launch.why_futile(Job("7", 1), at_limit=False)
+
+
+def test_a_shell_in_an_allocation_does_not_wait_for_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "state_of_job", lambda job: RUNNING)
+    monkeypatch.setattr(launch, "requeue", lambda job: "Only batch jobs are accepted or processed for job 7")
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} seconds"))
+    job = slurm_job({"SLURM_JOB_ID": "7"})
+    status, line = launch.after_stop(Interrupted(signal.SIGTERM, "in round 1"), job, max_requeues=3)
+    assert status == 75
+    assert_matches("could not be requeued .*Only batch jobs.*; the same command continues", line)
+    batch = slurm_job({"SLURM_JOB_ID": "7", "ENVIRONMENT": "BATCH"})
+    assert batch is not None
+    assert not batch.is_interactive
+
+
+@pytest.mark.parametrize(
+    ("script", "lead"),
+    [
+        ("#!/bin/bash\n#SBATCH --signal=USR1@120   # so\n", 120),
+        ("#SBATCH --requeue --signal=B:TERM@30 --time=5\n#SBATCH --signal USR2@90\n", 90),
+        ("#SBATCH --signal=10\n", 60),
+        ("srun --signal=USR1@10 x\n", None),
+        ("", None),
+    ],
+)
+def test_the_lead_of_the_signal_in_a_batch_script(script: str, lead: float | None) -> None:
+    assert lead_in(script) == lead
+
+
+def test_what_happens_to_the_work_is_said_only_where_it_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved, "_state", saved._State())
+    assert saved.outlook() == ""  # as in `lorafair export`
+    saved.begin_start()
+    assert saved.outlook() == "; nothing was saved yet, and the same command begins anew"
+    saved.note_saved()
+    assert saved.outlook() == "; what is saved stays, and the same command continues from it"

@@ -30,7 +30,7 @@ class Backstop:
             now = time.monotonic()
             ends = now + max(seconds, 0.0) + MARGIN_SECONDS
             if self._ends is None or abs(self._ends - ends) > _TOLERANCE_SECONDS:
-                left = min(ends - now, threading.TIMEOUT_MAX)
+                left = max(0.1, round(min(ends - now, threading.TIMEOUT_MAX), 1))
                 faulthandler.dump_traceback_later(left, exit=True, file=stderr_number())
                 self._ends = ends
 

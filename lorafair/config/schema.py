@@ -298,7 +298,7 @@ class ClientConfig:
     timeout_minutes: float | None = option(
         10.0,
         """A client without a finished step in this time counts as hung, and the run ends with an error that names it;
-        null: no limit.""",
+        so do tokens, server step, evaluation, report and checkpoint without progress. null: no limit.""",
         above=0,
         identity=False,
     )

@@ -13,6 +13,7 @@ from lorafair.cluster.signals import (
     ANOTHER_RANK,
     NO_REASON,
     TIME_LIMIT,
+    finishing_clients,
     handle_only,
     handling_signals,
     request_stop,
@@ -105,3 +106,31 @@ def test_a_library_that_makes_an_error_of_its_own_of_ctrl_c_does_not_hide_it() -
         listen(2)
     with pytest.raises(RecursionError):
         listen(1)
+
+
+def test_ctrl_c_ends_a_start_at_once_and_lets_clients_finish_afterwards() -> None:
+    with handling_signals(starting=True):
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        send(signal.SIGINT)  # while the process ends
+        signals.reset()
+        with finishing_clients():
+            send(signal.SIGINT)
+            assert stop_requested() == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGINT)
+            signals.reset()
+        with pytest.raises(KeyboardInterrupt):  # the start of the next run of a comparison
+            send(signal.SIGINT)
+    with handling_signals():
+        send(signal.SIGINT)
+        assert stop_requested() == signal.SIGINT
+
+
+def test_what_a_stop_has_still_to_do_is_not_interrupted_by_a_first_ctrl_c() -> None:
+    with handling_signals(starting=True):
+        with pytest.raises(RuntimeError), finishing_clients():
+            raise RuntimeError
+        send(signal.SIGINT)
+        assert stop_requested() == signal.SIGINT

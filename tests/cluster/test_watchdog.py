@@ -228,3 +228,64 @@ def test_a_lost_process_is_one_line_and_any_other_failure_has_its_traceback(
     assert line.count("\n") == 1
     assert "Traceback" in fail(ZeroDivisionError(text))
     assert not is_peer_loss(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_saves_what_is_done_before_the_work_in_progress_ends() -> None:
+    """The scheduler may kill the process in a long evaluation."""
+    ended = python("""
+        import os, signal, time
+        from lorafair.cluster.signals import handling_signals
+        from lorafair.cluster.watchdog import saving, start_watchdog
+        start_watchdog("process 0")
+        with handling_signals(), saving(lambda: print("saved", flush=True)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-9, "saved\n", "")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_start_where_a_library_hides_it() -> None:
+    ended = python("""
+        import os, signal, threading, time
+        from lorafair.cluster.signals import handling_signals
+        from lorafair.cluster.watchdog import start_watchdog
+        dog = start_watchdog("process 0")
+        with handling_signals(starting=True), dog.deadline("the loading", 600):
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            while True:
+                try:
+                    time.sleep(60)
+                except KeyboardInterrupt:  # as in a destructor, where Python prints it and goes on
+                    pass
+    """)
+    assert ended.returncode == 130
+    assert "error: process 0: stopped by SIGINT in the loading; " in ended.stderr
+
+
+def test_a_lost_rank_is_named_with_what_it_was_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_HEARTBEAT_SECONDS", 0.02)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+    places = ["round 1, waiting for the other processes", "the server step of round 1\udcff", ""]
+    stopped = [threading.Event() for _ in places]
+    peers = [watchdog._Peers(store, r, 3, 0.3, stopped[r], lambda r=r: places[r]) for r in range(3)]  # type: ignore[misc]
+    time.sleep(0.2)
+    assert peers[0].places() == "process 1 was last in the server step of round 1?"
+    assert peers[1].places() == ""
+    peers[2].last_word = "failed"
+    stopped[2].set()
+    peers[2].join()
+    time.sleep(0.1)
+    assert peers[0].lost() == "process 2 has failed"
+    peers[2].last_word = "done"
+    store.set("lorafair/alive/2", "done")
+    monkeypatch.setattr(peers[1], "_store", None)  # its next beat fails: it is silent from now on
+    threading.excepthook, before = lambda _: None, threading.excepthook
+    time.sleep(0.6)
+    threading.excepthook = before
+    lost = "process 1 has sent no heartbeat for 0.3 seconds, last in the server step of round 1?"
+    assert peers[0].lost() == lost
+    stopped[0].set()
+    peers[0].join()
