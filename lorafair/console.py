@@ -132,7 +132,8 @@ def clock_text(seconds: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """A duration in words, as options give it: 8 seconds, 2.5 minutes."""
-    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+    number, unit = (seconds / 60, "minute") if seconds >= 60 else (seconds, "second")
+    return f"{number:g} {unit}{'' if number == 1 else 's'}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -301,3 +301,15 @@ def test_vit_tokens(name: str) -> None:
         with torch.no_grad():
             backbone.forward_features(images)
             assert torch.equal(third_party.vit_tokens(backbone, images), entered[0])
+
+
+def test_lightnings_loggers_write_whatever_rank_was_left_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    written: list[int] = []
+    rank_zero_only(written.append)(1)
+    assert written == []
+    third_party.let_lightning_log()
+    rank_zero_only(written.append)(2)
+    assert written == [2]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorafair.cluster.saved import note_saved
 from lorafair.cluster.signals import Interrupted
 from lorafair.communication.agreement import abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.comparison.listing import options_text
@@ -18,7 +19,7 @@ from lorafair.comparison.report import write_report
 from lorafair.config.schema import Config
 from lorafair.console import log
 from lorafair.errors import LorafairError, one_line
-from lorafair.federation import run_federation
+from lorafair.federation import limited, run_federation
 from lorafair.files.writing import write_atomically
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def run_comparison(
         if failure and (run.candidate is None or index is not None):
             failures.append(f"{run.name}: {failure}")
     if index is None:
-        with same_error_on_all_ranks(fabric):
+        first = next(iter(comparison.configs.values()))
+        with same_error_on_all_ranks(fabric), limited(first, "the report of the comparison", of_start=True):
             if fabric.is_global_zero and only_tuning:
                 report_tuning(comparison)
             elif fabric.is_global_zero:
@@ -81,6 +83,7 @@ def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str)
     options = f" with {options_text(chosen)}" if chosen else ""
     log.info(f"\n{progress} {run.name}{options}{': done before' if decision.skip else ''}")
     if decision.skip:
+        note_saved(before=True)
         return ""
     failure = decision.failure
     if not failure:

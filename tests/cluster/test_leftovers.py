@@ -18,7 +18,13 @@ from tests.cluster.test_placement import BATCH, COMMAND, step
 
 ALONE, TWO = FabricConfig(devices=1, accelerator="cpu"), FabricConfig(devices=2, accelerator="cpu")
 LEFT = {"MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500"}
-OF_TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+OF_TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +89,7 @@ def test_torchrun_is_believed_unless_it_does_not_answer() -> None:
         }  # fmt: skip
         assert cleaned(held, TWO).items() >= OF_TORCHRUN.items()
     assert cleaned(held, ALONE) == {"HOME": "/root"}
-    with pytest.raises(ConfigError, match="TORCHELASTIC_RUN_ID=none.*left over"):
+    with pytest.raises(ConfigError, match=r"TORCHELASTIC_RUN_ID=none.*left over"):
         cleaned(held, TWO)
 
 
@@ -124,7 +130,9 @@ def test_a_command_on_each_node_needs_a_number_and_an_address(environ: dict[str,
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
 def test_two_processes_of_mpirun_are_not_two_runs(name: str) -> None:
     for config in (ALONE, TWO):
-        with pytest.raises(ConfigError, match=f"mpirun is not supported.*fabric.devices=2.*env -u {name} python") as caught:
+        with pytest.raises(
+            ConfigError, match=f"mpirun is not supported.*fabric.devices=2.*env -u {name} python"
+        ) as caught:
             detect({name: "2"}, config, COMMAND)
         assert "\n" not in str(caught.value)
     assert processes_started({name: "2"}) == 2
@@ -148,7 +156,9 @@ def test_a_part_of_a_launch_is_no_launch(environ: dict[str, str]) -> None:
 
 def test_variables_of_a_job_that_has_ended_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     job = {**BATCH, "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_CONF": "/etc/slurm.conf"}
-    with pytest.raises(ConfigError, match="has 4 tasks on 2 nodes.*env -u SLURM_JOB_ID python train.py conf/demo.yaml$"):
+    with pytest.raises(
+        ConfigError, match=r"has 4 tasks on 2 nodes.*env -u SLURM_JOB_ID python train.py conf/demo.yaml$"
+    ):
         detect(cleaned(job, ALONE), ALONE, COMMAND)
     asked: list[Any] = []
     monkeypatch.setattr(leftovers, "has_ended", lambda job: asked.append(job.name) or True)
