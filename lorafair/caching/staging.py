@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafair.cluster.watchdog import heartbeat
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.console import EVERY_RANK, log
 from lorafair.errors import ConfigError
@@ -19,7 +18,6 @@ from lorafair.errors import ConfigError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-_PART = 2**24  # bytes
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -55,10 +53,7 @@ def _copy(file: Path, folder: Path, setting: str) -> None:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise OSError(errno.ENOSPC, f"{free / 1e9:.1f} GB are free")
-        with file.open("rb") as source, partial.open("wb") as target:
-            while part := source.read(_PART):
-                target.write(part)
-                heartbeat()
+        shutil.copyfile(file, partial)
         with partial.open("rb") as copied:
             os.fsync(copied.fileno())
         if partial.stat().st_size != size:
