@@ -160,13 +160,18 @@ class JointAggregator(Protocol):
 
 
 def aggregate(
-    aggregator: Aggregator, clients: AdapterState, weights: Tensor, start: AdapterState | None = None
+    aggregator: Aggregator,
+    clients: AdapterState,
+    weights: Tensor,
+    start: AdapterState | None = None,
+    receives: Sequence[Part] = PARTS,
 ) -> ServerUpdate:
     """The server step: every layer by the method, the head by its weighted mean.
 
-    `clients` holds tensors with a leading K, `weights` (K,) sums to 1, `start` is what the clients were sent. Computed
-    in float64 on the clients' device and returned in the clients' dtype; the order of the clients matters up to
-    rounding only.
+    `clients` holds tensors with a leading K, `weights` (K,) sums to 1, `start` is what the clients were sent and
+    `receives` what they are sent of the result: factors that they are not sent stay those of `start`. Computed in
+    float64 on the clients' device and returned in the clients' dtype; the order of the clients matters up to rounding
+    only.
     """
     initial_factors = None if start is None else start.factors
     if isinstance(aggregator, JointAggregator) and clients.factors:
@@ -182,6 +187,8 @@ def aggregate(
     _check_updates(aggregator, clients, updates)
     if initial_factors is not None and not (aggregator.decomposes or aggregator.restarts):
         updates = {path: _keep_unused(u, clients.factors[path], initial_factors[path]) for path, u in updates.items()}
+    if initial_factors is not None and not (aggregator.personal_parts or aggregator.restarts):
+        updates = {path: _keep_unsent(update, initial_factors[path], receives) for path, update in updates.items()}
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
     head = {name: weighted_mean(tensor, weights) for name, tensor in clients.head.items()}
     return ServerUpdate(
@@ -267,3 +274,11 @@ def _keep_unused(update: LayerUpdate, clients: LoRAFactors, start: LoRAFactors) 
     A, B = start.A.to(new.A), start.B.to(new.B)
     factors = LoRAFactors(A=torch.where(used.unsqueeze(1), new.A, A), B=torch.where(used, new.B, B))
     return replace(update, factors=factors)
+
+
+def _keep_unsent(update: LayerUpdate, start: LoRAFactors, receives: Sequence[Part]) -> LayerUpdate:
+    """A factor that clients are not sent is the one they have: with mixed LoRA ranks not the mean of what they hold."""
+    new = update.factors
+    A = new.A if "A" in receives else start.A.to(new.A)
+    B = new.B if "B" in receives else start.B.to(new.B)
+    return replace(update, factors=LoRAFactors(A=A, B=B))

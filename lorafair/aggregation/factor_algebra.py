@@ -83,6 +83,23 @@ def weighted_sum(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
     return _summed(clients, weights) if _is_dense(clients) else _stacked(clients, weights)
 
 
+def packed_sum(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+    """`weighted_sum` as it is sent: without the zeros that pad smaller LoRA ranks, so of rank Σ r_k. Waits for a GPU."""
+    have = directions_of(clients)
+    return weighted_sum(clients, weights) if bool(have.all()) else _packed(clients, weights, have)
+
+
+def shared_a(clients: LoRAFactors, weights: Tensor) -> Tensor:
+    """The A (R, I) whose first rows each client holds, in float64, where none has trained it; zero beyond all of them.
+
+    Not the mean where LoRA ranks differ: it would count the zeros that pad the smaller ones.
+    """
+    mean, have = weighted_mean(clients.A, weights), directions_of(clients)
+    held = (have * weights.to(mean.device, torch.float64).unsqueeze(1)).sum(0)  # (R,)
+    whole = have.all(0) | (held == 0)
+    return mean / torch.where(whole, 1.0, held).unsqueeze(1)
+
+
 def split_ideal_update(clients: LoRAFactors, weights: Tensor) -> IdealUpdate:
     """The mean of the factors and what it leaves of ΔW. Clients: A (K, R, I), B (K, O, R)."""
     mean = mean_factors(clients, weights)
@@ -90,10 +107,12 @@ def split_ideal_update(clients: LoRAFactors, weights: Tensor) -> IdealUpdate:
     return IdealUpdate(mean=mean, bias=bias, precision=clients.A.dtype)
 
 
-def _is_dense(clients: LoRAFactors) -> bool:
-    """Whether a sum over these clients is kept as a matrix: larger factors than a block, and than the matrix."""
-    (count, rank, inputs), outputs = clients.A.shape, clients.B.shape[1]
-    return count * rank > max(outputs, inputs) and count * rank * (outputs + inputs) > _CLIENT_NUMBERS
+def _is_dense(clients: LoRAFactors, rank: int | None = None) -> bool:
+    """Whether a sum over these clients, of this rank (K·R), is kept as a matrix: its factors are larger than a block,
+    and than the matrix."""
+    (count, lora_rank, inputs), outputs = clients.A.shape, clients.B.shape[1]
+    rank = count * lora_rank if rank is None else rank
+    return rank > max(outputs, inputs) and rank * (outputs + inputs) > _CLIENT_NUMBERS
 
 
 def _stacked(clients: LoRAFactors, weights: Tensor, origin: LoRAFactors | None = None) -> LoRAFactors:
@@ -105,6 +124,18 @@ def _stacked(clients: LoRAFactors, weights: Tensor, origin: LoRAFactors | None =
         B.sub_(origin.B)
     A.mul_(weights.to(A.device, torch.float64).view(-1, 1, 1))
     return LoRAFactors(A=A.flatten(0, 1), B=B.permute(1, 0, 2).flatten(1))  # (N, I), (O, N)
+
+
+def _packed(
+    clients: LoRAFactors, weights: Tensor, kept: Tensor, origin: LoRAFactors | None = None
+) -> LoRAFactors:
+    """The same without the directions (K, R) that are not `kept`, whose terms are zero."""
+    if _is_dense(clients, int(kept.sum())):
+        return _summed(clients, weights, origin)
+    stacks = [_stacked(block, own, origin) for block, own in blocks_of(clients, weights)]
+    masks = kept.flatten().split([stack.rank for stack in stacks])
+    parts = [LoRAFactors(A=s.A[mask], B=s.B[:, mask]) for s, mask in zip(stacks, masks, strict=True)]
+    return add(*parts)
 
 
 def _summed(clients: LoRAFactors, weights: Tensor, origin: LoRAFactors | None = None) -> LoRAFactors:
@@ -194,11 +225,18 @@ def truncated_svd(product: LoRAFactors, rank: int) -> LoRAFactors:
 
 
 def aggregation_bias(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
-    """The aggregation bias ΔR = ΔW − B̄Ā as a product of rank (K − 1)·R at most, in float64.
+    """The aggregation bias ΔR = ΔW − B̄Ā as a product of rank (K − 1)·R at most, in float64. Waits for a GPU.
 
-    ΔR = Σ p_k (B_k − B̄)(A_k − Ā), and since Σ p_k (B_k − B̄) = 0, Ā may be replaced by the last client's A.
+    ΔR = Σ p_k (B_k − B̄)(A_k − Ā), and since Σ p_k (B_k − B̄) = 0, Ā may be replaced by the last client's A: row by row,
+    where LoRA ranks differ, and by zero where not all clients have the row, which leaves rank Σ r_k − min r_k.
     """
     origin = LoRAFactors(A=clients.A[-1].to(torch.float64), B=weighted_mean(clients.B, weights))
+    have = directions_of(clients)
+    if not bool(have.all()):
+        of_all = have.all(0)  # (R,)
+        kept = torch.cat([have[:-1], (have[-1] & ~of_all).unsqueeze(0)])
+        by_row = LoRAFactors(A=torch.where(of_all.unsqueeze(1), origin.A, 0.0), B=origin.B)
+        return _packed(clients, weights, kept, by_row)
     if _is_dense(clients):
         return _summed(clients, weights, origin)
     return _stacked(LoRAFactors(A=clients.A[:-1], B=clients.B[:-1]), weights[:-1], origin)
@@ -214,3 +252,14 @@ def lora_ranks_of(clients: LoRAFactors) -> Tensor:
     used = nonzero_rows(clients)
     positions = torch.arange(1, used.shape[1] + 1, device=used.device)
     return (used * positions).amax(1)
+
+
+def directions_of(clients: LoRAFactors) -> Tensor:
+    """Which directions each client has: those below its LoRA rank, (K, R). A (K, R, I)."""
+    return torch.arange(clients.rank, device=clients.A.device) < lora_ranks_of(clients).unsqueeze(1)
+
+
+def is_identity(factor: Tensor) -> bool:
+    """Whether a factor (N, N) of a product is the identity, so that the other one is the product. Waits for a GPU."""
+    rows, columns = factor.shape
+    return rows == columns and torch.equal(factor, torch.eye(rows, dtype=factor.dtype, device=factor.device))

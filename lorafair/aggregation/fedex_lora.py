@@ -17,7 +17,7 @@ from lorafair.model.adapter import LoRAFactors
 
 @dataclass(frozen=True)
 class FedExLoRA(Aggregator):
-    """(Ā, B̄), and ΔR = ΔW − B̄Ā folded as factors of rank (K − 1)·R (arXiv 2410.09432)."""
+    """(Ā, B̄), and ΔR = ΔW − B̄Ā folded as factors of rank (K − 1)·R, or Σ r_k − min r_k (arXiv 2410.09432)."""
 
     residual_rank: int | None = option(
         None, "Send only the best approximation of ΔR of this rank (all of it, which is exact).", at_least=1

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import mean_factors, truncated_svd
+from lorafair.aggregation.factor_algebra import shared_a, truncated_svd, weighted_mean
 from lorafair.model.adapter import LoRAFactors, Part
 
 
@@ -31,5 +31,6 @@ class FedSVD(Aggregator):
         return ("A", "B", "head")
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """The SVD of B̄A, of rank R."""
-        return LayerUpdate(factors=truncated_svd(mean_factors(clients, weights), clients.rank))
+        """The SVD of B̄A, of rank R; clients hold A, or its first rows where LoRA ranks differ."""
+        product = LoRAFactors(A=shared_a(clients, weights), B=weighted_mean(clients.B, weights))
+        return LayerUpdate(factors=truncated_svd(product, clients.rank))

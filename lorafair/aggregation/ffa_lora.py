@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import mean_factors
+from lorafair.aggregation.factor_algebra import shared_a, weighted_mean
 from lorafair.model.adapter import LoRAFactors, Part
 
 
@@ -26,5 +26,5 @@ class FFALoRA(Aggregator):
         return ("B", "head")
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """(A0, B̄); Ā is the A0 that all clients hold."""
-        return LayerUpdate(factors=mean_factors(clients, weights))
+        """(A0, B̄); clients hold A0, or its first rows where LoRA ranks differ."""
+        return LayerUpdate(LoRAFactors(A=shared_a(clients, weights), B=weighted_mean(clients.B, weights)))

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import mean_factors, weighted_sum
+from lorafair.aggregation.factor_algebra import mean_factors, packed_sum
 from lorafair.model.adapter import LoRAFactors, Part
 
 
@@ -32,6 +32,6 @@ class FLoRA(Aggregator):
         return ("head",)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """ΔW to merge, as factors of rank K·R with the weights in A only (as a matrix for many), and zero factors."""
+        """ΔW to merge, as factors of rank Σ r_k with the weights in A only (as a matrix for many), and zero factors."""
         nothing = mean_factors(clients, weights * 0)
-        return LayerUpdate(factors=nothing, folded=weighted_sum(clients, weights))
+        return LayerUpdate(factors=nothing, folded=packed_sum(clients, weights))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import blocks_of, lora_ranks_of, total
+from lorafair.aggregation.factor_algebra import blocks_of, directions_of, total
 from lorafair.model.adapter import LoRAFactors
 
 
@@ -21,7 +21,7 @@ class RBLA(Aggregator):
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k with LoRA rank > r; zero if none."""
-        have = torch.arange(clients.rank, device=clients.A.device) < lora_ranks_of(clients).unsqueeze(1)  # (K, R)
+        have = directions_of(clients)  # (K, R)
         normalized = have * weights.to(clients.A.device, torch.float64).unsqueeze(1)
         normalized = normalized / torch.where(have.any(0), normalized.sum(0), 1.0)
         return LayerUpdate(

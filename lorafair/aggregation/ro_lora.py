@@ -26,5 +26,5 @@ class RoLoRA(Aggregator):
         return ("B", "head") if round_index % 2 == 0 else ("A", "head")
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """(Ā, B̄), of which one is what all clients hold."""
+        """(Ā, B̄), of which the trained one is sent; clients go on with the other as they have it."""
         return LayerUpdate(factors=mean_factors(clients, weights))

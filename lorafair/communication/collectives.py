@@ -5,7 +5,8 @@ Letters: W ranks, K clients of the round, n clients of this rank, L adapted laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorafair.aggregation.base import ServerUpdate
-from lorafair.aggregation.factor_algebra import clients_at_a_time
+from lorafair.aggregation.factor_algebra import clients_at_a_time, is_identity
 from lorafair.model.adapter import AdapterLayout, AdapterState, LoRAFactors, Part, take_columns
 from lorafair.schedule import RoundPlan
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _NUMBERS_AT_A_TIME = 2**24  # of all clients, that a rank receives at a time: 64 MB of float32
+_BOTH, _ONLY_A, _ONLY_B = range(3)  # which factors of a folded product are sent
 
 
 def gather_clients(fabric: Fabric, rows: Tensor, clients_of_rank: Sequence[Sequence[int]]) -> Tensor:
@@ -145,37 +147,64 @@ def broadcast_update(
     """The server's update on every rank; `update` is given on rank 0. Call on every rank.
 
     Returns the numbers of `parts` in the order of a packed row, and the factors to fold into the frozen weights. One
-    broadcast of one tensor; where the method folds (`folds`), the LoRA ranks of the folded factors are sent first,
-    because the other processes do not know them.
+    broadcast of one tensor; where the method folds (`folds`), the forms of the folded factors are sent first, because
+    the other processes do not know them.
     """
     device = fabric.device
-    lora_ranks = torch.zeros(len(layout.factors), dtype=torch.int64, device=device)  # (L,)
+    forms = torch.zeros(len(layout.factors), 2, dtype=torch.int64, device=device)  # (L, LoRA rank and what is sent)
     numbers: list[Tensor] = []
     if update is not None:
         numbers.append(layout.select(layout.pack(AdapterState(factors=update.factors, head=update.head)), parts))
         for index, path in enumerate(layout.factors):
             if path in update.folded:
-                lora_ranks[index] = update.folded[path].rank
-        numbers += [update.folded[path].A.flatten() for path in layout.factors if path in update.folded]
-        numbers += [update.folded[path].B.flatten() for path in layout.factors if path in update.folded]
+                factors = update.folded[path]
+                sent = _factors_to_send(factors)
+                forms[index] = torch.tensor([factors.rank, sent])
+                numbers += [factors.A.flatten()] if sent != _ONLY_B else []
+                numbers += [factors.B.flatten()] if sent != _ONLY_A else []
     if folds and fabric.world_size > 1:
-        dist.broadcast(lora_ranks, src=0)
-    folded_shapes = {
-        path: ((lora_rank, a[1]), (b[0], lora_rank))
-        for (path, (a, b)), lora_rank in zip(
-            layout.factors.items(), lora_ranks.tolist() if folds else [0] * len(lora_ranks), strict=True
+        dist.broadcast(forms, src=0)
+    shapes = {
+        path: (((lora_rank, a[1]), (b[0], lora_rank)), sent)
+        for (path, (a, b)), (lora_rank, sent) in zip(
+            layout.factors.items(), forms.tolist() if folds else [(0, _BOTH)] * len(forms), strict=True
         )
         if lora_rank
     }
-    folded_layout = AdapterLayout(factors=folded_shapes, head={})
     start_length = layout.length_of(parts)
-    if update is not None:
-        message = torch.cat(numbers).float()
-    else:
-        message = torch.empty(start_length + folded_layout.length, device=device)
+    length = sum((sent != _ONLY_B) * math.prod(a) + (sent != _ONLY_A) * math.prod(b) for (a, b), sent in shapes.values())
+    message = torch.empty(start_length + length, device=device) if update is None else torch.cat(numbers).float()
     if fabric.world_size > 1 and message.numel():
         dist.broadcast(message, src=0)
-    return message[:start_length], folded_layout.unpack(message[start_length:]).factors
+    return message[:start_length], _received_factors(message[start_length:], shapes)
+
+
+def _factors_to_send(factors: LoRAFactors) -> int:
+    """A product that is kept as a matrix has an identity for its other factor, which need not be sent."""
+    if factors.rank != min(factors.A.shape[1], factors.B.shape[0]):
+        return _BOTH
+    if is_identity(factors.B):
+        return _ONLY_A
+    return _ONLY_B if is_identity(factors.A) else _BOTH
+
+
+def _received_factors(
+    message: Tensor, shapes: Mapping[str, tuple[tuple[tuple[int, int], tuple[int, int]], int]]
+) -> dict[str, LoRAFactors]:
+    """Factors by path from their numbers; `shapes` are those of A and B, and which of them were sent."""
+    offset, found = 0, {}
+
+    def take(shape: tuple[int, int], is_sent: bool) -> Tensor:
+        nonlocal offset
+        if not is_sent:
+            return torch.eye(*shape, dtype=message.dtype, device=message.device)
+        start, offset = offset, offset + math.prod(shape)
+        return message[start:offset].view(shape)
+
+    for path, ((a, b), sent) in shapes.items():
+        A = take(a, sent != _ONLY_B)
+        found[path] = LoRAFactors(A=A, B=take(b, sent != _ONLY_A))
+    return found
 
 
 def sum_over_ranks(fabric: Fabric, tensor: Tensor) -> Tensor:

@@ -36,11 +36,12 @@ def round_traffic(
 ) -> Traffic:
     """What the clients of a round, of these LoRA ranks, send and receive; nothing where data is pooled.
 
-    A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send.
+    A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send. A
+    folded part is sent as factors, or as a matrix (O, I) where that is smaller.
     """
     if aggregator.pools_data:
         return Traffic()
-    folded = sum(f.A.numel() + f.B.numel() for f in update.folded.values())
+    folded = sum(min(f.A.numel() + f.B.numel(), f.A.shape[1] * f.B.shape[0]) for f in update.folded.values())
     sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
     up = sum(_numbers(layout, sends, lora_rank, {}) for lora_rank in lora_ranks)
     down = sum(_numbers(layout, receives, lora_rank, update.sent_lora_rank) + folded for lora_rank in lora_ranks)

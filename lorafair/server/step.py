@@ -103,12 +103,13 @@ class Server(ABC):
         weights = torch.tensor(results.weights, dtype=torch.float64, device=results.rows.device)
         columns = self.experiment.layout.columns_of(shard, PARTS)
         clients, start = shard.unpack(results.rows), take_columns(state.adapter, columns)
-        update, moments = aggregate(aggregator, clients, weights, shard.unpack(start)), None
+        received = aggregator.receives(state.completed_rounds)
+        update, moments = aggregate(aggregator, clients, weights, shard.unpack(start), received), None
         check_finite(aggregator, update)
         if state.moments is not None:
             moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
             proposed = shard.pack(AdapterState(factors=update.factors, head=update.head))
-            spans = shard.spans(aggregator.receives(state.completed_rounds))
+            spans = shard.spans(received)
             moved = shard.unpack(server_step(self.experiment.config.server, moments, start, proposed, spans))
             update = replace(update, factors=moved.factors, head=moved.head)
             self.store_moments(state, shard, moments)
