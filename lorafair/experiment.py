@@ -161,6 +161,8 @@ def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkp
         model.compile(backend=config.model.compile, **({} if mode is None else {"mode": mode}))
     identity = _identity(config, loaded.data, model)
     _introduce(config, loaded, cohort, fabric.world_size)
+    if len(set(loaded.lora_ranks)) > 1 and aggregator.note_on_mixed_lora_ranks:
+        log.info(f"method: {aggregator.note_on_mixed_lora_ranks}")
     experiment = Experiment(
         fabric=fabric,
         config=config,

@@ -121,6 +121,11 @@ class Aggregator(ABC):
         """Whether updates of `combine` may have a folded part."""
         return False
 
+    @property
+    def note_on_mixed_lora_ranks(self) -> str:
+        """What the log of a run should say where clients differ in LoRA rank."""
+        return ""
+
     def trains(self, round_index: int) -> tuple[Part, ...]:
         """What clients train in this round (from 0); the rest stays as it was sent."""
         return PARTS

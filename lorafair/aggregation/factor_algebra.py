@@ -259,6 +259,12 @@ def directions_of(clients: LoRAFactors) -> Tensor:
     return torch.arange(clients.rank, device=clients.A.device) < lora_ranks_of(clients).unsqueeze(1)
 
 
+def have_mixed_lora_ranks(clients: LoRAFactors) -> Tensor:
+    """Whether the clients' LoRA ranks differ, a scalar tensor."""
+    lora_ranks = lora_ranks_of(clients)
+    return lora_ranks.amax() != lora_ranks.amin()
+
+
 def is_identity(factor: Tensor) -> bool:
     """Whether a factor (N, N) of a product is the identity, so that the other one is the product. Waits for a GPU."""
     rows, columns = factor.shape

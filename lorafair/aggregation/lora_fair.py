@@ -21,6 +21,7 @@ from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import (
     add,
     aggregation_bias,
+    have_mixed_lora_ranks,
     inner,
     mean_factors,
     squared_norm,
@@ -56,9 +57,10 @@ class LoRAFair(Aggregator):
         """exact: the minimiser (with residual=both, or cosine_columns on B, a local one). sgd: the paper's gradient
         descent from zero, which inflates B where B is small and stops short where λ is.""",
     )
-    rescale: bool = option(
-        False,
-        "Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale.",
+    rescale: bool | None = option(
+        None,
+        """Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale. Not set:
+        in rounds whose clients differ in LoRA rank, where the cosine alone leaves a larger error than FedIT.""",
     )
     align: bool = option(
         False,
@@ -81,6 +83,13 @@ class LoRAFair(Aggregator):
         """With method.fold."""
         return self.fold
 
+    @property
+    def note_on_mixed_lora_ranks(self) -> str:
+        """That method.rescale is on then."""
+        if self.rescale is not None:
+            return ""
+        return "method.rescale is on in rounds whose clients differ in LoRA rank (method.rescale=false: never)"
+
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """One layer, from A (K, R, I), B (K, O, R) and weights (K,); see `combine_layers`."""
         return self.combine_layers({"layer": clients}, weights, None if start is None else {"layer": start})["layer"]
@@ -94,10 +103,11 @@ class LoRAFair(Aggregator):
         """
         if self.align and start is not None:
             layers = {path: aligned(clients, start[path]) for path, clients in layers.items()}
+        mixed = {path: have_mixed_lora_ranks(clients) for path, clients in layers.items()}
         if self._has_fixed_factor:
-            corrected = self._correct_one_factor(layers, weights)
+            corrected = self._correct_one_factor(layers, weights, mixed)
         else:
-            corrected = {path: self._correct_freely(clients, weights) for path, clients in layers.items()}
+            corrected = {path: self._correct_freely(layers[path], weights, mixed[path]) for path in layers}
         if self.solver == "sgd":
             self._require_finite(corrected)
         if self.rescale:
@@ -116,7 +126,9 @@ class LoRAFair(Aggregator):
         """Whether the problem falls apart into the small ones of `fixed_factor`."""
         return self.residual == "A" or (self.residual == "B" and self.similarity != "cosine_columns")
 
-    def _correct_one_factor(self, layers: Mapping[str, LoRAFactors], weights: Tensor) -> dict[str, LoRAFactors]:
+    def _correct_one_factor(
+        self, layers: Mapping[str, LoRAFactors], weights: Tensor, mixed: Mapping[str, Tensor]
+    ) -> dict[str, LoRAFactors]:
         on_a = self.residual == "A"
         corrected = correct_b(
             {path: transpose(clients) for path, clients in layers.items()} if on_a else layers,
@@ -124,6 +136,7 @@ class LoRAFair(Aggregator):
             self._solve,
             penalty=lambda mean: penalty_of_b(mean, similarity=self.similarity, regularization=self.regularization),
             by_row=self.similarity == "cosine_columns",
+            rescales=mixed if self.rescale is None else None,
         )
         return {path: transpose(factors) for path, factors in corrected.items()} if on_a else corrected
 
@@ -133,7 +146,14 @@ class LoRAFair(Aggregator):
             return descend(problems, cosine=cosine, steps=self._steps, learning_rate=self._learning_rate)
         return solve_cosine(problems) if cosine else solve_frobenius(problems)
 
-    def _correct_freely(self, clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+    def _correct_freely(self, clients: LoRAFactors, weights: Tensor, mixed: Tensor) -> LoRAFactors:
+        corrected = self._descend_freely(clients, weights)
+        if self.rescale is not None or not bool(mixed):
+            return corrected
+        opposed = inner(corrected, weighted_sum(clients, weights)) <= 0
+        return mean_factors(clients, weights) if bool(opposed) else self._rescaled(corrected, clients, weights)
+
+    def _descend_freely(self, clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
         objective = self.objective(clients, weights)
         if self.solver == "sgd":
             return descend_from_mean(objective, self.residual, steps=self._steps, learning_rate=self._learning_rate)

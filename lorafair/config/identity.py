@@ -12,6 +12,7 @@ from lorafair.config.options import all_options, former_keys, group_of, option_o
 from lorafair.config.schema import Config
 
 _PLUGINS = "plugins"  # the group with a sum of each file of a plug-in that defines something of the run
+_CORRECTED = "mixed_lora_ranks"  # the version that corrected what the method does with clients of different LoRA ranks
 _NOT_SET = "not set"
 _SHOWN = 40  # characters of a value
 _FOLLOWS = ("images", "classes", "frozen_weights")  # follow from settings, whose differences are listed first
@@ -31,7 +32,7 @@ def identity_settings(config: Any) -> dict[str, Any]:
 
 
 def run_identity(config: Config) -> dict[str, Any]:
-    """`identity_settings`, and the sum of each file in which a plug-in defines something of the run."""
+    """`identity_settings`, the sum of each file in which a plug-in defines something of the run, and what was corrected."""
     named = (
         (registry.METHODS, str(config.method["name"])),
         (registry.SOURCES, config.data.source),
@@ -39,7 +40,19 @@ def run_identity(config: Config) -> dict[str, Any]:
         (registry.BACKBONES, config.model.name),
     )
     plugins = {f"{names.kind} {name}": names.source_sha256(name) for names, name in named if names.is_from_plugin(name)}
-    return identity_settings(config) | ({_PLUGINS: plugins} if plugins else {})
+    corrected = {_CORRECTED: _correction_of(config)} if _correction_of(config) else {}
+    return identity_settings(config) | ({_PLUGINS: plugins} if plugins else {}) | corrected
+
+
+def _correction_of(config: Config) -> str:
+    """The version that gave the method of this run another meaning than an earlier run may have; else empty.
+
+    For clients of different LoRA ranks: FedSVD decomposed with a mean of A that counted padding, LoRA-FAIR did not
+    rescale, and its alignment turned factors out of the directions that clients have.
+    """
+    name, given = str(config.method["name"]), config.method
+    changed = name == "fedsvd" or (name == "lora_fair" and (given.get("rescale") is None or bool(given.get("align"))))
+    return "0.2" if changed and config.model.lora.client_ranks is not None else ""
 
 
 def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
@@ -65,6 +78,10 @@ def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
 def _difference(key: str, there: object, here: object) -> str:
     if key.startswith(f"{_PLUGINS}.") and _NOT_SET not in (there, here):
         return f"the file that defines {key.removeprefix(f'{_PLUGINS}.')} has changed"
+    if key == _CORRECTED:
+        return (
+            f"what the method does where clients differ in LoRA rank was corrected in {here if there == _NOT_SET else there}"
+        )
     return f"{key} is {_short(there)} there and {_short(here)} here"
 
 

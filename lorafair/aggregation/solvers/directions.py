@@ -99,6 +99,20 @@ def solve_cosine(problems: Problems) -> Correction:
     )
 
 
+def rescaled(problems: Problems, correction: Correction) -> Correction:
+    """The correction of one layer after which X is as long as ΔW is in its direction: X times ⟨ΔW, XĀ⟩/‖XĀ‖².
+
+    With a cosine that is no smaller than that of B̄Ā, ‖ΔW − XĀ‖ is then no larger than without any correction: where
+    ⟨ΔW, XĀ⟩ is not positive, there is none. `problems` are those of the layer, one or one a row.
+    """
+    x, y = 1 + correction.along_mean, correction.along_bias
+    square = (problems.eigenvalues * problems.product(x, y, x, y)).sum()
+    along = problems.product(x, y, problems.eigenvalues, torch.ones_like(y)).sum()  # Mu_r = e_rB̄u_r + Du_r
+    opposed = along <= 0  # not a descent that has diverged: its NaN are to be seen
+    scale = along / torch.where(opposed, 1.0, square)
+    return Correction(torch.where(opposed, 0.0, scale * x - 1), torch.where(opposed, 0.0, scale * y))
+
+
 def cosine_loss(problems: Problems, correction: Correction) -> Tensor:
     """1 − cos(ΔW, XĀ) + (penalty / weight)‖X − B̄‖², (..., N); the cosine with a zero matrix is 0.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorafair.aggregation.factor_algebra import split_ideal_update, squared_row_norms
-from lorafair.aggregation.solvers.directions import SCALES, Correction, Problems
+from lorafair.aggregation.solvers.directions import SCALES, Correction, Problems, rescaled
 from lorafair.model.adapter import LoRAFactors
 
 _CHUNK = 2**21  # numbers in the largest temporary of a solver, (SCALES, N, R)
@@ -29,11 +29,13 @@ def correct_b(
     *,
     penalty: Callable[[LoRAFactors], Tensor],
     by_row: bool,
+    rescales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LoRAFactors]:
     """(Ā, B̄ + ΔB) of every layer, all layers solved in one batch.
 
-    `layers` holds A (K, R, I) and B (K, O, R), `penalty` gives λ from a layer's mean factors, and `by_row` takes the
-    similarity as the mean over the rows of (O, I). Needs one eigendecomposition, which waits for a CUDA device once.
+    `layers` holds A (K, R, I) and B (K, O, R), `penalty` gives λ from a layer's mean factors, `by_row` takes the
+    similarity as the mean over the rows of (O, I), and `rescales` says, a scalar tensor a layer, whether B̄ + ΔB is then
+    made as long as fits best (none). Needs one eigendecomposition, which waits for a CUDA device once.
     """
     parts = [_project(factors, weights, by_row=by_row) for factors in layers.values()]
     width = max(part.mean.rank for part in parts)
@@ -53,9 +55,13 @@ def correct_b(
     counts = [len(part.residual) for part in parts]
     along_mean, along_bias = torch.split(found.along_mean, counts), torch.split(found.along_bias, counts)
     corrected = {}
-    for path, part, basis, (mean, pulled), x, y in zip(
-        layers, parts, bases, turned, along_mean, along_bias, strict=True
+    for path, part, basis, (mean, pulled), problem, x, y in zip(
+        layers, parts, bases, turned, problems, along_mean, along_bias, strict=True
     ):
+        if rescales is not None:
+            fitted = rescaled(problem, Correction(x, y))
+            x = torch.where(rescales[path], fitted.along_mean, x)
+            y = torch.where(rescales[path], fitted.along_bias, y)
         change = ((x * mean + y * pulled) @ basis.mT).narrow(1, 0, part.mean.rank)
         corrected[path] = LoRAFactors(A=part.mean.A, B=part.mean.B + change)
     return corrected
