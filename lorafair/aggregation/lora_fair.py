@@ -28,7 +28,14 @@ from lorafair.aggregation.factor_algebra import (
     transpose,
     weighted_sum,
 )
-from lorafair.aggregation.solvers.directions import Correction, Problems, descend, solve_cosine, solve_frobenius
+from lorafair.aggregation.solvers.directions import (
+    Correction,
+    Problems,
+    descend,
+    descend_rows,
+    solve_cosine,
+    solve_frobenius,
+)
 from lorafair.aggregation.solvers.fixed_factor import correct_b
 from lorafair.aggregation.solvers.free_factors import descend_from_mean, minimize_from
 from lorafair.aggregation.solvers.layer_objective import LayerObjective, layer_objective, penalty_of_b
@@ -142,6 +149,8 @@ class LoRAFair(Aggregator):
 
     def _solve(self, problems: Problems) -> Correction:
         cosine = self.similarity != "frobenius"
+        if self.solver == "sgd" and self.similarity == "cosine_columns":
+            return descend_rows(problems, steps=self._steps, learning_rate=self._learning_rate)
         if self.solver == "sgd":
             return descend(problems, cosine=cosine, steps=self._steps, learning_rate=self._learning_rate)
         return solve_cosine(problems) if cosine else solve_frobenius(problems)

@@ -24,7 +24,9 @@ _SMALLEST_SCALE = 1e-9
 _SECULAR_STEPS = 10  # Newton from a bound within √R of the root: 8 leave 1e-7, 10 leave rounding
 _SECTIONS = 64  # into which the interval of a scale is cut, again and again
 _CUT_STEPS = (10, 5, 3, 2, 2, 2, 2, 2)  # of Newton from a root of the interval before, closer with every cut
-_NO_PENALTY = 1e-100  # below it, the square of 1 / penalty overflows
+# Below it, rounding of the cosine drowns the penalty, which alone decides the scale of X. The minimiser is here next to
+# its limit for λ → 0, and not next to X = 0.
+_LEAST_PENALTY = 1e-14
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,16 @@ def solve_frobenius(problems: Problems) -> Correction:
 def solve_cosine(problems: Problems) -> Correction:
     """The global minimiser of 1 − cos(ΔW, XĀ) + λ‖X − B̄‖².
 
-    Where λ‖B̄‖² = 0 the scale is free and the least-squares solution is taken. Never worse than ΔB = 0, which is kept
+    Where λ‖B̄‖² = 0 the scale is free and the least-squares solution is taken; where it is below 1e-14, that of 1e-14. Never worse than ΔB = 0, which is kept
     where ΔW = 0. Where the infimum is only approached as X shrinks to 0 (⟨ΔW, B̄Ā⟩ < 0 and a small λ), X stops at about
     1e-9 of B̄. No step depends on the data, so nothing waits for the device.
     """
     largest, size = problems.eigenvalues.amax(-1), problems.mean.sum(-1)
     largest, size = _or_one(largest), _or_one(size)
     unit = _rescale(problems, largest, size)
-    free = (unit.penalty < _NO_PENALTY) | (problems.mean.sum(-1) == 0)
-    searched = _search_scales(dataclasses.replace(unit, penalty=torch.where(free, 1.0, unit.penalty)))
+    free = (problems.penalty == 0) | (problems.mean.sum(-1) == 0)
+    penalty = torch.where(free, 1.0, unit.penalty.clamp(min=_LEAST_PENALTY))
+    searched = _search_scales(dataclasses.replace(unit, penalty=penalty))
     fitted = solve_frobenius(dataclasses.replace(unit, penalty=torch.zeros_like(unit.penalty)))
     best = Correction(
         torch.where(free.unsqueeze(-1), fitted.along_mean, searched.along_mean),
@@ -230,6 +233,27 @@ def descend(problems: Problems, *, cosine: bool, steps: int, learning_rate: floa
         y_step = weight * (push * e * y - pull) + 2 * penalty * y
         x, y = x - learning_rate * x_step, y - learning_rate * y_step
     return Correction(x, torch.where(e > 0, y, 0.0))
+
+
+def descend_rows(problems: Problems, *, steps: int, learning_rate: float) -> Correction:
+    """`descend` for problems of a single row each, under the cosine: B̄u_r and Du_r are then numbers b_r and d_r.
+
+    What moves is the number z_r = Xu_r itself. In two coefficients of b_r and d_r, what cancels in z_r would drown a row
+    that passes zero, where the step is divided by its length.
+    """
+    e, weight, penalty = problems.eigenvalues, problems.weight.unsqueeze(-1), problems.penalty.unsqueeze(-1)
+    b = problems.mean.sqrt()
+    d = torch.where(b > 0, problems.overlap / torch.where(b > 0, b, 1.0), problems.bias.sqrt())
+    ideal, norm, z = e * b + d, problems.ideal_square().sqrt().unsqueeze(-1), b  # ideal: Mu_r
+    for _ in range(steps):
+        square = (e * z * z).sum(-1, keepdim=True)
+        defined = (square > 0) & (norm > 0)
+        pull = torch.where(defined, 1 / torch.where(defined, norm * square.sqrt(), 1.0), 0.0)
+        push = pull * (z * ideal).sum(-1, keepdim=True) / torch.where(defined, square, 1.0)
+        z = z - learning_rate * (weight * (push * e * z - pull * ideal) + 2 * penalty * (z - b))
+    along_b = b >= d.abs()
+    change = torch.where(e > 0, z - b, 0.0) / torch.where(along_b, torch.where(b > 0, b, 1.0), d)
+    return Correction(torch.where(along_b, change, 0.0), torch.where(along_b, 0.0, change))
 
 
 def _cosine_gradient(problems: Problems, correction: Correction, norm: Tensor) -> tuple[Tensor, Tensor]:
