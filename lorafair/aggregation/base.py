@@ -122,6 +122,11 @@ class Aggregator(ABC):
         return False
 
     @property
+    def needs_all_layers(self) -> bool:
+        """Whether what becomes of a layer depends on the others."""
+        return False
+
+    @property
     def note_on_mixed_lora_ranks(self) -> str:
         """What the log of a run should say where clients differ in LoRA rank."""
         return ""

@@ -84,7 +84,7 @@ def weighted_sum(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
 
 
 def packed_sum(clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
-    """`weighted_sum` as it is sent: without the zeros that pad smaller LoRA ranks, so of rank Σ r_k. Waits for a GPU."""
+    """`weighted_sum` as it is sent: without the zeros that pad smaller LoRA ranks, of rank Σ r_k. Waits for a GPU."""
     have = directions_of(clients)
     return weighted_sum(clients, weights) if bool(have.all()) else _packed(clients, weights, have)
 
@@ -126,9 +126,7 @@ def _stacked(clients: LoRAFactors, weights: Tensor, origin: LoRAFactors | None =
     return LoRAFactors(A=A.flatten(0, 1), B=B.permute(1, 0, 2).flatten(1))  # (N, I), (O, N)
 
 
-def _packed(
-    clients: LoRAFactors, weights: Tensor, kept: Tensor, origin: LoRAFactors | None = None
-) -> LoRAFactors:
+def _packed(clients: LoRAFactors, weights: Tensor, kept: Tensor, origin: LoRAFactors | None = None) -> LoRAFactors:
     """The same without the directions (K, R) that are not `kept`, whose terms are zero."""
     if _is_dense(clients, int(kept.sum())):
         return _summed(clients, weights, origin)

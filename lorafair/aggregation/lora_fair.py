@@ -37,7 +37,12 @@ from lorafair.aggregation.solvers.directions import (
     solve_frobenius,
 )
 from lorafair.aggregation.solvers.fixed_factor import correct_b
-from lorafair.aggregation.solvers.free_factors import descend_from_mean, minimize_from
+from lorafair.aggregation.solvers.free_factors import (
+    descend_from_mean,
+    descend_jointly,
+    minimize_from,
+    with_noise,
+)
 from lorafair.aggregation.solvers.layer_objective import LayerObjective, layer_objective, penalty_of_b
 from lorafair.config.options import option, when
 from lorafair.errors import LorafairError
@@ -66,8 +71,9 @@ class LoRAFair(Aggregator):
     )
     rescale: bool | None = option(
         None,
-        """Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale. Not set:
-        in rounds whose clients differ in LoRA rank, where the cosine alone leaves a larger error than FedIT.""",
+        """Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale. Where
+        not set: in rounds whose clients differ in LoRA rank, as the cosine alone would leave a larger error than
+        FedIT.""",
     )
     align: bool = option(
         False,
@@ -84,11 +90,30 @@ class LoRAFair(Aggregator):
     sgd_learning_rate: float | None = option(
         None, "Step size.", above=0, requires=when("method.solver", "sgd"), conditional_default=0.01
     )
+    sgd_start: Literal["zero", "xavier"] | None = option(
+        None,
+        """Where ΔB starts. xavier: from torch's xavier_uniform_, as in the public code that descends from the authors'
+        (with similarity=cosine_columns, sgd_steps=500 and sgd_patience=5); most of that noise stays.""",
+        requires=when("method.solver", "sgd"),
+        conditional_default="zero",
+    )
+    sgd_patience: int | None = option(
+        None,
+        """End the descent after so many steps in a row that have changed the loss, summed over all layers, by less than
+        1e-6; 5 in that code (never).""",
+        at_least=1,
+        requires=when("method.solver", "sgd"),
+    )
 
     @property
     def folds(self) -> bool:
         """With method.fold."""
         return self.fold
+
+    @property
+    def needs_all_layers(self) -> bool:
+        """With method.sgd_patience, which looks at the loss of all of them."""
+        return self.sgd_patience is not None
 
     @property
     def note_on_mixed_lora_ranks(self) -> str:
@@ -111,10 +136,13 @@ class LoRAFair(Aggregator):
         if self.align and start is not None:
             layers = {path: aligned(clients, start[path]) for path, clients in layers.items()}
         mixed = {path: have_mixed_lora_ranks(clients) for path, clients in layers.items()}
-        if self._has_fixed_factor:
+        if self.needs_all_layers or self.sgd_start == "xavier":
+            corrected = self._fitted(self._descend_jointly(layers, weights), layers, weights, mixed)
+        elif self._has_fixed_factor:
             corrected = self._correct_one_factor(layers, weights, mixed)
         else:
-            corrected = {path: self._correct_freely(layers[path], weights, mixed[path]) for path in layers}
+            found = {path: self._correct_freely(clients, weights) for path, clients in layers.items()}
+            corrected = self._fitted(found, layers, weights, mixed)
         if self.solver == "sgd":
             self._require_finite(corrected)
         if self.rescale:
@@ -155,14 +183,40 @@ class LoRAFair(Aggregator):
             return descend(problems, cosine=cosine, steps=self._steps, learning_rate=self._learning_rate)
         return solve_cosine(problems) if cosine else solve_frobenius(problems)
 
-    def _correct_freely(self, clients: LoRAFactors, weights: Tensor, mixed: Tensor) -> LoRAFactors:
-        corrected = self._descend_freely(clients, weights)
-        if self.rescale is not None or not bool(mixed):
-            return corrected
-        opposed = inner(corrected, weighted_sum(clients, weights)) <= 0
-        return mean_factors(clients, weights) if bool(opposed) else self._rescaled(corrected, clients, weights)
+    def _fitted(
+        self,
+        corrected: dict[str, LoRAFactors],
+        layers: Mapping[str, LoRAFactors],
+        weights: Tensor,
+        mixed: Mapping[str, Tensor],
+    ) -> dict[str, LoRAFactors]:
+        """Rescaled where nothing else is asked for and LoRA ranks differ; see `directions.rescaled`."""
+        for path in corrected if self.rescale is None else ():
+            if bool(mixed[path]):
+                opposed = inner(corrected[path], weighted_sum(layers[path], weights)) <= 0
+                corrected[path] = (
+                    mean_factors(layers[path], weights)
+                    if bool(opposed)
+                    else self._rescaled(corrected[path], layers[path], weights)
+                )
+        return corrected
 
-    def _descend_freely(self, clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
+    def _descend_jointly(self, layers: Mapping[str, LoRAFactors], weights: Tensor) -> dict[str, LoRAFactors]:
+        objectives = [self.objective(clients, weights) for clients in layers.values()]
+        starts = [objective.mean for objective in objectives]
+        if self.sgd_start == "xavier":
+            starts = [with_noise(mean, self.residual) for mean in starts]
+        found = descend_jointly(
+            objectives,
+            starts,
+            self.residual,
+            steps=self._steps,
+            learning_rate=self._learning_rate,
+            patience=self.sgd_patience,
+        )
+        return dict(zip(layers, found, strict=True))
+
+    def _correct_freely(self, clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
         objective = self.objective(clients, weights)
         if self.solver == "sgd":
             return descend_from_mean(objective, self.residual, steps=self._steps, learning_rate=self._learning_rate)

@@ -129,6 +129,11 @@ def _check_sharding(config: Config, method: Aggregator, name: str) -> None:
                 f"fabric.server=sharded does not fit {key}, for which every process holds all clients' rows; "
                 "possible: fabric.server=rank0"
             )
+    if method.needs_all_layers:
+        raise ConfigError(
+            f"fabric.server=sharded does not fit method.name={name} with its options, for which one process has to see "
+            "all layers (method.sgd_patience of lora_fair); possible: fabric.server=rank0"
+        )
 
 
 def _methods_that(fit: Callable[[type[Aggregator]], bool]) -> list[str]:

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from lorafair.config.schema import ClientConfig
 from lorafair.data.loading import CohortStep, index_on
 from lorafair.model.adapted_model import AdaptedModel
-from lorafair.model.adapter import PARTS, Part
+from lorafair.model.adapter import PARTS, AdapterLayout, Part
 from lorafair.model.lora import DropoutStreams, TrainedColumns
 from lorafair.schedule import part_learning_rate
 
@@ -31,6 +31,7 @@ class Cohort:
     steps: Sequence[CohortStep]
     generators: Sequence[torch.Generator]  # (C,) each client's own, for dropout
     corrections: Tensor | None = None  # (C, P) added to every gradient (SCAFFOLD)
+    scales: Tensor | None = None  # (C,) s_k / s of clients whose update has a scaling of its own; `start` has it in B
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,15 @@ class LocalTraining:
         model still has the cohort's size afterwards.
         """
         adapters, config = self.model.adapters, self.config
-        adapters.resize(len(cohort.start))
-        adapters.write(cohort.start)
+        start = cohort.start if cohort.scales is None else _b_times(adapters.layout, cohort.start, 1 / cohort.scales)
+        adapters.resize(len(start))
+        adapters.write(start)
+        adapters.scale_clients(cohort.scales)
         columns = adapters.train_only(self.parts, separately=config.b_learning_rate_ratio != 1)
         optimizer = make_optimizer(columns, config)
-        rule = GradientRule(config.clip_norm, config.proximal, cohort.start, cohort.corrections, self.loss_scale)
+        rule = GradientRule(config.clip_norm, config.proximal, start, cohort.corrections, self.loss_scale)
         trained = adapters.flat.data  # (C, P) all rows, also those that leave
-        losses = torch.zeros(len(cohort.start), device=trained.device)  # (C,)
+        losses = torch.zeros(len(start), device=trained.device)  # (C,)
         for step, batch in zip(cohort.steps, inputs, strict=True):
             active = len(step.counts)
             if active < len(adapters.flat):
@@ -74,8 +77,10 @@ class LocalTraining:
             adapters.use_dropout(DropoutStreams(cohort.generators[:active], step.counts))
             losses[:active] += self.step(optimizer, rule, batch, step)
         adapters.use_dropout(None)
-        taken = torch.tensor([sum(c < len(step.counts) for step in cohort.steps) for c in range(len(cohort.start))])
-        return CohortResult(rows=trained.clone(), losses=losses / taken.to(losses.device, non_blocking=True))
+        adapters.scale_clients(None)
+        taken = torch.tensor([sum(c < len(step.counts) for step in cohort.steps) for c in range(len(start))])
+        rows = trained.clone() if cohort.scales is None else _b_times(adapters.layout, trained, cohort.scales)
+        return CohortResult(rows=rows, losses=losses / taken.to(losses.device, non_blocking=True))
 
     def step(self, optimizer: Optimizer, rule: GradientRule, inputs: Tensor, step: CohortStep) -> Tensor:
         """One optimiser step of every client of `step`; returns their losses (C,) without waiting for the device."""
@@ -91,6 +96,13 @@ class LocalTraining:
         rule.apply(gradient, self.model.adapters.flat.data)
         optimizer.step()
         return losses.detach()
+
+
+def _b_times(layout: AdapterLayout, rows: Tensor, scales: Tensor) -> Tensor:
+    """A copy of packed adapters (C, P) with B of all layers times `scales` (C,)."""
+    result = rows.clone()
+    result[:, layout.slices["B"]] *= scales.unsqueeze(1)
+    return result
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,14 @@ class _Trainer:
             ]
         )
 
+    def scales_of(self, cohort: Sequence[int]) -> Tensor | None:
+        """s_k / s = R / r_k of these clients (C,), where model.lora.client_scaling=own."""
+        lora, device = self.experiment.config.model.lora, self.experiment.fabric.device
+        if lora.client_scaling != "own":
+            return None
+        scales = torch.tensor([lora.rank / self.experiment.lora_ranks[client] for client in cohort])
+        return scales.to(device, non_blocking=True)
+
     def train(
         self, cohort: tuple[int, ...], steps: Sequence[CohortStep], inputs: Iterator[Tensor]
     ) -> _CohortInTraining:
@@ -166,6 +174,7 @@ class _Trainer:
                 steps=steps,
                 generators=[seeded(seed, round_index, c, "dropout", device=device) for c in cohort],
                 corrections=None if state.controls is None else state.controls.corrections(cohort),
+                scales=self.scales_of(cohort),
             ),
             inputs,
         )

@@ -172,8 +172,10 @@ def broadcast_update(
         if lora_rank
     }
     start_length = layout.length_of(parts)
-    length = sum((sent != _ONLY_B) * math.prod(a) + (sent != _ONLY_A) * math.prod(b) for (a, b), sent in shapes.values())
-    message = torch.empty(start_length + length, device=device) if update is None else torch.cat(numbers).float()
+    folded_length = sum(
+        (sent != _ONLY_B) * math.prod(a) + (sent != _ONLY_A) * math.prod(b) for (a, b), sent in shapes.values()
+    )
+    message = torch.empty(start_length + folded_length, device=device) if update is None else torch.cat(numbers).float()
     if fabric.world_size > 1 and message.numel():
         dist.broadcast(message, src=0)
     return message[:start_length], _received_factors(message[start_length:], shapes)

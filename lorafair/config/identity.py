@@ -32,7 +32,7 @@ def identity_settings(config: Any) -> dict[str, Any]:
 
 
 def run_identity(config: Config) -> dict[str, Any]:
-    """`identity_settings`, the sum of each file in which a plug-in defines something of the run, and what was corrected."""
+    """`identity_settings`, the sum of each file of a plug-in that defines something of the run, and corrections."""
     named = (
         (registry.METHODS, str(config.method["name"])),
         (registry.SOURCES, config.data.source),
@@ -79,9 +79,8 @@ def _difference(key: str, there: object, here: object) -> str:
     if key.startswith(f"{_PLUGINS}.") and _NOT_SET not in (there, here):
         return f"the file that defines {key.removeprefix(f'{_PLUGINS}.')} has changed"
     if key == _CORRECTED:
-        return (
-            f"what the method does where clients differ in LoRA rank was corrected in {here if there == _NOT_SET else there}"
-        )
+        version = here if there == _NOT_SET else there
+        return f"what the method does where clients differ in LoRA rank was corrected in lorafair {version}"
     return f"{key} is {_short(there)} there and {_short(here)} here"
 
 

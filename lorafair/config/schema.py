@@ -88,6 +88,12 @@ class DataConfig:
         is_path=True,
         identity=False,
     )
+    antialias: bool = option(
+        True,
+        """How images are made smaller. true: Pillow's bicubic, whose kernel grows with the reduction (torchvision's
+        Resize of PIL images). false: bicubic from 4 x 4 pixels alone, as torchvision's Resize(antialias=False) of
+        uint8 tensors and torch's interpolate do it, and public code that descends from LoRA-FAIR's authors'.""",
+    )
     augmentation: Literal["none", "flip", "crop_flip"] = option(
         "none",
         """Of training batches, on the device, anew in every pass. flip: left and right, every second time. crop_flip:
@@ -130,6 +136,13 @@ class PartitionConfig:
         requires=when("partition.scheme", "dirichlet"),
         conditional_default=10,
     )
+    balance: bool | None = option(
+        None,
+        """true: a client that has its equal part of the domain's images already gets none of the next classes, as in
+        the code of NIID-Bench (arXiv 2102.02079) and what descends from it. Sizes are closer to each other then (not).
+        """,
+        requires=when("partition.scheme", "dirichlet"),
+    )
     clients: int | None = option(
         None, "Clients in all.", at_least=1, requires=when("partition.scheme", "iid"), conditional_default=10
     )
@@ -145,7 +158,9 @@ class LoRAConfig:
         ({4: 0.5, 16: 0.5}) sets the largest, and client_ranks with client_rank_probabilities.""",
         at_least=1,
     )
-    alpha: float = option(16.0, "The update is scaled by s = alpha / rank, for clients of smaller rank, too.", above=0)
+    alpha: float = option(
+        16.0, "The update is scaled by s = alpha / rank; for clients of smaller rank see client_scaling.", above=0
+    )
     client_ranks: tuple[int, ...] | None = option(
         None,
         "Smaller LoRA ranks for some clients: one a client in their order, or levels to draw from (rank, for all).",
@@ -154,6 +169,13 @@ class LoRAConfig:
         None,
         "With them model.lora.client_ranks are levels, and each client draws one with these probabilities.",
         formerly="client_rank_shares",
+        requires=when_given("model.lora.client_ranks"),
+    )
+    client_scaling: Literal["common", "own"] | None = option(
+        None,
+        """common: s = alpha / rank for all clients (not set). own: a client of LoRA rank r_k trains with alpha / r_k,
+        as PEFT does where it is given r = r_k and one lora_alpha; ΔW is Σ p_k s_k B_k A_k, as in FlexLoRA (arXiv
+        2402.11505): s_k / s is part of the B_k that the server gets, and taken out on the way down.""",
         requires=when_given("model.lora.client_ranks"),
     )
     dropout: float = option(0.0, "Dropout on the input of A during local training.", at_least=0, below=1)

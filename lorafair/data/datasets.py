@@ -85,6 +85,10 @@ class DatasetImages:
         """As `ImageReader.read`."""
         return resize(self._image(index), size)
 
+    def picture(self, index: int) -> Image.Image:
+        """As `PictureReader.picture`."""
+        return self._image(index).convert("RGB")
+
     def read_many(self, indices: np.ndarray, size: int) -> np.ndarray:
         """As `ImageReader.read_many`."""
         return np.stack([self.read(int(index), size) for index in indices])

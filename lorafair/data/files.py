@@ -6,16 +6,18 @@ import hashlib
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lorafair.data.images import DataError, resize
 
+T = TypeVar("T")
 _THREADS = 16  # waiting for a network file system, not computing
 _PART = 256  # files a thread inspects at a time
 _NAMED = 3  # unusable files of one kind that a message names
@@ -42,10 +44,17 @@ class ImageFiles:
 
     def read(self, index: int, size: int) -> np.ndarray:
         """As `ImageReader.read`."""
+        return self._decoded(index, lambda image: resize(image, size))
+
+    def picture(self, index: int) -> Image.Image:
+        """As `PictureReader.picture`."""
+        return self._decoded(index, lambda image: image.convert("RGB"))
+
+    def _decoded(self, index: int, use: Callable[[Image.Image], T]) -> T:
         path = self.path(index)
         try:
             with Image.open(path) as image:
-                return resize(image, size)
+                return use(image)
         except _UNDECODABLE as error:
             raise DataError(f"{path} cannot be decoded ({error}); repair it or leave it out of data.root") from error
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -52,6 +52,15 @@ class CheckedReader(ImageReader, Protocol):
 
     def version(self, indices: np.ndarray) -> bytes:
         """As `digest`, but sees every change that can be seen without decoding: names what is kept of the pixels."""
+        ...
+
+
+@runtime_checkable
+class PictureReader(CheckedReader, Protocol):
+    """A reader that gives images also before they are resized."""
+
+    def picture(self, index: int) -> Image.Image:
+        """Image `index` as RGB, of its own size; DataError as in `read`."""
         ...
 
 
@@ -157,6 +166,10 @@ class OneArray(ABC):
     def read(self, index: int, size: int) -> np.ndarray:
         """As `ImageReader.read`."""
         return np.asarray(self.read_many(np.array([index]), size)[0])
+
+    def picture(self, index: int) -> Image.Image:
+        """As `PictureReader.picture`."""
+        return Image.fromarray(self.pixels[index])
 
     def read_many(self, indices: np.ndarray, size: int) -> np.ndarray:
         """As `ImageReader.read_many`."""

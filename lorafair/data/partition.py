@@ -162,7 +162,10 @@ def _draw_cuts(config: PartitionConfig, counts: np.ndarray, name: str, rng: np.r
     best = 0
     for _ in range(_DRAWS):
         fractions = rng.dirichlet(np.full(clients, alpha), size=len(counts))  # (C, K)
-        cuts: np.ndarray = np.rint(np.cumsum(fractions, axis=1)[:, :-1] * counts[:, None]).astype(np.int64)
+        if config.balance:
+            cuts = balanced_cuts(fractions, counts)
+        else:
+            cuts = np.rint(np.cumsum(fractions, axis=1)[:, :-1] * counts[:, None]).astype(np.int64)
         smallest = int(np.diff(cuts, axis=1, prepend=0, append=counts[:, None]).sum(axis=0).min())
         if smallest >= least:
             return cuts
@@ -171,6 +174,23 @@ def _draw_cuts(config: PartitionConfig, counts: np.ndarray, name: str, rng: np.r
         f"domain {name}: in {_DRAWS} draws the smallest of {clients} clients had at most {best} of {images} images, "
         f"not partition.min_images={least}; lower it or partition.clients_per_domain, or raise partition.alpha={alpha}"
     )
+
+
+def balanced_cuts(fractions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Where to cut each class into K pieces (C, K - 1), where a client with its equal part of all images gets no more.
+
+    `fractions` (C, K) as drawn, `counts` (C,) images of each class; classes one after the other, in their order. As in
+    NIID-Bench (arXiv 2102.02079), which cuts at whole images from below. Where the draw leaves those who still get some
+    no part of a class, they share it equally.
+    """
+    clients = fractions.shape[1]
+    sizes, cuts = np.zeros(clients, np.int64), np.empty((len(counts), clients - 1), np.int64)
+    for index, (drawn, count) in enumerate(zip(fractions, counts, strict=True)):
+        wanting = sizes < counts.sum() / clients
+        part = drawn * wanting if (drawn * wanting).sum() > 0 else wanting.astype(float)
+        cuts[index] = (np.cumsum(part / part.sum())[:-1] * count).astype(np.int64)
+        sizes += np.diff(cuts[index], prepend=0, append=count)
+    return cuts
 
 
 def _check_clients(scheme: str, clients: Sequence[Client], images: int) -> None:

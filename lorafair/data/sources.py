@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -15,6 +16,7 @@ import numpy as np
 from lorafair.config.schema import DataConfig
 from lorafair.data.datasets import Domains, from_datasets
 from lorafair.data.images import DataError, ImageCollection, ImageData, Source, Split, Subset
+from lorafair.data.resizing import WithoutAntialias
 from lorafair.errors import of_plugin
 from lorafair.registry import SOURCES
 from lorafair.seeding import seeded_numpy
@@ -97,6 +99,9 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
         digest.update(collection.images.digest(indices))
         digest.update(collection.labels[indices].astype("<i8").tobytes())
         digest.update(collection.domain_of[indices].astype("<i8").tobytes())
+    if not config.antialias:
+        collection = dataclasses.replace(collection, images=WithoutAntialias.of(collection.images, config.source))
+        digest.update(b"without antialias")
     return ImageData(
         name=config.source,
         domains=domains,

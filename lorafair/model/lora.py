@@ -63,6 +63,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / lora_rank
         self.dropout = dropout
         self.dropout_streams: DropoutStreams | None = None
+        self.client_scales: Tensor | None = None  # (C, 1, 1) of the update, beyond `scaling`
         device = base.weight.device
         self.A = nn.Parameter(torch.empty(1, lora_rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(1, base.out_features, lora_rank, device=device))
@@ -76,15 +77,16 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(C*N, ..., I) -> (C*N, ..., O)."""
         cohort = self.A.shape[0]
+        A = self.A if self.client_scales is None else self.A * self.client_scales[:cohort]
         if (
             x.is_cuda and self.dropout_streams is None and not torch.compiler.is_compiling()
         ):  # compilers fuse by themselves
             rows = x.reshape(cohort, -1, x.shape[-1])  # (C, N..., I)
-            product = adapted_product(rows, self.base.weight, self.base.bias, self.A, self.B, self.scaling)
+            product = adapted_product(rows, self.base.weight, self.base.bias, A, self.B, self.scaling)
             return product.view(*x.shape[:-1], product.shape[-1])
         out = F.linear(x, self.base.weight, self.base.bias)
         kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
-        hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), self.A.mT)  # (C, N..., R)
+        hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)
         return torch.baddbmm(stacked, hidden, self.B.mT, alpha=self.scaling).view_as(out)
 
@@ -263,6 +265,11 @@ class AdapterParameters:
         for module in self._layers.values():
             if module.dropout:  # setting an attribute of a module takes a while
                 module.dropout_streams = streams
+
+    def scale_clients(self, scales: Tensor | None) -> None:
+        """Multiply the updates of the C clients of a cohort by these (C,), or by nothing."""
+        for module in self._layers.values():
+            module.client_scales = None if scales is None else scales.view(-1, 1, 1)
 
     def draw(self, seed: int, round_index: int) -> Tensor:
         """A fresh packed adapter (P,) on the CPU; what a layer gets follows from the seed, the round and its name."""

@@ -79,9 +79,10 @@ def solve_frobenius(problems: Problems) -> Correction:
 def solve_cosine(problems: Problems) -> Correction:
     """The global minimiser of 1 − cos(ΔW, XĀ) + λ‖X − B̄‖².
 
-    Where λ‖B̄‖² = 0 the scale is free and the least-squares solution is taken; where it is below 1e-14, that of 1e-14. Never worse than ΔB = 0, which is kept
-    where ΔW = 0. Where the infimum is only approached as X shrinks to 0 (⟨ΔW, B̄Ā⟩ < 0 and a small λ), X stops at about
-    1e-9 of B̄. No step depends on the data, so nothing waits for the device.
+    Where λ‖B̄‖² = 0 the scale is free and the least-squares solution is taken; where it is below 1e-14, it counts as
+    1e-14. Never worse than ΔB = 0, which is kept where ΔW = 0. Where the infimum is only approached as X shrinks to 0
+    (⟨ΔW, B̄Ā⟩ < 0 and a small λ), X stops at about 1e-9 of B̄. No step depends on the data, so nothing waits for the
+    device.
     """
     largest, size = problems.eigenvalues.amax(-1), problems.mean.sum(-1)
     largest, size = _or_one(largest), _or_one(size)
@@ -238,8 +239,8 @@ def descend(problems: Problems, *, cosine: bool, steps: int, learning_rate: floa
 def descend_rows(problems: Problems, *, steps: int, learning_rate: float) -> Correction:
     """`descend` for problems of a single row each, under the cosine: B̄u_r and Du_r are then numbers b_r and d_r.
 
-    What moves is the number z_r = Xu_r itself. In two coefficients of b_r and d_r, what cancels in z_r would drown a row
-    that passes zero, where the step is divided by its length.
+    What moves is the number z_r = Xu_r itself. In two coefficients of b_r and d_r, what cancels in z_r would drown a
+    row that passes zero, where the step is divided by its length.
     """
     e, weight, penalty = problems.eigenvalues, problems.weight.unsqueeze(-1), problems.penalty.unsqueeze(-1)
     b = problems.mean.sqrt()

@@ -6,7 +6,9 @@ Letters: K clients, R LoRA rank, I in_features, O out_features, N = K·R.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,9 @@ from lorafair.aggregation.factor_algebra import add
 from lorafair.aggregation.solvers.layer_objective import LayerObjective, Residual
 from lorafair.aggregation.solvers.trust_region import minimize
 from lorafair.model.adapter import LoRAFactors
+from lorafair.seeding import seeded
+
+_STILL = 1e-6  # a change of the loss below it counts as none
 
 
 def minimize_from(objective: LayerObjective, start: LoRAFactors, residual: Residual) -> LoRAFactors:
@@ -52,6 +57,60 @@ def descend_from_mean(
         A = A if residual == "B" else A - learning_rate * slope.A
         B = B if residual == "A" else B - learning_rate * slope.B
     return _moved(objective.mean, span.expand(LoRAFactors(A=A - small.mean.A, B=B - small.mean.B)))
+
+
+def descend_jointly(
+    objectives: Sequence[LayerObjective],
+    starts: Sequence[LoRAFactors],
+    residual: Residual,
+    *,
+    steps: int,
+    learning_rate: float,
+    patience: int | None,
+) -> list[LoRAFactors]:
+    """The iterates of gradient descent on all layers at once, from `starts`.
+
+    It ends early where the sum of the objectives was `patience` times in a row within 1e-6 of the last one that was
+    not; the step of the last look is taken.
+    """
+    found, last, still = list(starts), math.inf, 0
+    for _ in range(steps):
+        loss = sum(float(f(at)) for f, at in zip(objectives, found, strict=True)) if patience is not None else 0.0
+        found = [_step(f, at, residual, learning_rate) for f, at in zip(objectives, found, strict=True)]
+        if patience is None:
+            continue
+        if abs(last - loss) >= _STILL:
+            last, still = loss, 0
+            continue
+        still += 1
+        if still == patience:
+            break
+    return found
+
+
+def _step(objective: LayerObjective, at: LoRAFactors, residual: Residual, learning_rate: float) -> LoRAFactors:
+    slope = objective.gradient(at)
+    return LoRAFactors(
+        A=at.A if residual == "B" else at.A - learning_rate * slope.A,
+        B=at.B if residual == "A" else at.B - learning_rate * slope.B,
+    )
+
+
+def with_noise(mean: LoRAFactors, residual: Residual) -> LoRAFactors:
+    """Mean factors plus a correction that is Xavier-uniform: ±√(6/(rows + columns)) (Glorot and Bengio 2010).
+
+    Drawn on the CPU from the bytes of the mean, so anew for every layer and round and alike on all processes.
+    """
+    digest = hashlib.sha256(mean.A.cpu().numpy().tobytes() + mean.B.cpu().numpy().tobytes()).hexdigest()
+
+    def drawn(factor: Tensor, name: str) -> Tensor:
+        noise = torch.empty(factor.shape, dtype=factor.dtype)
+        torch.nn.init.xavier_uniform_(noise, generator=seeded(0, "correction", name, digest))
+        return factor + noise.to(factor.device)
+
+    return LoRAFactors(
+        A=mean.A if residual == "B" else drawn(mean.A, "A"), B=mean.B if residual == "A" else drawn(mean.B, "B")
+    )
 
 
 def _moved(factors: LoRAFactors, change: LoRAFactors) -> LoRAFactors:
