@@ -94,6 +94,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "fedrot_lora", "fedrpca", "fedsa_lora",
     )},
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
+    "own_scaling": (
+        "method.name=lora_fair", "method.solver=sgd", "method.sgd_start=xavier", "method.sgd_steps=5",
+        "model.lora.client_ranks=[4,2,1]", "model.lora.client_scaling=own", "data.antialias=false",
+    ),
     "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
         "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_probabilities=[0.5,0.5]",
@@ -559,3 +563,8 @@ def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:
 def test_what_does_not_fit_the_method_is_refused(tiny: Tiny, changes: list[str], message: str) -> None:
     with pytest.raises(LorafairError, match=message):
         run_federation(launched(1), tiny(*changes))
+
+
+def test_the_log_says_what_lora_fair_does_where_ranks_differ(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    run_federation(launched(1), tiny("rounds=1", "method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"))
+    assert "method.rescale is on in rounds whose clients differ in LoRA rank" in capsys.readouterr().out

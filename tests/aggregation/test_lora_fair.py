@@ -460,3 +460,96 @@ def test_starting_from_a_root_close_by_finds_the_same_minimum(rank: int, monkeyp
     monkeypatch.setattr(directions, "_CUT_STEPS", (16,) * 9)
     expected = cosine_loss(problems, solve_cosine(problems))
     assert bool((found <= expected * (1 + 1e-10)).all())
+
+
+@pytest.mark.parametrize("exponent", [-13, -15, -17, -30, -200])
+@pytest.mark.parametrize(("rank", "spread"), [(6, 0.7), (16, 3.0)])
+def test_a_penalty_of_next_to_nothing_keeps_the_update(rank: int, spread: float, exponent: int) -> None:
+    """The limit for λ → 0 is the multiple of the least-squares solution that is next to B̄."""
+    clients, weights = references.random_clients(30, 40, rank, 5, spread=spread)
+    mean, ideal = references.mean(clients, weights), references.ideal_update(clients, weights)
+    fitted = ideal @ torch.linalg.pinv(mean.A)
+    limit = fitted * (fitted * mean.B).sum() / fitted.square().sum()
+    penalty = 10.0**exponent / float(mean.B.square().sum())
+    assert relative(combine(clients, weights, regularization=penalty).B, limit) < 1e-8
+
+
+def columns_through_zero(seed: int) -> tuple[LoRAFactors, torch.Tensor]:
+    """Small, opposed clients: descent carries some columns of the product through zero."""
+    clients, weights = references.random_clients(6, 9, 2, 2, spread=1.5, seed=seed)
+    A, B = clients.A.clone(), clients.B.clone()
+    A[1], B[1] = -0.8 * A[0], -1.2 * B[0]
+    return LoRAFactors(A=0.01 * A, B=B), weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 2, 4, 8])
+def test_descent_by_columns_survives_a_column_that_passes_zero(seed: int) -> None:
+    clients, weights = columns_through_zero(seed)
+    options: dict[str, Any] = {"similarity": "cosine_columns", "residual": "A", "regularization": 0.01}
+    found = combine(clients, weights, solver="sgd", sgd_steps=200, **options)
+    expected = references.descend(clients, weights, steps=200, learning_rate=0.01, **options)
+    # After a column has passed close to zero its path hangs on the last bit; its size does not.
+    assert 0.2 < float(found.A.norm() / expected.A.norm()) < 5
+
+
+def public_descent(
+    layers: list[LoRAFactors], weights: torch.Tensor, steps: int, patience: int | None, starts: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], int]:
+    """Autograd and torch.optim.SGD on dense matrices, all layers jointly, as in descendants of the authors' code."""
+    means = [references.mean(layer, weights) for layer in layers]
+    changes = [start.clone().requires_grad_() for start in starts]
+    optimizer = torch.optim.SGD(changes, lr=0.05)
+    last, still = float("inf"), 0
+    for step in range(steps):
+        optimizer.zero_grad()
+        losses = [
+            references.objective(
+                mean.A, mean.B + change, layer, weights, similarity="cosine_columns", regularization=1.0
+            )
+            for layer, mean, change in zip(layers, means, changes, strict=True)
+        ]
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        optimizer.step()
+        if patience is None:
+            continue
+        if abs(last - loss.item()) < 1e-6:
+            still += 1
+            if still >= patience:
+                return [m.B + c.detach() for m, c in zip(means, changes, strict=True)], step + 1
+        else:
+            last, still = loss.item(), 0
+    return [m.B + c.detach() for m, c in zip(means, changes, strict=True)], steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "patience"), [("xavier", None), ("zero", 5), ("xavier", 5)])
+def test_the_descent_of_public_code_is_reproduced(start: str, patience: int | None) -> None:
+    layers = {f"layer{n}": references.random_clients(8, 7, 2, 3, spread=0.2, seed=n)[0] for n in range(2)}
+    weights = torch.full((3,), 1 / 3, dtype=torch.float64)
+    options: dict[str, Any] = {"similarity": "cosine_columns", "solver": "sgd", "regularization": 1.0}
+    begun = LoRAFair(**options, sgd_start=start, sgd_steps=1, sgd_learning_rate=1e-300)  # type: ignore[arg-type]
+    means = {path: references.mean(layer, weights) for path, layer in layers.items()}
+    starts = [update.factors.B - means[path].B for path, update in begun.combine_layers(layers, weights).items()]
+    expected, taken = public_descent(list(layers.values()), weights, 150, patience, starts)
+    assert (taken < 150) == (patience is not None)
+    method = LoRAFair(**options, sgd_start=start, sgd_steps=150, sgd_learning_rate=0.05, sgd_patience=patience)  # type: ignore[arg-type]
+    for update, B in zip(method.combine_layers(layers, weights).values(), expected, strict=True):
+        torch.testing.assert_close(update.factors.B, B, rtol=1e-8, atol=1e-10)
+
+
+def test_the_xavier_start_is_uniform_within_its_bound_and_drawn_anew_for_other_clients() -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        clients, weights = references.random_clients(40, 30, 8, 3, seed=seed)
+        found = combine(
+            clients, weights, solver="sgd", sgd_start="xavier", sgd_steps=1, sgd_learning_rate=1e-300, residual="both"
+        )
+        mean = references.mean(clients, weights)
+        drawn.append((found.A - mean.A, found.B - mean.B))
+    for noise, bound in zip(drawn[0], ((6 / 38) ** 0.5, (6 / 48) ** 0.5), strict=True):
+        assert 0.97 * bound < noise.abs().max() <= bound
+        assert noise.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+    torch.testing.assert_close(drawn[0], drawn[1])
+    assert not torch.allclose(drawn[0][1], drawn[2][1])

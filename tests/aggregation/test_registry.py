@@ -15,8 +15,9 @@ from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import mean_factors
 from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.lora_fair import LoRAFair
-from lorafair.aggregation.registry import build_aggregator, register_method
+from lorafair.aggregation.registry import build_aggregator, method_of, register_method
 from lorafair.config.describe import describe_options
+from lorafair.config.loading import load_config
 from lorafair.config.options import option, when
 from lorafair.errors import ConfigError
 from lorafair.model.adapter import LoRAFactors
@@ -230,3 +231,16 @@ def test_a_method_made_in_python_is_checked_as_well() -> None:
         LoRAFair(regularization=-1)
     with pytest.raises(ConfigError, match=r"^method\.sgd_steps=5 has no effect: it needs method\.solver=sgd$"):
         LoRAFair(sgd_steps=5)
+
+
+def test_a_descent_that_looks_at_all_layers_does_not_fit_a_sharded_server() -> None:
+    pairs = ["method.solver=sgd", "method.sgd_patience=5", "fabric.server=sharded"]
+    with pytest.raises(ConfigError, match=r"fabric\.server=sharded does not fit .*method\.sgd_patience.*rank0"):
+        method_of(load_config(*pairs))
+    assert method_of(load_config(*pairs[:2])).needs_all_layers
+
+
+@pytest.mark.parametrize("pair", ["method.sgd_start=xavier", "method.sgd_patience=5"])
+def test_options_of_the_descent_mean_nothing_to_the_exact_solver(pair: str) -> None:
+    with pytest.raises(ConfigError, match=r"has no effect: it needs method\.solver=sgd"):
+        method_of(load_config(pair))

@@ -21,6 +21,7 @@ from lorafair.errors import ConfigError
 from lorafair.launch import make_fabric
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import PARTS, AdapterState, LoRAFactors, Part
+from lorafair.model.adapter import row as row_of
 from lorafair.model.backbone import build_model, check_model
 from lorafair.schedule import effective_step_size, with_scheduled_learning_rate
 from lorafair.seeding import seeded
@@ -313,3 +314,33 @@ def test_options_of_the_computation_that_do_not_fit_are_refused() -> None:
         check_model(replace(MODEL, compile="turbo"))
     with pytest.raises(ConfigError, match=r"fabric\.precision=16-mixed is for GPUs"):
         make_fabric(load_config(["fabric.accelerator=cpu", "fabric.precision=16-mixed"]).fabric)
+
+
+@pytest.mark.parametrize("parts", [PARTS, ("A", "head")])
+def test_a_client_with_a_scaling_of_its_own_trains_as_a_model_of_its_rank(parts: tuple[Part, ...]) -> None:
+    """alpha / r_k: beside others in a model of LoRA rank 4, against alone in one of rank 2, by plain SGD."""
+    config = replace(SGD, momentum=0.0, proximal=0.3)
+    large, plan = model(2), batches([np.arange(13), np.arange(13, 26)], config)
+    start = large.adapters.draw(0, 0).repeat(2, 1)
+    layout = large.adapters.layout
+    start[:, layout.slices["B"]] = torch.randn(layout.length_of(("B",)), generator=seeded(0, "B"))
+    start = layout.truncated(start, torch.tensor([2, 4]))
+    cohort = Cohort(start, cohort_steps(plan), generators=[], scales=torch.tensor([2.0, 1.0]))
+    training = LocalTraining(large, LABELS, config, parts)
+    found = layout.unpack(training.train(cohort, images_of(list(cohort.steps))).rows)
+
+    small = build_model(replace(MODEL, lora=replace(MODEL.lora, rank=2)), classes=3, seed=0).attach("cpu", 1)
+    sent = layout.unpack(start[0])
+    own = {path: LoRAFactors(A=f.A[:2], B=f.B[:, :2] / 2) for path, f in sent.factors.items()}
+    alone = Cohort(small.adapters.layout.pack(AdapterState(own, sent.head)).unsqueeze(0), cohort_steps(plan[:1]), [])
+    [row] = LocalTraining(small, LABELS, config, parts).train(alone, images_of(list(alone.steps))).rows
+    expected = small.adapters.layout.unpack(row)
+    for path, factors in found.factors.items():
+        torch.testing.assert_close(factors.A[0, :2], expected.factors[path].A, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(factors.B[0, :, :2], 2 * expected.factors[path].B, rtol=1e-4, atol=1e-6)
+        assert not factors.A[0, 2:].any()
+    torch.testing.assert_close(found.head["head.weight"][0], expected.head["head.weight"], rtol=1e-4, atol=1e-6)
+    other = Cohort(start[1:], cohort_steps(plan[1:]), generators=[])
+    large.adapters.resize(1)
+    [unscaled] = training.train(other, images_of(list(other.steps))).rows
+    torch.testing.assert_close(layout.pack(row_of(found, 1)), unscaled, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lorafair.aggregation.base import ServerUpdate
 from lorafair.communication.agreement import same_error_on_all_ranks
@@ -193,3 +194,34 @@ def test_the_choice_of_who_sets_malloc_options_is_theirs(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert not keep_freed_memory()
+
+
+def update_of_many() -> ServerUpdate:
+    """Layer a is kept as a matrix, beside the identity; layer b as factors."""
+    factors = update().factors
+    folded = {
+        "a": LoRAFactors(A=torch.eye(3), B=torch.arange(15.0).view(5, 3)),
+        "b": LoRAFactors(A=torch.arange(8.0).view(2, 4), B=torch.ones(5, 2)),
+    }
+    return ServerUpdate(factors=factors, folded=folded, head=update().head, sent_lora_rank={})
+
+
+def received_of_many(fabric: Any) -> tuple[int, list[list[list[float]]]]:
+    sizes: list[int] = []
+    broadcast = dist.broadcast
+
+    def counted(tensor: torch.Tensor, src: int) -> None:
+        sizes.append(tensor.numel())
+        broadcast(tensor, src)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "broadcast", counted)
+        sent = update_of_many() if fabric.is_global_zero else None
+        _, folded = broadcast_update(fabric, sent, LAYOUT, parts=(), folds=True)
+    return sizes[-1], [tensor.tolist() for f in folded.values() for tensor in (f.A, f.B)]
+
+
+@pytest.mark.slow
+def test_an_identity_is_not_sent() -> None:
+    expected = [tensor.tolist() for f in update_of_many().folded.values() for tensor in (f.A, f.B)]
+    assert run_ranks(2, received_of_many) == [(15 + 8 + 10, expected)] * 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafair.config.identity import differences, flatten, identity_settings
+from lorafair.config.identity import differences, flatten, identity_settings, run_identity
 from lorafair.config.loading import load_config
 from lorafair.errors import ConfigError
 
@@ -87,3 +87,22 @@ def test_the_configuration_of_a_run_of_an_older_version_is_read(tmp_path: Path) 
 
 def test_groups_are_flattened_to_dotted_keys() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [2]}) == {"a.b.c": 1, "a.d": {}, "e": [2]}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "is_corrected"),
+    [
+        (["method.name=fedsvd"], True),
+        (["method.name=lora_fair"], True),
+        (["method.name=lora_fair", "method.rescale=false"], False),
+        (["method.name=lora_fair", "method.rescale=false", "method.align=true"], True),
+        (["method.name=fedit"], False),
+    ],
+)
+def test_a_run_from_before_a_correction_of_its_method_is_another_one(pairs: list[str], is_corrected: bool) -> None:
+    assert "mixed_lora_ranks" not in run_identity(load_config(*pairs)), "equal ranks: nothing has changed"
+    now = run_identity(load_config(*pairs, "model.lora.client_ranks=[4,2,1]"))
+    before = {key: value for key, value in now.items() if key != "mixed_lora_ranks"}
+    said = differences(before, now)
+    assert ("where clients differ in LoRA rank was corrected in lorafair 0.2" in said) == is_corrected
+    assert not differences(now, now)

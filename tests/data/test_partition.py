@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafair.config.schema import PartitionConfig
-from lorafair.data.partition import Client, PartitionError, partition, pooled, register_partition
+from lorafair.data.partition import Client, PartitionError, balanced_cuts, partition, pooled, register_partition
 from lorafair.errors import ConfigError
 from lorafair.registry import PARTITIONS
 
@@ -225,3 +226,45 @@ def test_an_unknown_scheme_says_what_there_is() -> None:
         ConfigError, match=r"partition\.scheme=uniform is unknown; did you mean iid\? partitions: domain, "
     ):
         partition(PartitionConfig(scheme="uniform"), labels, domains, NAMES, seed=0)
+
+
+def niid_bench(labels: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """Class by class as in NIID-Bench's `noniid-labeldir`: images (C, K) of each class at each party."""
+    parties: list[list[int]] = [[] for _ in range(fractions.shape[1])]
+    counts = []
+    for k, drawn in zip(np.unique(labels), fractions, strict=True):
+        members = np.flatnonzero(labels == k)
+        part = np.array([p * (len(own) < len(labels) / len(parties)) for p, own in zip(drawn, parties, strict=True)])
+        cuts = (np.cumsum(part / part.sum()) * len(members)).astype(int)[:-1]
+        pieces = np.split(members, cuts)
+        counts.append([len(piece) for piece in pieces])
+        for own, piece in zip(parties, pieces, strict=True):
+            own += piece.tolist()
+    return np.array(counts)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 10.0])
+def test_balanced_cuts_are_those_of_niid_bench(alpha: float) -> None:
+    rng = np.random.default_rng(1)
+    for clients in (1, 2, 5, 10):
+        labels, fractions = rng.integers(0, 12, 600), rng.dirichlet(np.full(clients, alpha), size=12)
+        counts = np.unique(labels, return_counts=True)[1]
+        found = np.diff(balanced_cuts(fractions, counts), axis=1, prepend=0, append=counts[:, None])
+        assert np.array_equal(found, niid_bench(labels, fractions))
+        assert found.sum() == 600
+
+
+def test_a_class_whose_draw_is_all_with_those_who_have_enough_is_shared_by_the_others() -> None:
+    cuts = balanced_cuts(np.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), np.array([20, 10]))
+    assert cuts.tolist() == [[20, 20], [0, 5]]
+
+
+def test_a_balanced_split_keeps_every_image_and_is_more_even() -> None:
+    labels, domains = make_images(per_domain=200)
+    spreads: dict[bool | None, list[float]] = {None: [], True: []}
+    for seed in range(8):
+        for balance, found in spreads.items():
+            clients = partition(replace(dirichlet(alpha=0.2), balance=balance), labels, domains, NAMES, seed=seed)
+            assert sorted(i for c in clients for i in c.indices) == list(range(len(labels)))
+            found.append(float(np.std([len(c.indices) for c in clients])))
+    assert np.mean(spreads[True]) < 0.9 * np.mean(spreads[None])
