@@ -568,3 +568,14 @@ def test_what_does_not_fit_the_method_is_refused(tiny: Tiny, changes: list[str],
 def test_the_log_says_what_lora_fair_does_where_ranks_differ(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     run_federation(launched(1), tiny("rounds=1", "method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"))
     assert "method.rescale is on in rounds whose clients differ in LoRA rank" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ffa_lora", "ro_lora"])
+def test_the_error_of_exact_methods_is_none_with_mixed_ranks(method: str, tiny: Tiny) -> None:
+    config = tiny(f"method.name={method}", "model.lora.client_ranks=[4,2,1]")
+    run_federation(launched(1), config)
+    rows = [line.split(",") for line in (config.folder / "metrics.csv").read_text().splitlines()[1:]]
+    after, before = ([float(v) for _, n, v in rows if n == f"server/error_{when}"] for when in ("after", "before"))
+    assert len(after) == 2
+    assert max(after) < 1e-3 < 0.05 < min(before)
