@@ -92,10 +92,9 @@ class LoRAFair(Aggregator):
     )
     sgd_start: Literal["zero", "xavier"] | None = option(
         None,
-        """Where ΔB starts. xavier: from torch's xavier_uniform_, as in the public code that descends from the authors'
-        (with similarity=cosine_columns, sgd_steps=500 and sgd_patience=5); most of that noise stays.""",
+        """Where ΔB starts (zero). xavier: from torch's xavier_uniform_, as in public code that descends from the
+        authors' (with similarity=cosine_columns, sgd_steps=500 and sgd_patience=5); most of that noise stays.""",
         requires=when("method.solver", "sgd"),
-        conditional_default="zero",
     )
     sgd_patience: int | None = option(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from lorafair.aggregation.base import Aggregator
-from lorafair.config.options import choices_of, option_of
+from lorafair.config.options import choices_of, option_of, types_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean, first_line
 from lorafair.registry import METHODS
@@ -173,8 +174,8 @@ def _check_option(key: str, value: Any, name: str) -> None:
         owners = [other for other in METHODS.names if key in _option_names(other)]
         hint = f"it belongs to {', '.join(owners)}; " if owners else did_you_mean(key, known, "method.")
         raise ConfigError(f"method.{key} is no option of {name}; {hint}options of {name}: {', '.join(known) or 'none'}")
-    declared = {field.name: field for field in dataclasses.fields(METHODS[name])}[key]
-    if isinstance(declared.default, bool) and not isinstance(value, bool):
+    kind = types_of(METHODS[name])[key]
+    if bool in (kind, *typing.get_args(kind)) and not (isinstance(value, bool) or (value is None and kind is not bool)):
         raise ConfigError(f"method.{key}={value} must be true or false")
     choices = choices_of(METHODS[name], key)
     if choices and value is not None and value not in choices:
