@@ -9,6 +9,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,22 @@ from torch import Tensor
 from lorafair.aggregation.base import Aggregator, try_out
 from lorafair.aggregation.registry import method_of
 from lorafair.caching.inputs import Inputs, open_inputs
-from lorafair.checkpointing.checkpoint import Checkpoint, find_checkpoint, make_run_dir, mark_begun, resume_of_restarted
+from lorafair.checkpointing.checkpoint import FOLDER as CHECKPOINTS
+from lorafair.checkpointing.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    make_run_dir,
+    mark_begun,
+    resume_of_restarted,
+)
+from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.config.identity import run_identity
 from lorafair.config.schema import ClientConfig, Config
 from lorafair.console import format_count, log
+from lorafair.data.begun import images_begun_with, noting_damage, record_images
 from lorafair.data.images import ImageData
 from lorafair.data.partition import Client, partition, pooled
 from lorafair.data.sources import load_images
@@ -132,6 +143,7 @@ class _Loaded:
     """What the first rank of a node builds, and the others then find in the cache."""
 
     data: ImageData
+    images: str  # the fingerprint of those that the run began with
     clients: tuple[Client, ...]
     lora_ranks: tuple[int, ...]
     local: ClientConfig
@@ -159,7 +171,7 @@ def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkp
     if config.model.compile is not None:
         mode = config.model.compile_mode
         model.compile(backend=config.model.compile, **({} if mode is None else {"mode": mode}))
-    identity = _identity(config, loaded.data, model)
+    identity = _identity(config, loaded, model)
     _introduce(config, loaded, cohort, fabric.world_size)
     if len(set(loaded.lora_ranks)) > 1 and aggregator.note_on_mixed_lora_ranks:
         log.info(f"method: {aggregator.note_on_mixed_lora_ranks}")
@@ -176,7 +188,11 @@ def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkp
         identity=identity,
         labels=torch.from_numpy(loaded.data.train.labels).to(fabric.device),
     )
-    return experiment, _checkpoint_to_continue_from(fabric, config, identity)
+    checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero:
+            record_images(config.folder, loaded.data, loaded.images, origin=_begun_in(config))
+    return experiment, checkpoint
 
 
 def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator) -> _Loaded:
@@ -191,8 +207,14 @@ def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator) -> _L
 
 
 def _load(config: Config, aggregator: Aggregator) -> _Loaded:
-    data, local = load_images(config.data, config.seed), config.client
+    origin, local = _begun_in(config), config.client
+    begun = None if origin is None else images_begun_with(origin, config.data)
+    data = load_images(config.data, config.seed) if begun is None else begun.data
+    images = data.fingerprint
     clients = partition(config.partition, data.train.labels, data.train.domains, data.domains, config.seed)
+    if begun is not None:
+        data, clients = begun.without_gone(clients)
+    data = noting_damage(data, config.folder)
     wanted = config.federation.clients_per_round
     if wanted is not None and wanted > len(clients):
         raise ConfigError(f"federation.clients_per_round={wanted}: there are {len(clients)} clients")
@@ -201,7 +223,7 @@ def _load(config: Config, aggregator: Aggregator) -> _Loaded:
             local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
         clients = pooled(data.train.labels)
     model = build_model(config.model, len(data.classes), config.seed)
-    return _Loaded(data, clients, lora_ranks_of_clients(config, len(clients)), local, model)
+    return _Loaded(data, images, clients, lora_ranks_of_clients(config, len(clients)), local, model)
 
 
 def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[str, Any]) -> Checkpoint | None:
@@ -220,9 +242,20 @@ def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[
     return fabric.broadcast(found)
 
 
-def _identity(config: Config, data: ImageData, model: AdaptedModel) -> dict[str, Any]:
+def _begun_in(config: Config) -> Path | None:
+    """The folder of the run that is continued; None where this one begins."""
+    resume = resume_of_restarted(config.folder, config.resume, slurm_job(os.environ))
+    if resume == "never":
+        return None
+    path = config.folder if resume == "auto" else Path(resume)
+    if path.parent.name == CHECKPOINTS:  # resume may be one of a run's checkpoints
+        path = path.parent.parent
+    return path if list_checkpoints(path) or list_unfinished(path) else None
+
+
+def _identity(config: Config, loaded: _Loaded, model: AdaptedModel) -> dict[str, Any]:
     """Settings that change numbers, what plug-ins have defined, images and frozen weights before any folding."""
-    images = {"images": data.fingerprint, "classes": data.classes}
+    images = {"images": loaded.images, "classes": loaded.data.classes}
     weights = {"frozen_weights": model.fingerprint()}
     return run_identity(config) | images | weights
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 PART = 64  # images decoded by one rank at a time
+_READER = "2"  # changes when files are decoded to other pixels than before; 2: deep grey values are scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class ImageSelection:
     def file(self, size: int) -> Path:
         """Where they are, or will be."""
         codecs = (PIL.__version__, *(str(features.version(codec)) for codec in ("jpg", "libjpeg_turbo", "webp")))
-        parts = (self.images.version(self.indices).hex(), str(size), *codecs)
+        parts = (self.images.version(self.indices).hex(), str(size), _READER, *codecs)
         name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
         return cache_folder("images", "data.cache=never") / f"{name}.npy"
 

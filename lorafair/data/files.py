@@ -8,22 +8,26 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lorafair.data.images import DataError, resize
+from lorafair.console import EVERY_RANK, format_count, log
+from lorafair.data.images import DataError, resize, some
+from lorafair.data.pixels import is_deep, to_rgb
+from lorafair.errors import first_line
 
 T = TypeVar("T")
 _THREADS = 16  # waiting for a network file system, not computing
 _PART = 256  # files a thread inspects at a time
-_NAMED = 3  # unusable files of one kind that a message names
 # What Pillow raises for damaged files.
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _PNG_END = b"IEND\xaeB`\x82"
+_END = 32  # bytes at the end of a file that are looked at
+_COMPARED = 2000  # files whose content is read to find copies: most images differ at their ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,8 @@ class ImageFiles:
     # Bytes (N,), relative to root. One array, because worker processes would copy the pages of N strings by counting
     # references to them.
     entries: np.ndarray
+    known: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) see `Inspected.known`; 0: not yet
+    note: Path | None = None  # a file for the entries of images that could not be decoded, one a line
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -48,7 +54,7 @@ class ImageFiles:
 
     def picture(self, index: int) -> Image.Image:
         """As `PictureReader.picture`."""
-        return self._decoded(index, lambda image: image.convert("RGB"))
+        return self._decoded(index, to_rgb)
 
     def _decoded(self, index: int, use: Callable[[Image.Image], T]) -> T:
         path = self.path(index)
@@ -56,6 +62,7 @@ class ImageFiles:
             with Image.open(path) as image:
                 return use(image)
         except _UNDECODABLE as error:
+            self._write_note(index)
             raise DataError(f"{path} cannot be decoded ({error}); repair it or leave it out of data.root") from error
 
     def read_many(self, indices: np.ndarray, size: int) -> np.ndarray:
@@ -64,11 +71,46 @@ class ImageFiles:
 
     def digest(self, indices: np.ndarray) -> bytes:
         """As `CheckedReader.digest`, from the relative paths and the sizes of the files."""
-        sizes = check_files([self.path(i) for i in indices])
+        return self._digest(indices, inspect_files([self.path(i) for i in indices]))
+
+    def inspected(self, train: np.ndarray, test: np.ndarray) -> tuple[ImageFiles, tuple[bytes, bytes]]:
+        """The same with what is known of both splits, and the `digest` of each; warns of copies in both."""
+        of_train, of_test = (inspect_files([self.path(i) for i in indices]) for indices in (train, test))
+        self._warn_of_copies(train, test, of_train, of_test)
+        known = np.zeros(len(self), np.int64)
+        for indices, files in ((train, of_train), (test, of_test)):
+            known[indices] = [file.known for file in files]
+        return replace(self, known=known), (self._digest(train, of_train), self._digest(test, of_test))
+
+    def _digest(self, indices: np.ndarray, files: Sequence[Inspected]) -> bytes:
         digest = hashlib.sha256()
-        for index, size in zip(indices, sizes, strict=True):
-            digest.update(b"%s\0%d\0" % (self.entries[index], size))
+        for index, file in zip(indices, files, strict=True):
+            digest.update(b"%s\0%d\0" % (self.entries[index], file.size))
+            if file.is_deep:  # earlier versions read other pixels
+                digest.update(b"scaled\0")
         return digest.digest()
+
+    def _write_note(self, index: int) -> None:
+        if self.note is not None:
+            try:
+                with self.note.open("ab") as note:
+                    note.write(b"%s\n" % self.entries[index])
+            except OSError as error:  # the error to raise is the image's
+                log.warning(f"{self.note} cannot be written: {first_line(error)}", extra=EVERY_RANK)
+
+    def _warn_of_copies(
+        self, train: np.ndarray, test: np.ndarray, of_train: Sequence[Inspected], of_test: Sequence[Inspected]
+    ) -> None:
+        ends = {file.end: int(index) for index, file in zip(train, of_train, strict=True)}
+        alike = [(int(i), ends[file.end]) for i, file in zip(test, of_test, strict=True) if file.end in ends]
+        copies = [pair for pair in alike[:_COMPARED] if _content(self.path(pair[0])) == _content(self.path(pair[1]))]
+        if copies:
+            least = "at least " if len(alike) > _COMPARED else ""
+            test_image, train_image = map(self.path, copies[0])
+            log.warning(
+                f"{least}{format_count(len(copies), 'test image is a copy', 'test images are copies')} of a training "
+                f"image, such as {test_image} of {train_image}: results may be too good"
+            )
 
     def version(self, indices: np.ndarray) -> bytes:
         """As `CheckedReader.version`, from the paths, the sizes and the times of the last change of the files."""
@@ -79,54 +121,81 @@ class ImageFiles:
         return digest.digest()
 
 
-def check_files(paths: Sequence[Path]) -> list[int]:
-    """The sizes of the files in bytes, if every one is there and is a complete image.
+class Inspected(NamedTuple):
+    """What the beginning and the end of a file tell."""
 
-    Reads the beginning and the end of each file, and decodes only those whose end does not tell that they are complete.
+    fault: str = ""  # why the image cannot be used
+    size: int = 0  # of the file, in bytes
+    end: int = 0  # a hash of size and end: equal for copies, and hardly ever for other images
+    is_deep: bool = False  # see `pixels.is_deep`
+
+    @property
+    def known(self) -> int:
+        """Size and depth in one number, which tells whether an image may have changed."""
+        return -self.size if self.is_deep else self.size
+
+
+def check_files(paths: Sequence[Path]) -> list[int]:
+    """The sizes of the files in bytes; as `inspect_files`."""
+    return [file.size for file in inspect_files(paths)]
+
+
+def inspect_files(paths: Sequence[Path]) -> list[Inspected]:
+    """What is known of the files, if every one is there and is a complete image.
+
+    Reads the header and the end of each file, and decodes only those whose end does not tell that they are complete.
     Raises DataError that counts the unusable files by kind and names the first few.
     """
     parts = [paths[i : i + _PART] for i in range(0, len(paths), _PART)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        inspected = [result for results in pool.map(_inspect_all, parts) for result in results]
+        inspected = [file for of_part in pool.map(_inspect_all, parts) for file in of_part]
     faults: dict[str, list[Path]] = defaultdict(list)
-    for path, (fault, _) in zip(paths, inspected, strict=True):
-        if fault:
-            faults[fault].append(path)
+    for path, file in zip(paths, inspected, strict=True):
+        if file.fault:
+            faults[file.fault].append(path)
     if faults:
         raise DataError(_report(faults, len(paths)))
-    return [size for _, size in inspected]
+    return inspected
 
 
 def _report(faults: dict[str, list[Path]], total: int) -> str:
-    kinds = [
-        f"{len(files)} {fault} ({', '.join(map(str, files[:_NAMED]))}{', …' if len(files) > _NAMED else ''})"
-        for fault, files in faults.items()
-    ]
+    kinds = [f"{len(files)} {fault} ({some(files)})" for fault, files in faults.items()]
     return (
         f"{sum(map(len, faults.values()))} of {total} image files cannot be used: {'; '.join(kinds)}; "
         "repair or remove them, or change data.root"
     )
 
 
-def _inspect_all(paths: Sequence[Path]) -> list[tuple[str, int]]:
+def _inspect_all(paths: Sequence[Path]) -> list[Inspected]:
     return [_inspect(path) for path in paths]
 
 
-def _inspect(path: Path) -> tuple[str, int]:
-    """(what is wrong with the file or "", its size in bytes)."""
+def _inspect(path: Path) -> Inspected:
     try:
         with path.open("rb") as file:
-            head = file.read(32)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 32))
-            tail = file.read()
+            return _inspect_open(file)
     except (FileNotFoundError, NotADirectoryError):
-        return "missing", 0
-    except OSError:
-        return "unreadable", 0
+        return Inspected("missing")
+    except Image.DecompressionBombError:
+        return Inspected("of more pixels than can be decoded")
+    except UnidentifiedImageError:
+        return Inspected("not an image")
+    except _UNDECODABLE as error:  # one with a number is of the disk or the network
+        return Inspected("unreadable" if getattr(error, "errno", None) else "truncated or damaged")
+
+
+def _inspect_open(file: BinaryIO) -> Inspected:
+    head = file.read(_END)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _END))
+    end = file.read()
     if size == 0:
-        return "empty", 0
-    return ("" if _looks_complete(head, tail, size) else _decoding_fault(path)), size
+        return Inspected("empty")
+    file.seek(0)
+    with Image.open(file) as image:  # reads the header alone
+        if not _looks_complete(head, end, size):
+            image.load()
+        return Inspected("", size, hash((size, end)), is_deep(image.mode))
 
 
 def _looks_complete(head: bytes, tail: bytes, size: int) -> bool:
@@ -142,12 +211,6 @@ def _looks_complete(head: bytes, tail: bytes, size: int) -> bool:
     return False
 
 
-def _decoding_fault(path: Path) -> str:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except UnidentifiedImageError:
-        return "not an image"
-    except _UNDECODABLE:
-        return "truncated or damaged"
-    return ""
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,190 +1,181 @@
-"""Image folders: DomainNet and NICO++ with their list files, and any root/domain/class/*.jpg."""
+"""Image folders without lists: any root/domain/class/*.jpg."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from lorafair.config.schema import DataConfig
 from lorafair.console import format_count, log
-from lorafair.data.files import ImageFiles
-from lorafair.data.images import DataError, ImageCollection, Source
+from lorafair.data.images import DataError, ImageCollection, Source, some
+from lorafair.data.listing import SPLITS, Row, check_spelling, collection, existing_root, is_of_system
+from lorafair.errors import first_line
 from lorafair.seeding import seeded_numpy
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_SPLITS = ("train", "test")
-_LIST_FOLDERS = ("", "NICO_DG_official", "splits")  # where the list files lie, below the root
-_IMAGE_FOLDER = "NICO_DG"  # where entries may begin, below the root
-_PROBED = 20  # entries of a list that are looked for to find out where they begin
-
-# What other systems leave in folders, beside names that begin with a dot.
-_OF_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
-
-# An image: path below the root, class, index of its domain, whether it is for the test.
-Row = tuple[str, str, int, bool]
+# What Pillow decodes without help of other programs. Other endings are counted and named.
+_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif"),
+)
+# Folders of this name are a split of the images, and no domain unless data.domains says so.
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+_EXPECTED = "domain/class/image, nor below train and test"
 
 
-def load_lists(config: DataConfig, seed: int) -> ImageCollection:
-    """The images named in <domain>_train.txt and <domain>_test.txt, as DomainNet and NICO++ are distributed.
+@dataclass
+class _LeftOut:
+    """What lies in the folders and is not used."""
 
-    The lists lie in the root, in root/NICO_DG_official or in root/splits. A line is a path and a label; the path begins
-    at the root, at the lists' folder or at root/NICO_DG, and its last folder is the class. Labels order the classes and
-    may leave gaps. Raises DataError naming the file and line of an entry that is malformed or contradicts another.
-    """
-    root = _existing_root(config)
-    lists, domains = _find_lists(root, config.domains or ())
-    rows: list[Row] = []
-    label_of: dict[str, int] = {}
-    for (d, domain), split in itertools.product(enumerate(domains), _SPLITS):
-        lines = list(_read_list(lists / f"{domain}_{split}.txt", label_of))
-        start = _where_entries_begin(root, lists, lines)
-        rows += [(f"{start}{entry}", name, d, split == "test") for entry, name in lines]
-    _check_repeated([row for row in rows if domains[row[2]] in (config.domains or domains)], lists)
-    return _collection(root, rows, domains, label_of, f"{config.source}: real images of data.root, split by its lists")
+    of_systems: list[Path] = field(default_factory=list)
+    with_other_endings: list[Path] = field(default_factory=list)
+    too_deep: list[Path] = field(default_factory=list)  # folders below those of classes, with images
+    too_high: list[Path] = field(default_factory=list)  # images beside class folders
+
+    def warn(self) -> None:
+        """Count and name each kind."""
+        if self.of_systems:
+            count = format_count(len(self.of_systems), "file")
+            log.warning(f"{count} of other systems left out, such as {self.of_systems[0]}")
+        if self.with_other_endings:
+            endings = Counter(file.suffix or "no ending" for file in self.with_other_endings)
+            kinds = [f"{count:,} {ending}" for ending, count in endings.most_common()]
+            log.warning(
+                f"{format_count(len(self.with_other_endings), 'file')} left out, which are no images by their names "
+                f"({some(kinds)}), such as {self.with_other_endings[0]}"
+            )
+        if self.too_deep:
+            count = format_count(len(self.too_deep), "folder")
+            log.warning(f"{count} of images left out, which lie deeper than domain/class: {some(self.too_deep)}")
+        if self.too_high:
+            count = format_count(len(self.too_high), "image")
+            log.warning(f"{count} left out, in the folder of a domain and in none of a class: {some(self.too_high)}")
 
 
 def load_folder(config: DataConfig, seed: int) -> ImageCollection:
     """The images in root/domain/class, or in root/train/domain/class and root/test/domain/class where both exist.
 
     Without a given split, the seed draws data.test_fraction of every domain's class for the test: at least one image
-    where there are two, and never all. Raises DataError where no image is found.
+    where there are two, and never all. Raises DataError where no image is found, or where folders of another layout
+    would be taken for domains or classes.
     """
-    root = _existing_root(config)
-    has_split = all((root / split).is_dir() for split in _SPLITS)
-    bases = _SPLITS if has_split else ("",)
-    domains = tuple(sorted({domain for base in bases for domain in _subfolders(root / base)}))
+    root = existing_root(config)
+    try:
+        return _load(root, config, seed)
+    except OSError as error:
+        raise DataError(f"a folder of data.root={root} cannot be read: {first_line(error)}") from error
+
+
+FOLDER = Source(load_folder)
+
+
+def _load(root: Path, config: DataConfig, seed: int) -> ImageCollection:
+    has_split = all((root / split).is_dir() for split in SPLITS)
+    bases = SPLITS if has_split else ("",)
+    domains_in = {base or "data.root": _subfolders(root / base) for base in bases}
+    domains = tuple(sorted({domain for names in domains_in.values() for domain in names}))
+    _check_domains(root, domains, config.domains or (), has_split)
+    used = set(config.domains or domains)
+    check_spelling("domains", {place: used.intersection(names) for place, names in domains_in.items()})
     rows: list[Row] = []
-    foreign: list[Path] = []
+    left_out = _LeftOut()
+    classes_in: dict[str, set[str]] = defaultdict(set)
     for base, (d, domain) in itertools.product(bases, enumerate(domains)):
-        for name, files in _classes_in(root / base / domain, foreign):
+        for name, files in _classes_in(root / base / domain, left_out):
+            classes_in[domain] |= {name} if files else set()
             held_out = [base == "test"] * len(files)
             if not has_split:
                 held_out = _hold_out(len(files), config, seed, domain, name)
             rows += [(str(Path(base, domain, name, file)), name, d, h) for file, h in zip(files, held_out, strict=True)]
-    if foreign:
-        log.warning(f"{format_count(len(foreign), 'file')} of other systems left out, such as {foreign[0]}")
     if not rows:
-        raise DataError(
-            f"data.root={root} holds no images as domain/class/image, nor below train and test; "
-            f"files end in {', '.join(_SUFFIXES)}"
-        )
+        raise DataError(f"data.root={root} holds no images as {_EXPECTED}; {_what_it_holds(root, left_out)}")
+    left_out.warn()
+    check_spelling("classes", {domain: names for domain, names in classes_in.items() if domain in used})
+    _check_classes({row[1] for row in rows}, root)
     label_of = {name: label for label, name in enumerate(sorted({row[1] for row in rows}))}
     split = "split as in its folders" if has_split else f"{config.test_fraction:.0%} of each class held out"
-    return _collection(root, rows, domains, label_of, f"folder: the images of data.root, {split}")
+    return collection(root, rows, domains, label_of, f"folder: the images of data.root, {split}")
 
 
-LISTED, FOLDER = Source(load_lists), Source(load_folder)
-
-
-def _collection(
-    root: Path, rows: Sequence[Row], domains: tuple[str, ...], label_of: Mapping[str, int], description: str
-) -> ImageCollection:
-    """`label_of` gives every class its label; labels may leave gaps, which are closed here."""
-    class_of: dict[int, str] = {}
-    for name, label in label_of.items():
-        class_of.setdefault(label, name)  # of two spellings, the first
-    known = sorted(class_of)
-    return ImageCollection(
-        domains=domains,
-        classes=tuple(class_of[label] for label in known),
-        images=ImageFiles(root, np.array([os.fsencode(entry) for entry, _, _, _ in rows], np.bytes_)),
-        labels=np.searchsorted(known, [label_of[name] for _, name, _, _ in rows]).astype(np.int64),
-        domain_of=np.array([domain for _, _, domain, _ in rows], np.int64),
-        held_out=np.array([held_out for _, _, _, held_out in rows], bool),
-        description=description,
-    )
-
-
-def _existing_root(config: DataConfig) -> Path:
-    assert config.root is not None
-    if not config.root.is_dir():
+def _check_domains(root: Path, domains: Sequence[str], wanted: Sequence[str], has_split: bool) -> None:
+    """Raise DataError for folders of a split that would be domains; warn of what lies beside train and test."""
+    if has_split:
+        others = [name for name in _subfolders(root) if name not in SPLITS]
+        if others:
+            log.warning(f"data.root={root}: train and test are used, and left out beside them {some(others)}")
+    splits = [name for name in domains if name.casefold() in _SPLIT_NAMES and not wanted]
+    if splits:
         raise DataError(
-            f"data.root={config.root} is not a folder that exists; data.source={config.source} reads images there"
+            f"data.root={root}: the folders {some(splits)} are named like a split and would be taken for domains; a "
+            "split is root/train/domain/class and root/test/domain/class, both; if they are domains, name all in "
+            "data.domains"
         )
-    return config.root
 
 
-def _find_lists(root: Path, wanted: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
-    """The folder with the lists, and the domains that have both."""
-    halved: dict[str, Path] = {}  # the missing list of a domain that has the other one
-    for below in _LIST_FOLDERS:
-        lists = root / below
-        train, test = ({file.name.removesuffix(f"_{s}.txt") for file in lists.glob(f"*_{s}.txt")} for s in _SPLITS)
-        halved |= {name: lists / f"{name}_{'test' if name in train else 'train'}.txt" for name in sorted(train ^ test)}
-        missing = [halved[name] for name in wanted or sorted(train ^ test) if name in train ^ test]
-        if train & test and not missing:
-            return lists, tuple(sorted(train & test))
-    if halved:
-        file = next((halved[name] for name in wanted if name in halved), next(iter(halved.values())))
-        raise DataError(f"{file} is missing; name the domains to use in data.domains, or another data.root")
-    raise DataError(
-        f"data.root={root} has no lists named <domain>_train.txt and <domain>_test.txt, neither itself nor in "
-        f"{' or '.join(_LIST_FOLDERS[1:])}; it holds {', '.join(sorted(os.listdir(root))[:8]) or 'nothing'}"
-    )
-
-
-def _read_list(file: Path, label_of: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """(path, class) of every line; a class gets its label in `label_of` from the first line that names it."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}); it is one of the lists of data.root") from error
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line:
-            continue
-        entry, _, label = line.rpartition(" ")
-        entry = entry.rstrip()
-        name = os.path.basename(os.path.dirname(entry))
-        if not (name and label.isdecimal()):
-            raise DataError(f"{file}:{number}: '{line}' is not a path with a class folder, a blank and a label")
-        if label_of.setdefault(name, int(label)) != int(label):
-            raise DataError(f"{file}:{number}: class {name} has label {label} here, but {label_of[name]} before")
-        yield entry, name
-
-
-def _where_entries_begin(root: Path, lists: Path, lines: Sequence[tuple[str, str]]) -> str:
-    """What to put before the paths of a list to get paths below the root: the first folder that has some of them."""
-    of_lists = "" if lists == root else f"{lists.name}/"
-    for start in ("", of_lists, f"{_IMAGE_FOLDER}/"):
-        if any((root / f"{start}{entry}").is_file() for entry, _ in lines[:_PROBED]):
-            return start
-    return ""
+def _check_classes(classes: set[str], root: Path) -> None:
+    if all(name.casefold() in _SPLIT_NAMES for name in classes):
+        raise DataError(
+            f"the classes of data.root={root} would be {some(sorted(classes))}, the names of a split; images are "
+            "expected as domain/class/image, or as train/domain/class/image and test/domain/class/image"
+        )
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_of_system(entry.name))
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_of_system(entry.name))
 
 
-def _is_of_system(name: str) -> bool:
-    return name.startswith(".") or name in _OF_SYSTEMS
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES)
 
 
-def _check_repeated(rows: Sequence[Row], lists: Path) -> None:
-    """Raise DataError for images in a training and a test list; warn of those that are listed twice in one."""
-    splits_of: dict[str, list[bool]] = {}
-    for entry, _, _, held_out in rows:
-        splits_of.setdefault(entry, []).append(held_out)
-    repeated = [entry for entry, splits in splits_of.items() if len(splits) > 1]
-    leaked = [entry for entry in repeated if len(set(splits_of[entry])) > 1]
-    if leaked:
-        raise DataError(
-            f"in {lists}: {format_count(len(leaked), 'image')} both in a training and in a test list, such as "
-            f"{leaked[0]}: results would be too good; take them out of one of the two"
+def _classes_in(domain: Path, left_out: _LeftOut) -> Iterator[tuple[str, list[str]]]:
+    """(class, sorted file names) for every class folder of a domain; what is not used goes to `left_out`."""
+    if not domain.is_dir():
+        return
+    for name in sorted(os.listdir(domain)):
+        path = domain / name
+        if not path.is_dir():
+            left_out.too_high += [path] if _is_image(name) and not is_of_system(name) else []
+        elif not is_of_system(name):
+            yield name, _images_in(path, left_out)
+
+
+def _images_in(folder: Path, left_out: _LeftOut) -> list[str]:
+    files: list[str] = []
+    with os.scandir(folder) as found:
+        for entry in sorted(found, key=lambda entry: entry.name):
+            path = folder / entry.name
+            if is_of_system(entry.name):
+                left_out.of_systems += [path] if _is_image(entry.name) else []
+            elif entry.is_dir():
+                left_out.too_deep += [path] if _has_images(path) else []
+            elif _is_image(entry.name):
+                files.append(entry.name)
+            else:
+                left_out.with_other_endings.append(path)
+    return files
+
+
+def _has_images(folder: Path) -> bool:
+    return any(_is_image(name) and not is_of_system(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def _what_it_holds(root: Path, left_out: _LeftOut) -> str:
+    """Where the images are, for who has given the wrong folder."""
+    if left_out.too_deep:
+        return f"there are some deeper, in {some(left_out.too_deep)}: give the folder whose folders are the domains"
+    if left_out.too_high:
+        image = left_out.too_high[0]
+        return (
+            f"there are some higher, such as {image}: put the folders of classes into one of a domain, such as "
+            f"{image.parent.with_name('all') / image.parent.name}"
         )
-    if repeated:
-        log.warning(f"in {lists}: {format_count(len(repeated), 'image')} listed more than once, such as {repeated[0]}")
-
-
-def _classes_in(domain: Path, foreign: list[Path]) -> Iterator[tuple[str, list[str]]]:
-    """(class, sorted file names) for every class folder of a domain; files of other systems go to `foreign`."""
-    for name in _subfolders(domain) if domain.is_dir() else ():
-        files = sorted(file for file in os.listdir(domain / name) if file.lower().endswith(_SUFFIXES))
-        foreign += [domain / name / file for file in files if _is_of_system(file)]
-        yield name, [file for file in files if not _is_of_system(file)]
+    if left_out.with_other_endings:
+        return f"there are other files, such as {left_out.with_other_endings[0]}; images end in {' '.join(_SUFFIXES)}"
+    return f"it holds {', '.join(sorted(os.listdir(root))[:8]) or 'nothing'}; images end in {' '.join(_SUFFIXES)}"
 
 
 def _hold_out(images: int, config: DataConfig, seed: int, domain: str, class_: str) -> list[bool]:

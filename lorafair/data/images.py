@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -17,13 +18,21 @@ import numpy as np
 from PIL import Image
 
 from lorafair.config.schema import DataConfig
+from lorafair.data.pixels import to_rgb
 from lorafair.errors import LorafairError
 
+_NAMED = 3  # things of one kind that a message names
 _BLOCK = 64  # images taken out of an array at a time
 
 
 class DataError(LorafairError):
     """The data are not there, not usable or not enough; the message names the file or the key."""
+
+
+def some(names: Collection[object]) -> str:
+    """The first few of them, for a message."""
+    first = ", ".join(str(name) for name in itertools.islice(names, _NAMED))
+    return first + (", …" if len(names) > _NAMED else "")
 
 
 class ImageReader(Protocol):
@@ -233,4 +242,4 @@ def _mapped(file: Path) -> np.ndarray:
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
     """The whole image as an RGB square, bicubic: uint8 (size, size, 3), a new writable array."""
-    return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    return np.array(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from lorafair.config.schema import DataConfig
+from lorafair.data.collection_checks import check_collection, warn_of_uneven_classes
 from lorafair.data.datasets import Domains, from_datasets
+from lorafair.data.files import ImageFiles
 from lorafair.data.images import DataError, ImageCollection, ImageData, Source, Split, Subset
 from lorafair.data.resizing import WithoutAntialias
 from lorafair.errors import of_plugin
@@ -84,8 +86,10 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
     """
     with of_plugin(f"data.source={config.source}") if SOURCES.is_from_plugin(config.source) else nullcontext():
         collection = SOURCES[config.source].load(config, seed)
+    check_collection(collection, config.source)
     domains = _choose_domains(collection, config)
     classes = _choose_classes(collection, config)
+    warn_of_uneven_classes(collection, domains, classes)
     train = _choose_images(collection, domains, len(classes), "train", config.train_images, seed)
     description = collection.description
     if config.validation_fraction is None:
@@ -95,8 +99,13 @@ def load_images(config: DataConfig, seed: int) -> ImageData:
         description += f"; tested on {config.validation_fraction:.0%} of the training images, held out"
     _check_enough(collection, domains, classes, train, test, config)
     digest = hashlib.sha256(json.dumps([config.source, domains, classes]).encode())
-    for indices in (train, test):
-        digest.update(collection.images.digest(indices))
+    if isinstance(collection.images, ImageFiles):
+        images, digests = collection.images.inspected(train, test)
+        collection = dataclasses.replace(collection, images=images)
+    else:
+        digests = (collection.images.digest(train), collection.images.digest(test))
+    for indices, of_images in zip((train, test), digests, strict=True):
+        digest.update(of_images)
         digest.update(collection.labels[indices].astype("<i8").tobytes())
         digest.update(collection.domain_of[indices].astype("<i8").tobytes())
     if not config.antialias:

@@ -1,0 +1,184 @@
+"""The image files that a run began with, so that it goes on after a damaged one was repaired or left out.
+
+A damaged file that is complete at both ends is found when it is decoded, which may be in any round. The reader notes
+its name in the run's folder. When the run continues, such a file may have changed or be gone: training images, test
+images and clients are those the run began with, without what is gone. Any other change is one of the run's identity.
+
+Letters: N training images, M test images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from lorafair.config.schema import DataConfig
+from lorafair.console import format_count, log
+from lorafair.data.files import ImageFiles, inspect_files
+from lorafair.data.images import DataError, ImageData, Split, Subset, some
+from lorafair.data.partition import Client
+from lorafair.errors import first_line
+
+RECORD, DAMAGED = "images.npz", "damaged_images.txt"
+_NAMES = ("name", "domains", "classes", "description", "fingerprint")  # of ImageData, kept in the record
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """The images a run began with, and which of them are still there."""
+
+    data: ImageData  # all of them, so that they are dealt out to clients as before
+    train_there: np.ndarray  # (N,) bool
+    test_there: np.ndarray  # (M,) bool
+    now: str  # changes with the damaged files: names what is computed from the images
+
+    def without_gone(self, clients: Sequence[Client]) -> tuple[ImageData, tuple[Client, ...]]:
+        """Images and clients without the images that are gone. DataError for a client or domain that has none left."""
+        position = np.cumsum(self.train_there) - 1
+        kept = tuple(
+            dataclasses.replace(client, indices=position[client.indices[self.train_there[client.indices]]])
+            for client in clients
+        )
+        train, test = (
+            split.select(np.flatnonzero(there))
+            for split, there in ((self.data.train, self.train_there), (self.data.test, self.test_there))
+        )
+        empty = [client.name for client in kept if not len(client.indices)]
+        tested = set(test.domains.tolist())
+        empty += [f"{name} (test)" for d, name in enumerate(self.data.domains) if d not in tested]
+        if empty:
+            raise DataError(f"without the damaged images there is none left for {some(empty)}; repair them")
+        return dataclasses.replace(self.data, train=train, test=test, fingerprint=self.now), kept
+
+
+def noting_damage(data: ImageData, run_dir: Path) -> ImageData:
+    """The same images, whose files are noted in the folder of the run where they cannot be decoded."""
+
+    def of(split: Split) -> Split:
+        images = split.images
+        if not (isinstance(images, Subset) and isinstance(images.images, ImageFiles)):
+            return split
+        noting = dataclasses.replace(images.images, note=run_dir / DAMAGED)
+        return dataclasses.replace(split, images=Subset(noting, images.indices))
+
+    return dataclasses.replace(data, train=of(data.train), test=of(data.test))
+
+
+def record_images(run_dir: Path, data: ImageData, fingerprint: str, *, origin: Path | None) -> None:
+    """Write what the run began with into its folder, where that is not there yet.
+
+    Args:
+        run_dir: The folder of the run.
+        data: The images of the run.
+        fingerprint: Of the images that it began with.
+        origin: The folder of the run it continues, which may be another one; None where it begins.
+    """
+    record, noted = run_dir / RECORD, run_dir / DAMAGED
+    splits = {"train": data.train, "test": data.test}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if origin is None:
+            noted.unlink(missing_ok=True)
+        elif origin != run_dir:
+            for name in (RECORD, DAMAGED):
+                with contextlib.suppress(FileNotFoundError):  # where no image is damaged
+                    shutil.copyfile(origin / name, run_dir / name)
+        if record.exists() and (known := _read(record)) is not None and known["names"]["fingerprint"] == fingerprint:
+            return
+        arrays = {f"{name}_{what}": array for name, split in splits.items() for what, array in _arrays(split).items()}
+        if arrays:
+            arrays["names"] = np.array(json.dumps({key: getattr(data, key) for key in _NAMES}))
+            partial = record.with_suffix(".partial.npz")
+            np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
+            os.replace(partial, record)
+        else:  # no image is read from a file of its own
+            record.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{record} cannot be written: {first_line(error)}") from error
+
+
+def _read(record: Path) -> dict[str, Any] | None:
+    try:
+        with np.load(record) as opened:
+            arrays: dict[str, Any] = {name: opened[name] for name in opened.files}
+        return arrays | {"names": json.loads(str(arrays["names"]))}
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        log.warning(f"{record} is not used, because it cannot be read: {first_line(error)}")
+        return None
+
+
+def _arrays(split: Split) -> dict[str, np.ndarray]:
+    """Of a split that is read from files; none for another one."""
+    if not (isinstance(split.images, Subset) and isinstance(split.images.images, ImageFiles)):
+        return {}
+    files, indices = split.images.images, split.images.indices
+    return {
+        "entries": files.entries[indices],
+        "known": files.known[indices],
+        "labels": split.labels,
+        "domains": split.domains,
+    }
+
+
+def images_begun_with(run_dir: Path, config: DataConfig) -> Begun | None:
+    """The images of the run that is continued; None where none was damaged, or where others have changed, too."""
+    noted = _noted(run_dir)
+    if not noted or not (run_dir / RECORD).exists() or config.root is None:
+        return None
+    arrays = _read(run_dir / RECORD)
+    if arrays is None:
+        return None
+    names: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in arrays["names"].items()
+    }
+    entries = np.concatenate([arrays["train_entries"], arrays["test_entries"]])
+    known = np.concatenate([arrays["train_known"], arrays["test_known"]])
+    files = ImageFiles(config.root, entries, known=known)
+    damaged = np.isin(entries, np.array(sorted(noted), np.bytes_))
+    there = ~damaged
+    there[damaged] = [files.path(int(i)).is_file() for i in np.flatnonzero(damaged)]
+    found = inspect_files([files.path(int(i)) for i in np.flatnonzero(there)])
+    now = np.zeros_like(known)
+    now[there] = [file.known for file in found]
+    if not np.array_equal(now[~damaged], known[~damaged]):
+        return None
+    _say_what_changed(entries[damaged], there[damaged], now[damaged] != known[damaged])
+    count = len(arrays["train_entries"])
+    train, test = (
+        Split(Subset(files, indices), arrays[f"{split}_labels"], arrays[f"{split}_domains"])
+        for split, indices in (("train", np.arange(count)), ("test", np.arange(count, len(entries))))
+    )
+    return Begun(
+        data=ImageData(train=train, test=test, **names),
+        train_there=there[:count],
+        test_there=there[count:],
+        now=hashlib.sha256(names["fingerprint"].encode() + files.version(np.flatnonzero(there))).hexdigest(),
+    )
+
+
+def _noted(run_dir: Path) -> set[bytes]:
+    try:
+        return set(filter(None, (run_dir / DAMAGED).read_bytes().split(b"\n")))
+    except FileNotFoundError:
+        return set()
+
+
+def _say_what_changed(entries: np.ndarray, there: np.ndarray, changed: np.ndarray) -> None:
+    names = [os.fsdecode(entry) for entry in entries]
+    gone = [name for name, is_there in zip(names, there, strict=True) if not is_there]
+    other = [name for name, is_there, is_other in zip(names, there, changed, strict=True) if is_there and is_other]
+    if gone:
+        log.warning(f"the run goes on without {format_count(len(gone), 'damaged image')}, left out: {some(gone)}")
+    if other:
+        log.warning(f"the run goes on with {format_count(len(other), 'image')} as repaired: {some(other)}")

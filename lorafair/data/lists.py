@@ -1,0 +1,168 @@
+"""Image folders with list files, as DomainNet and NICO++ are distributed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import posixpath
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorafair.config.schema import DataConfig
+from lorafair.console import format_count, log
+from lorafair.data.images import DataError, ImageCollection, Source, some
+from lorafair.data.listing import SPLITS, Row, check_spelling, collection, existing_root, is_of_system
+
+_LIST_FOLDERS = ("", "NICO_DG_official", "splits")  # where the list files lie, below the root
+_IMAGE_FOLDER = "NICO_DG"  # where entries may begin, below the root
+_PROBED = 20  # entries of a list that are looked for to find out where they begin
+_DIGITS = 9  # of a label
+
+Entry = tuple[str, str]  # path as it is written in a list, and class
+
+
+def load_lists(config: DataConfig, seed: int) -> ImageCollection:
+    """The images named in <domain>_train.txt and <domain>_test.txt.
+
+    The lists lie in the root, in root/NICO_DG_official or in root/splits. A line is a path and a label; the path begins
+    at the root, at the lists' folder or at root/NICO_DG, perhaps with folders of another machine before that, and its
+    last folder is the class. Labels order the classes and may leave gaps. Raises DataError naming the file and line of
+    an entry that is malformed or contradicts another.
+    """
+    root = existing_root(config)
+    lists, domains = _find_lists(root, config.domains or ())
+    rows: list[Row] = []
+    label_of: dict[str, int] = {}
+    classes_in: dict[str, set[str]] = {}
+    shortened: list[str] = []
+    for (d, domain), split in itertools.product(enumerate(domains), SPLITS):
+        file = lists / f"{domain}_{split}.txt"
+        entries = list(_read_list(file, label_of))
+        classes_in[file.name] = {name for _, name in entries}
+        way = _where_entries_are(root, lists, entries)
+        shortened += [f"{way(entries[0][0])} for {entries[0][0]}"] if way.dropped else []
+        rows += [(way(entry), name, d, split == "test") for entry, name in entries]
+    if shortened:
+        log.info(f"lists: paths are read without their first folders: {shortened[0]}")
+    check_spelling("classes", classes_in)
+    _warn_of_shared_labels(label_of)
+    _check_repeated([row for row in rows if domains[row[2]] in (config.domains or domains)], lists)
+    return collection(root, rows, domains, label_of, f"{config.source}: real images of data.root, split by its lists")
+
+
+LISTED = Source(load_lists)
+
+
+def _find_lists(root: Path, wanted: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
+    """The folder with the lists, and the domains that have both."""
+    halved: dict[str, Path] = {}  # the missing list of a domain that has the other one
+    for below in _LIST_FOLDERS:
+        lists = root / below
+        train, test = (_with_list(lists, split) for split in SPLITS)
+        halved |= {name: lists / f"{name}_{'test' if name in train else 'train'}.txt" for name in sorted(train ^ test)}
+        missing = [halved[name] for name in wanted or sorted(train ^ test) if name in train ^ test]
+        if train & test and not missing:
+            return lists, tuple(sorted(train & test))
+    if halved:
+        file = next((halved[name] for name in wanted if name in halved), next(iter(halved.values())))
+        raise DataError(f"{file} is missing; name the domains to use in data.domains, or another data.root")
+    raise DataError(
+        f"data.root={root} has no lists named <domain>_train.txt and <domain>_test.txt, neither itself nor in "
+        f"{' or '.join(_LIST_FOLDERS[1:])}; it holds {', '.join(sorted(os.listdir(root))[:8]) or 'nothing'}"
+    )
+
+
+def _with_list(lists: Path, split: str) -> set[str]:
+    """The domains that have a list of this split."""
+    files = (file.name for file in lists.glob(f"*_{split}.txt") if not is_of_system(file.name))
+    return {name.removesuffix(f"_{split}.txt") for name in files}
+
+
+def _read_list(file: Path, label_of: dict[str, int]) -> Iterator[Entry]:
+    """(path, class) of every line; a class gets its label in `label_of` from the first line that names it."""
+    for number, line in enumerate(map(str.strip, _lines(file)), start=1):
+        if not line:
+            continue
+        entry, label = [*line.rsplit(None, 1), ""][:2]
+        if "/" not in entry:
+            entry = entry.replace("\\", "/")  # a list made on Windows
+        name = os.path.basename(os.path.dirname(entry))
+        if not (name and label.isdecimal() and len(label) <= _DIGITS):
+            raise DataError(f"{file}:{number}: '{line}' is not a path with a class folder, a blank and a label")
+        if label_of.setdefault(name, int(label)) != int(label):
+            raise DataError(f"{file}:{number}: class {name} has label {label} here, but {label_of[name]} before")
+        yield entry, name
+
+
+def _lines(file: Path) -> list[str]:
+    """Of a text in UTF-8 or UTF-16; bytes that are neither stay what they are, since names of files may be any."""
+    try:
+        content = file.read_bytes()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as PowerShell writes
+            text = content.decode("utf-16")
+        else:
+            text = content.decode("utf-8-sig", errors="surrogateescape")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}); it is one of the lists of data.root") from error
+    return re.split(r"\r\n|\r|\n", text)  # splitlines would also split at characters that names may hold
+
+
+@dataclass(frozen=True)
+class _Way:
+    """From an entry of a list to a path below the root."""
+
+    dropped: int = 0  # first folders of the entry that are left out
+    form: Literal["", "NFC", "NFD"] = ""  # of Unicode, if not that of the list
+    start: str = ""  # what comes before
+
+    def __call__(self, entry: str) -> str:
+        """The path of an entry."""
+        entry = "/".join(entry.split("/")[self.dropped :])
+        return self.start + (unicodedata.normalize(self.form, entry) if self.form else entry)
+
+
+def _where_entries_are(root: Path, lists: Path, entries: Sequence[Entry]) -> _Way:
+    """The first way that finds some of a list's images: entries as they are, and then without their first folders."""
+    of_lists = "" if lists == root else f"{lists.name}/"
+    probed = [entry for entry, _ in entries[:_PROBED]]
+    most = max((entry.count("/") for entry in probed), default=0)
+    forms: tuple[Literal["", "NFC", "NFD"], ...] = ("", "NFC", "NFD")
+    for dropped, form, start in itertools.product(range(most), forms, ("", of_lists, f"{_IMAGE_FOLDER}/")):
+        way = _Way(dropped, form, start)
+        if any((root / way(entry)).is_file() for entry in probed if entry.count("/") > dropped):
+            return way
+    return _Way()
+
+
+def _warn_of_shared_labels(label_of: dict[str, int]) -> None:
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, label in label_of.items():
+        names_of[label].append(name)
+    shared = {label: names for label, names in names_of.items() if len(names) > 1}
+    if shared:
+        label, names = next(iter(shared.items()))
+        log.warning(
+            f"{format_count(len(shared), 'label')} of the lists with folders of several names, which are one class: "
+            f"label {label} of {some(names)}"
+        )
+
+
+def _check_repeated(rows: Sequence[Row], lists: Path) -> None:
+    """Raise DataError for images in a training and a test list; warn of those that are listed twice in one."""
+    splits_of: dict[str, list[bool]] = {}
+    for entry, _, _, held_out in rows:
+        splits_of.setdefault(posixpath.normpath(entry), []).append(held_out)
+    repeated = [entry for entry, splits in splits_of.items() if len(splits) > 1]
+    leaked = [entry for entry in repeated if len(set(splits_of[entry])) > 1]
+    if leaked:
+        raise DataError(
+            f"in {lists}: {format_count(len(leaked), 'image')} both in a training and in a test list, such as "
+            f"{leaked[0]}: results would be too good; take them out of one of the two"
+        )
+    if repeated:
+        log.warning(f"in {lists}: {format_count(len(repeated), 'image')} listed more than once, such as {repeated[0]}")
