@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import Subset as TorchSubset
 
+from lorafair.console import format_count
 from lorafair.data.images import DataError, ImageCollection, resize
 from lorafair.errors import first_line
 
@@ -53,6 +55,7 @@ def from_datasets(domains: Domains, *, classes: Sequence[str] | None = None, des
     for name, of_domain in zip(np.repeat(names, 2), labels, strict=True):
         if not len(of_domain):
             raise DataError(f"domain {name}: one of its two data sets is empty")
+    _check_disjoint(domains)
     all_labels = np.concatenate(labels)
     classes = classes or getattr(datasets[0], "classes", None) or [str(i) for i in range(int(all_labels.max()) + 1)]
     if all_labels.min() < 0 or all_labels.max() >= len(classes):
@@ -121,11 +124,41 @@ def _pair(pair: Any) -> tuple[Any, Any]:
     return pair[0], pair[1]
 
 
+def _check_disjoint(domains: Domains) -> None:
+    """Raise DataError where a data set, or an item of one that torch's `Subset` takes, is in both splits."""
+    trained: dict[int, set[int]] = {}
+    for train, _ in domains.values():
+        base, indices = _items(train)
+        trained.setdefault(id(base), set()).update(indices)
+    for name, (_, test) in domains.items():
+        base, indices = _items(test)
+        shared = trained.get(id(base), set()).intersection(indices)
+        if shared:
+            raise DataError(
+                f"domain {name}: {format_count(len(shared), 'item')} of its test data set are also trained on, such as "
+                f"item {min(shared)}: results would be too good; give two data sets without common items"
+            )
+
+
+def _items(dataset: Any) -> tuple[Any, Sequence[int]]:
+    """The data set that items come from, and which ones: of a `Subset` those it takes."""
+    if not isinstance(dataset, TorchSubset):
+        return dataset, range(len(dataset))
+    base, indices = _items(dataset.dataset)
+    return base, [indices[int(i)] for i in dataset.indices]
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, str) and int(value) != value:
+        raise ValueError(f"{value} is no whole number")
+    return int(value)
+
+
 def _labels(dataset: Any) -> np.ndarray:
     known = getattr(dataset, "targets", None)
     try:
         values = known if known is not None else [dataset[index][1] for index in range(len(dataset))]
-        labels = np.asarray([int(value) for value in values], np.int64)
+        labels = np.asarray([_whole(value) for value in values], np.int64)
     except _UNREADABLE as error:
         raise DataError(
             f"the labels of a data set cannot be read ({first_line(error)}); an item is an image and its label, a "

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from lorafair.config.schema import DataConfig
 from lorafair.console import format_count, log
@@ -116,27 +115,32 @@ def _lines(file: Path) -> list[str]:
 class _Way:
     """From an entry of a list to a path below the root."""
 
+    root: Path
     dropped: int = 0  # first folders of the entry that are left out
-    form: Literal["", "NFC", "NFD"] = ""  # of Unicode, if not that of the list
     start: str = ""  # what comes before
+    has_other_forms: bool = False  # names beyond ASCII may have another of Unicode's forms on the disk
 
     def __call__(self, entry: str) -> str:
         """The path of an entry."""
-        entry = "/".join(entry.split("/")[self.dropped :])
-        return self.start + (unicodedata.normalize(self.form, entry) if self.form else entry)
+        path = self.start + "/".join(entry.split("/")[self.dropped :])
+        if not self.has_other_forms or path.isascii():
+            return path
+        forms = (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))
+        return next((form for form in forms if (self.root / form).is_file()), path)
 
 
 def _where_entries_are(root: Path, lists: Path, entries: Sequence[Entry]) -> _Way:
     """The first way that finds some of a list's images: entries as they are, and then without their first folders."""
     of_lists = "" if lists == root else f"{lists.name}/"
     probed = [entry for entry, _ in entries[:_PROBED]]
+    accented = [entry for entry, _ in entries if not entry.isascii()][:_PROBED]
     most = max((entry.count("/") for entry in probed), default=0)
-    forms: tuple[Literal["", "NFC", "NFD"], ...] = ("", "NFC", "NFD")
-    for dropped, form, start in itertools.product(range(most), forms, ("", of_lists, f"{_IMAGE_FOLDER}/")):
-        way = _Way(dropped, form, start)
-        if any((root / way(entry)).is_file() for entry in probed if entry.count("/") > dropped):
-            return way
-    return _Way()
+    for dropped, start in itertools.product(range(most), ("", of_lists, f"{_IMAGE_FOLDER}/")):
+        way = _Way(root, dropped, start)
+        other = _Way(root, dropped, start, has_other_forms=True)
+        if any((root / other(entry)).is_file() for entry in probed if entry.count("/") > dropped):
+            return way if all((root / way(entry)).is_file() for entry in accented) else other
+    return _Way(root)
 
 
 def _warn_of_shared_labels(label_of: dict[str, int]) -> None:

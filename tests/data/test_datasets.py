@@ -99,7 +99,8 @@ def test_images_are_resized_as_those_of_files() -> None:
 
 def test_every_domain_has_its_training_and_its_test_images() -> None:
     train, test = ListDataset(PIXELS[:4]), ListDataset(PIXELS[4:], LABELS[4:])
-    collection = from_datasets({"photo": (train, test), "sketch": (test, train)})
+    others = ListDataset(PIXELS[4:], LABELS[4:]), ListDataset(PIXELS[:4])
+    collection = from_datasets({"photo": (train, test), "sketch": others})
     assert collection.domains == ("photo", "sketch")
     assert collection.labels.tolist() == [0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 0]
     assert collection.domain_of.tolist() == [0] * 6 + [1] * 6
@@ -206,6 +207,26 @@ def test_labels_that_are_no_numbers_are_refused(label: tuple[Any, ...]) -> None:
         from_datasets({"one": (Mislabelled(PIXELS), images())})
 
 
+def test_items_in_both_splits_are_refused_across_domains_and_parts() -> None:
+    whole = ListDataset(PIXELS)
+    others = ListDataset(PIXELS)
+    for domains, count in (
+        ({"one": (whole, whole)}, 6),
+        ({"one": (whole, others), "two": (ListDataset(PIXELS), whole)}, 6),
+        ({"one": (Subset(whole, [0, 1, 2, 3]), Subset(Subset(whole, [5, 3, 2, 4]), [1, 2, 3]))}, 2),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(DataError, match=rf"{count} items of its test data set are also trained on"):
+            from_datasets(domains)
+    parts = Subset(whole, [0, 1, 2]), Subset(whole, [3, 4, 5])  # type: ignore[arg-type]
+    assert len(from_datasets({"one": parts}).images) == 6
+
+
+def test_a_label_that_is_no_whole_number_is_not_cut() -> None:
+    dataset = DatasetWithTargets(PIXELS, [0.0, 1.0, 1.5, 0.0, 1.0, 2.0])
+    with pytest.raises(DataError, match=r"1\.5 is no whole number"):
+        from_datasets({"one": (dataset, images())})
+
+
 # Beyond one process and one run
 
 
@@ -220,8 +241,7 @@ def test_the_digest_sees_pixels_and_order() -> None:
     def digest(indices: list[int], shade: int = 0) -> bytes:
         changed = PIXELS.copy()
         changed[1, 0, 0, 0] ^= shade
-        dataset = ListDataset(changed)
-        return from_datasets({"one": (dataset, dataset)}).images.digest(np.array(indices))
+        return from_datasets({"one": (ListDataset(changed), ListDataset(changed))}).images.digest(np.array(indices))
 
     assert digest([0, 1, 2]) == digest([0, 1, 2])
     assert len({digest([0, 1, 2]), digest([1, 0, 2]), digest([0, 1]), digest([0, 1, 2], shade=1)}) == 4

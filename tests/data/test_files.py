@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +133,39 @@ def test_the_digest_sees_order_names_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(encode("PNG", 10))
     digests.append(files.digest(np.array([0, 1])))
     assert len(set(digests)) == 4
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A complete file to look at, whose header promises so many pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def test_headers_that_promise_too_much_or_nothing_are_found_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    jpeg = bytearray(encode("JPEG"))
+    size = jpeg.index(b"\xff\xc0") + 5
+    jpeg[size : size + 4] = b"\xff\xff\xff\xff"
+    (tmp_path / "bomb.jpg").write_bytes(jpeg)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff and then nothing of the kind\xff\xd9")
+    with pytest.raises(DataError) as caught:
+        check_files([tmp_path / name for name in ("bomb.png", "bomb.jpg", "broken.jpg")])
+    assert "2 of more pixels than can be decoded" in str(caught.value)
+    assert "1 not an image" in str(caught.value)
+
+
+def test_the_digest_of_deep_images_differs_from_that_of_versions_that_cut_them_off(tmp_path: Path) -> None:
+    for name, kind in (("a.png", np.uint8), ("b.png", np.uint16)):
+        Image.fromarray(np.zeros((4, 4), kind)).save(tmp_path / name)
+    files = ImageFiles(tmp_path, np.array([b"a.png", b"b.png"]))
+
+    def sizes(index: int) -> bytes:
+        size = files.path(index).stat().st_size
+        return hashlib.sha256(b"%s\0%d\0" % (files.entries[index], size)).digest()
+
+    assert files.digest(np.array([0])) == sizes(0), "as it was: runs with such images continue"
+    assert files.digest(np.array([1])) != sizes(1)

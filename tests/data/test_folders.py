@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +269,223 @@ def test_a_folder_without_images_says_what_is_expected(tmp_path: Path) -> None:
     write_image(tmp_path / "too-high-up.png")
     with pytest.raises(DataError, match=r"holds no images as domain/class/image.*\.jpg"):
         load_folder(tmp_path)
+
+
+def test_images_of_every_usual_ending_count_and_others_are_counted_by_ending(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = len(load_folder(photos).train.labels) + len(load_folder(photos).test.labels)
+    for suffix in (".tif", ".TIFF", ".gif", ".ppm", ".jfif"):
+        picture = Image.new("RGB", (8, 8))
+        picture.save(photos / "day" / "cat" / f"more{suffix}", {".jfif": "JPEG"}.get(suffix))
+    for name in ("list.txt", "more.txt", "raw.heic", "nothing"):
+        (photos / "day" / "cat" / name).write_bytes(b"x")
+    capsys.readouterr()
+    data = load_folder(photos)
+    assert len(data.train) + len(data.test) == before + 5
+    said = capsys.readouterr().out
+    assert "warning: 4 files left out, which are no images by their names (2 .txt, 1 no ending, 1 .heic)" in said
+
+
+def test_images_that_lie_deeper_or_higher_are_counted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = names(load_folder(photos).train)
+    write_image(photos / "day" / "cat" / "more" / "still" / "deep.png")
+    write_image(photos / "day" / "high.png")
+    capsys.readouterr()
+    assert names(load_folder(photos).train) == before
+    said = capsys.readouterr().out
+    assert f"1 folder of images left out, which lie deeper than domain/class: {photos / 'day/cat/more'}" in said
+    assert f"1 image left out, in the folder of a domain and in none of a class: {photos / 'day/high.png'}" in said
+
+
+@pytest.mark.parametrize(
+    ("image", "hint"),
+    [
+        ("set/day/cat/0.png", r"some deeper, in .*set/day/cat: give the folder whose folders are the domains"),
+        ("cat/0.png", r"some higher, such as .*cat/0\.png: put the folders of classes .*such as .*/all/cat$"),
+        ("train/cat/0.png", r"some higher, .* such as .*/train/all/cat$"),
+        ("day/cat/0.heic", r"other files, such as .*0\.heic; images end in \.jpg"),
+    ],
+)
+def test_a_folder_of_another_depth_says_what_to_give(tmp_path: Path, image: str, hint: str) -> None:
+    file = tmp_path / image
+    file.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    if image.startswith("train"):
+        write_image(tmp_path / "test" / "cat" / "1.png")
+    with pytest.raises(DataError, match=rf"holds no images as domain/class/image, nor below train and test; .*{hint}"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("folders", [("train", "val"), ("Train", "Test"), ("training", "day")])
+def test_folders_of_a_split_are_no_domains_unless_they_are_named(tmp_path: Path, folders: tuple[str, str]) -> None:
+    for domain in folders:
+        for name in ("cat", "dog"):
+            for n in range(3):
+                write_image(tmp_path / domain / name / f"{n}.png")
+    with pytest.raises(DataError, match=rf"{folders[0]}.* named like a split .*root/train/domain/class.*data\.domains"):
+        load_folder(tmp_path)
+    assert load_folder(tmp_path, domains=folders).domains == folders
+
+
+def test_domains_with_a_split_of_their_own_have_no_classes_named_so(tmp_path: Path) -> None:
+    for domain in ("day", "night"):
+        for split in ("train", "val"):
+            for n in range(3):
+                write_image(tmp_path / domain / split / f"{n}.png")
+    with pytest.raises(DataError, match=r"the classes of data\.root=.* would be train, val, the names of a split"):
+        load_folder(tmp_path)
+
+
+def test_what_lies_beside_train_and_test_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test", "val"):
+        for name in ("cat", "dog"):
+            write_image(tmp_path / split / "day" / name / "0.png")
+    assert len(load_folder(tmp_path).train) == 2
+    assert "warning: data.root=" in (said := capsys.readouterr().out)
+    assert "left out beside them val" in said
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize("pair", [("Cat", "cat"), (NFC, NFD), ("cat ", "cat")])
+def test_a_class_of_two_spellings_is_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
+    for domain, name in zip(("day", "night"), pair, strict=True):
+        for of_class in (name, "dog"):
+            for n in range(3):
+                write_image(tmp_path / domain / of_class / f"{n}.png")
+    with pytest.raises(DataError, match=r"^classes '.*' \((day|night)\) and '.*' \((day|night)\) .* only in case"):
+        load_folder(tmp_path)
+
+
+def test_letters_that_differ_in_case_are_classes_where_a_domain_has_both(tmp_path: Path) -> None:
+    for domain in ("day", "night"):
+        for letter in "aA":
+            for n in range(3):
+                write_image(tmp_path / domain / letter / f"{n}.png")
+    assert load_folder(tmp_path).classes == ("A", "a")
+
+
+def test_a_domain_of_two_spellings_is_refused(tmp_path: Path) -> None:
+    for split, domain in (("train", "day"), ("test", "Day")):
+        write_image(tmp_path / split / domain / "cat" / "0.png")
+    with pytest.raises(DataError, match=r"^domains 'Day' \(test\) and 'day' \(train\) .* only in case"):
+        load_folder(tmp_path)
+
+
+def test_classes_that_one_domain_alone_has_are_named(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_folder(photos)
+    assert "in one domain alone" not in capsys.readouterr().out
+    for n in range(3):
+        write_image(photos / "night" / "owl" / f"{n}.png")
+    load_folder(photos)
+    assert "warning: 1 class in one domain alone: owl (night)" in capsys.readouterr().out
+    load_folder(photos, domains=("day",))
+    assert "warning: 1 class without images in the domains of this run: owl" in capsys.readouterr().out
+
+
+def test_a_copy_of_a_training_image_in_the_test_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            file = tmp_path / split / "day" / name / "0.png"
+            file.parent.mkdir(parents=True)
+            Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    load_folder(tmp_path)
+    assert "copy" not in capsys.readouterr().out
+    copy = tmp_path / "test" / "day" / "dog" / "renamed.png"
+    copy.write_bytes((tmp_path / "train/day/cat/0.png").read_bytes())
+    load_folder(tmp_path)
+    assert f"warning: 1 test image is a copy of a training image, such as {copy} of " in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(DataError, match=r"a folder of data\.root=.* cannot be read: .*Permission denied"):
+        load_folder(photos)
+
+
+# Lists as people have them
+
+
+def rewrite(file: Path, change: Callable[[str], str]) -> None:
+    file.write_text("".join(f"{change(line)}\n" for line in file.read_text().splitlines()))
+
+
+@pytest.mark.parametrize("prefix", ["DomainNet/", "/home/someone/data/DomainNet/", "./", "C:/data/", "/"])
+def test_paths_may_begin_with_folders_of_another_machine(
+    domainnet: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = names(load(domainnet).train)
+    for file in domainnet.glob("*.txt"):
+        rewrite(file, lambda line: prefix + line)
+    capsys.readouterr()
+    assert [name.removeprefix("./") for name in names(load(domainnet).train)] == expected
+    said = "paths are read without their first folders: clipart/aircraft_carrier/clipart_000_000001.jpg for "
+    assert (said in capsys.readouterr().out) == (prefix != "./")
+
+
+def test_tabs_backslashes_and_utf_16_are_read(domainnet: Path) -> None:
+    expected = load(domainnet).fingerprint
+    tabs, windows = domainnet / "clipart_train.txt", domainnet / "sketch_train.txt"
+    rewrite(tabs, lambda line: "\t".join(line.rsplit(" ", 1)) + " \t")
+    windows.write_bytes(windows.read_text().replace("/", "\\").replace("\n", "\r\n").encode("utf-16"))
+    assert load(domainnet).fingerprint == expected
+
+
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_names_of_either_unicode_form_and_of_none_are_found(tmp_path: Path, written: str) -> None:
+    stored = {"NFC": NFD, "NFD": NFC}[written]
+    for split in ("train", "test"):
+        write_image(tmp_path / "art" / stored / f"{split}.jpg")
+        write_image(tmp_path / "art" / "dog" / f"{split}.jpg")
+        lines = [f"art/{unicodedata.normalize(written, stored)}/{split}.jpg 0", f"art/dog/{split}.jpg 1"]
+        write_list(tmp_path / f"art_{split}.txt", lines)
+    assert len(load(tmp_path).train) == 2
+    os.rename(os.fsencode(tmp_path / "art" / "dog"), os.fsencode(tmp_path / "art") + b"/dog\xe9")
+    for split in ("train", "test"):
+        file = tmp_path / f"art_{split}.txt"
+        file.write_bytes(file.read_bytes().replace(b"dog", b"dog\xe9"))
+    data = load(tmp_path)
+    assert os.fsencode(data.classes[1]) == b"dog\xe9"
+    assert data.train.images.read(1, 8).shape == (8, 8, 3)
+
+
+def test_lists_of_other_systems_are_no_domains(domainnet: Path) -> None:
+    for split in ("train", "test"):
+        (domainnet / f"._clipart_{split}.txt").write_bytes(b"\0\5\26\7")
+    assert load(domainnet).domains == ("clipart", "sketch")
+
+
+def test_a_test_image_under_another_spelling_of_its_path_is_a_leak(domainnet: Path) -> None:
+    train = domainnet / "clipart_train.txt"
+    line = (domainnet / "clipart_test.txt").read_text().splitlines()[0]
+    train.write_text(train.read_text() + f"clipart/./{line.removeprefix('clipart/')}\n")
+    with pytest.raises(DataError, match=r"1 image both in a training and in a test list"):
+        load(domainnet)
+
+
+def test_labels_that_two_classes_share_are_said_and_those_too_long_are_refused(
+    domainnet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(domainnet / "clipart/wasp/1.jpg")
+    train = domainnet / "clipart_train.txt"
+    lines = train.read_text()
+    train.write_text(f"{lines}clipart/wasp/1.jpg 1\n")
+    load(domainnet)
+    assert "warning: 1 label of the lists with folders of several names" in (said := capsys.readouterr().out)
+    assert "label 1 of bee, wasp" in said
+    train.write_text(f"{lines}clipart/wasp/1.jpg {'9' * 5000}\n")
+    with pytest.raises(DataError, match=r"clipart_train\.txt:7: "):
+        load(domainnet)
+
+
+def test_a_class_of_two_spellings_in_lists_is_refused(domainnet: Path) -> None:
+    for split in ("train", "test"):
+        rewrite(domainnet / f"sketch_{split}.txt", lambda line: line.replace("/bee/", "/Bee/").replace("g 1", "g 7"))
+    with pytest.raises(DataError, match=r"^classes 'Bee' \(sketch_.*\) and 'bee' \(clipart_.*\) .* only in case"):
+        load(domainnet)
