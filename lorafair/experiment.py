@@ -191,7 +191,7 @@ def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkp
     checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
-            record_images(config.folder, loaded.data, loaded.images, origin=_begun_in(config))
+            record_images(config.folder / CHECKPOINTS, loaded.data, loaded.images, origin=_checkpoints_before(config))
     return experiment, checkpoint
 
 
@@ -207,14 +207,14 @@ def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator) -> _L
 
 
 def _load(config: Config, aggregator: Aggregator) -> _Loaded:
-    origin, local = _begun_in(config), config.client
+    origin, local = _checkpoints_before(config), config.client
     begun = None if origin is None else images_begun_with(origin, config.data)
     data = load_images(config.data, config.seed) if begun is None else begun.data
     images = data.fingerprint
     clients = partition(config.partition, data.train.labels, data.train.domains, data.domains, config.seed)
     if begun is not None:
         data, clients = begun.without_gone(clients)
-    data = noting_damage(data, config.folder)
+    data = noting_damage(data, config.folder / CHECKPOINTS)
     wanted = config.federation.clients_per_round
     if wanted is not None and wanted > len(clients):
         raise ConfigError(f"federation.clients_per_round={wanted}: there are {len(clients)} clients")
@@ -242,15 +242,15 @@ def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[
     return fabric.broadcast(found)
 
 
-def _begun_in(config: Config) -> Path | None:
-    """The folder of the run that is continued; None where this one begins."""
+def _checkpoints_before(config: Config) -> Path | None:
+    """Where the checkpoints are of the run that is continued; None where this one begins."""
     resume = resume_of_restarted(config.folder, config.resume, slurm_job(os.environ))
     if resume == "never":
         return None
     path = config.folder if resume == "auto" else Path(resume)
     if path.parent.name == CHECKPOINTS:  # resume may be one of a run's checkpoints
         path = path.parent.parent
-    return path if list_checkpoints(path) or list_unfinished(path) else None
+    return path / CHECKPOINTS if list_checkpoints(path) or list_unfinished(path) else None
 
 
 def _identity(config: Config, loaded: _Loaded, model: AdaptedModel) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The image files that a run began with, so that it goes on after a damaged one was repaired or left out.
 
 A damaged file that is complete at both ends is found when it is decoded, which may be in any round. The reader notes
-its name in the run's folder. When the run continues, such a file may have changed or be gone: training images, test
+its name beside the run's checkpoints. When the run continues, such a file may have changed or be gone: training images, test
 images and clients are those the run began with, without what is gone. Any other change is one of the run's identity.
 
 Letters: N training images, M test images.
@@ -62,42 +62,43 @@ class Begun:
         return dataclasses.replace(self.data, train=train, test=test, fingerprint=self.now), kept
 
 
-def noting_damage(data: ImageData, run_dir: Path) -> ImageData:
-    """The same images, whose files are noted in the folder of the run where they cannot be decoded."""
+def noting_damage(data: ImageData, folder: Path) -> ImageData:
+    """The same images, whose files are noted in `folder` where they cannot be decoded."""
 
     def of(split: Split) -> Split:
         images = split.images
         if not (isinstance(images, Subset) and isinstance(images.images, ImageFiles)):
             return split
-        noting = dataclasses.replace(images.images, note=run_dir / DAMAGED)
+        noting = dataclasses.replace(images.images, note=folder / DAMAGED)
         return dataclasses.replace(split, images=Subset(noting, images.indices))
 
     return dataclasses.replace(data, train=of(data.train), test=of(data.test))
 
 
-def record_images(run_dir: Path, data: ImageData, fingerprint: str, *, origin: Path | None) -> None:
-    """Write what the run began with into its folder, where that is not there yet.
+def record_images(folder: Path, data: ImageData, fingerprint: str, *, origin: Path | None) -> None:
+    """Write what the run began with into `folder`, where that is not there yet.
 
     Args:
-        run_dir: The folder of the run.
+        folder: Where the checkpoints of the run are.
         data: The images of the run.
         fingerprint: Of the images that it began with.
-        origin: The folder of the run it continues, which may be another one; None where it begins.
+        origin: The same of the run it continues, which may be another one; None where it begins.
     """
-    record, noted = run_dir / RECORD, run_dir / DAMAGED
+    record, noted = folder / RECORD, folder / DAMAGED
     splits = {"train": data.train, "test": data.test}
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         if origin is None:
             noted.unlink(missing_ok=True)
-        elif origin != run_dir:
+        elif origin != folder:
+            folder.mkdir(parents=True, exist_ok=True)
             for name in (RECORD, DAMAGED):
                 with contextlib.suppress(FileNotFoundError):  # where no image is damaged
-                    shutil.copyfile(origin / name, run_dir / name)
+                    shutil.copyfile(origin / name, folder / name)
         if record.exists() and (known := _read(record)) is not None and known["names"]["fingerprint"] == fingerprint:
             return
         arrays = {f"{name}_{what}": array for name, split in splits.items() for what, array in _arrays(split).items()}
         if arrays:
+            folder.mkdir(parents=True, exist_ok=True)
             arrays["names"] = np.array(json.dumps({key: getattr(data, key) for key in _NAMES}))
             partial = record.with_suffix(".partial.npz")
             np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
@@ -131,12 +132,12 @@ def _arrays(split: Split) -> dict[str, np.ndarray]:
     }
 
 
-def images_begun_with(run_dir: Path, config: DataConfig) -> Begun | None:
+def images_begun_with(folder: Path, config: DataConfig) -> Begun | None:
     """The images of the run that is continued; None where none was damaged, or where others have changed, too."""
-    noted = _noted(run_dir)
-    if not noted or not (run_dir / RECORD).exists() or config.root is None:
+    noted = _noted(folder)
+    if not noted or not (folder / RECORD).exists() or config.root is None:
         return None
-    arrays = _read(run_dir / RECORD)
+    arrays = _read(folder / RECORD)
     if arrays is None:
         return None
     names: dict[str, Any] = {
@@ -167,9 +168,9 @@ def images_begun_with(run_dir: Path, config: DataConfig) -> Begun | None:
     )
 
 
-def _noted(run_dir: Path) -> set[bytes]:
+def _noted(folder: Path) -> set[bytes]:
     try:
-        return set(filter(None, (run_dir / DAMAGED).read_bytes().split(b"\n")))
+        return set(filter(None, (folder / DAMAGED).read_bytes().split(b"\n")))
     except FileNotFoundError:
         return set()
 

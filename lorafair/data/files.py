@@ -93,6 +93,7 @@ class ImageFiles:
     def _write_note(self, index: int) -> None:
         if self.note is not None:
             try:
+                self.note.parent.mkdir(parents=True, exist_ok=True)
                 with self.note.open("ab") as note:
                     note.write(b"%s\n" % self.entries[index])
             except OSError as error:  # the error to raise is the image's

@@ -70,14 +70,19 @@ def collection(
         class_of.setdefault(label, name)  # of two spellings, the first
     known = sorted(class_of)
     return ImageCollection(
-        domains=domains,
-        classes=tuple(class_of[label] for label in known),
+        domains=tuple(map(_readable, domains)),
+        classes=tuple(_readable(class_of[label]) for label in known),
         images=ImageFiles(root, np.array([os.fsencode(entry) for entry, _, _, _ in rows], np.bytes_)),
         labels=np.searchsorted(known, [label_of[name] for _, name, _, _ in rows]).astype(np.int64),
         domain_of=np.array([domain for _, _, domain, _ in rows], np.int64),
         held_out=np.array([held_out for _, _, _, held_out in rows], bool),
         description=description,
     )
+
+
+def _readable(name: str) -> str:
+    """A name that can be written into every file: bytes that are not UTF-8 as \\x.., with which they stay different."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
 def _plain(name: str) -> str:
