@@ -1,8 +1,9 @@
 """The image files that a run began with, so that it goes on after a damaged one was repaired or left out.
 
 A damaged file that is complete at both ends is found when it is decoded, which may be in any round. The reader notes
-its name beside the run's checkpoints. When the run continues, such a file may have changed or be gone: training images, test
-images and clients are those the run began with, without what is gone. Any other change is one of the run's identity.
+its name beside the run's checkpoints. When the run continues, such a file may have changed or be gone: training images,
+test images and clients are those the run began with, without what is gone. Any other change is one of the run's
+identity.
 
 Letters: N training images, M test images.
 """

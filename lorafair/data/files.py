@@ -26,6 +26,9 @@ _PART = 256  # files a thread inspects at a time
 # What Pillow raises for damaged files.
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _PNG_END = b"IEND\xaeB`\x82"
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_FRAMES = (0xC0, 0xC1, 0xC2)  # JPEG's segments with the size of the image: baseline, extended, progressive
+_BEGINNING = 2048  # bytes at the beginning of a file that are looked at
 _END = 32  # bytes at the end of a file that are looked at
 _COMPARED = 2000  # files whose content is read to find copies: most images differ at their ends
 
@@ -186,24 +189,43 @@ def _inspect(path: Path) -> Inspected:
 
 
 def _inspect_open(file: BinaryIO) -> Inspected:
-    head = file.read(_END)
+    head = file.read(_BEGINNING)
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _END))
     end = file.read()
     if size == 0:
         return Inspected("empty")
+    known = hash((size, end))
+    is_complete = _looks_complete(head, end, size)
+    if is_complete and 0 < _pixels(head) <= (Image.MAX_IMAGE_PIXELS or 0):
+        return Inspected("", size, known)
     file.seek(0)
     with Image.open(file) as image:  # reads the header alone
-        if not _looks_complete(head, end, size):
+        if not is_complete:
             image.load()
-        return Inspected("", size, hash((size, end)), is_deep(image.mode))
+        return Inspected("", size, known, is_deep(image.mode))
+
+
+def _pixels(head: bytes) -> int:
+    """How many pixels an ordinary JPEG or PNG of 8 bits has, in a third of the time Pillow needs; 0: ask Pillow."""
+    if head.startswith(_PNG) and head[12:16] == b"IHDR" and head[24:25] == b"\x08":
+        width, height = struct.unpack(">II", head[16:24])
+        return int(width * height)
+    place = 2 if head.startswith(_JPEG) else len(head)
+    while place + 9 <= len(head) and head[place] == 0xFF:  # a segment: its kind, and its length
+        kind, length = struct.unpack(">xBH", head[place : place + 4])
+        if kind in _FRAMES:
+            height, width = struct.unpack(">HH", head[place + 5 : place + 9])
+            return int(width * height)
+        place += 2 + length
+    return 0
 
 
 def _looks_complete(head: bytes, tail: bytes, size: int) -> bool:
     """Whether the format is known by its first bytes and its end is where it should be."""
-    if head.startswith(b"\xff\xd8\xff"):  # JPEG: start and end of image
+    if head.startswith(_JPEG):  # JPEG: start and end of image
         return tail.endswith(b"\xff\xd9")
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    if head.startswith(_PNG):
         return tail.endswith(_PNG_END)
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return int.from_bytes(head[4:8], "little") + 8 <= size

@@ -6,6 +6,7 @@ Letters: Q classes.
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str], title: str) -> 
     count = len(classes)
     if count > LARGEST:
         return None
+    classes, title = [_plain(name) for name in classes], _plain(title)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would touch the user's display and state
     from matplotlib.figure import Figure
 
@@ -50,5 +52,12 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str], title: str) -> 
     letters = int((side + margin) / 0.095)
     axes.set_title("\n".join(textwrap.wrap(f"{title}: percent of each true class", letters)), fontsize=11)
     figure.set_dpi(_DPI)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as an empty box
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib shows as it is: between two dollar signs it would read a formula."""
+    return name.replace("$", r"\$")

@@ -117,3 +117,9 @@ def test_the_confusion_picture_is_dark_where_predictions_are(classes: int, large
 
 def test_a_larger_picture_is_not_drawn() -> None:
     assert confusion_picture(torch.eye(345, dtype=torch.int64), [str(i) for i in range(345)], "sketch") is None
+
+
+def test_names_are_no_formulas_and_may_be_of_any_script(recwarn: pytest.WarningsRecorder) -> None:
+    names = ["a$b_{$", "\u732b", r"back\slash"]
+    assert confusion_picture(torch.eye(3, dtype=torch.int64), names, "cost $5^$") is not None
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
