@@ -16,6 +16,7 @@ from torch.utils.data import Subset as TorchSubset
 
 from lorafair.console import format_count
 from lorafair.data.images import DataError, ImageCollection, resize
+from lorafair.data.pixels import to_rgb
 from lorafair.errors import first_line
 
 # A data set has a length and gives (image, label) for an index, as torch's map-style ones do.
@@ -90,7 +91,7 @@ class DatasetImages:
 
     def picture(self, index: int) -> Image.Image:
         """As `PictureReader.picture`."""
-        return self._image(index).convert("RGB")
+        return to_rgb(self._image(index))
 
     def read_many(self, indices: np.ndarray, size: int) -> np.ndarray:
         """As `ImageReader.read_many`."""
