@@ -19,15 +19,15 @@ from torch import Tensor
 from lorafair.aggregation.base import Aggregator, try_out
 from lorafair.aggregation.registry import method_of
 from lorafair.caching.inputs import Inputs, open_inputs
-from lorafair.checkpointing.checkpoint import FOLDER as CHECKPOINTS
 from lorafair.checkpointing.checkpoint import (
     Checkpoint,
     find_checkpoint,
     list_checkpoints,
-    make_run_dir,
     mark_begun,
     resume_of_restarted,
 )
+from lorafair.checkpointing.folder import FOLDER as CHECKPOINTS
+from lorafair.checkpointing.lock import RunLock
 from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
@@ -71,6 +71,7 @@ class Experiment:
     model: AdaptedModel
     identity: dict[str, Any]  # what a checkpoint must agree with
     labels: Tensor  # of all training images, on the device
+    lock: RunLock | None = None  # of the run directory, on rank 0
     _inputs: Inputs | None = field(default=None, repr=False)
     _evaluator: Evaluator | None = field(default=None, repr=False)
 
@@ -150,17 +151,16 @@ class _Loaded:
     model: AdaptedModel
 
 
-def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkpoint | None]:
+def build_experiment(
+    fabric: Fabric, config: Config, lock: RunLock | None = None
+) -> tuple[Experiment, Checkpoint | None]:
     """Build everything but the inputs, and find the checkpoint to continue from. Call on every rank.
 
-    What has to be fetched is fetched once a node.
+    What has to be fetched is fetched once a node. On rank 0 the run directory is held by `lock`.
 
     Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
     """
     aggregator = method_of(config)
-    with same_error_on_all_ranks(fabric):
-        if fabric.is_global_zero:
-            make_run_dir(config.folder)
     loaded = _load_in_turns(fabric, config, aggregator)
     model = loaded.model
     cohort = cohort_size(config, loaded.clients, model, fabric.device)
@@ -187,6 +187,7 @@ def build_experiment(fabric: Fabric, config: Config) -> tuple[Experiment, Checkp
         model=model,
         identity=identity,
         labels=torch.from_numpy(loaded.data.train.labels).to(fabric.device),
+        lock=lock,
     )
     checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
     with same_error_on_all_ranks(fabric):
@@ -232,7 +233,8 @@ def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
             job = slurm_job(os.environ)
-            found = find_checkpoint(config.folder, resume_of_restarted(config.folder, config.resume, job), identity)
+            resume = resume_of_restarted(config.folder, config.resume, job)
+            found = find_checkpoint(config.folder, resume, identity, config.accept)
             mark_begun(config.folder, job)
             if found is not None and found.completed_rounds > config.rounds:
                 raise ConfigError(

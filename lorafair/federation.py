@@ -1,4 +1,4 @@
-"""The federation: clients train, the server corrects, the next round starts. Start reading at `run_federation`.
+"""The federation: clients train, the server corrects, the next round starts. Start reading at `run_rounds`.
 
 Letters: K clients of the round, n clients of this rank, p numbers trained, P packed length.
 """
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from lorafair.checkpointing.checkpoint import save_checkpoint
+from lorafair.checkpointing.checkpoint import Checkpoint, save_checkpoint
+from lorafair.checkpointing.claim import holding
+from lorafair.checkpointing.lock import RunLock
 from lorafair.checkpointing.partial_round import PartialRound, drop_unfinished, start_of_round
 from lorafair.client.training import train_clients
 from lorafair.cluster.saved import note_saved
@@ -33,7 +35,7 @@ from lorafair.reporting.report import Report, open_report, report_finished_befor
 from lorafair.reporting.results import is_finished
 from lorafair.reporting.tracker import Clock
 from lorafair.schedule import RoundPlan, update_client_seconds
-from lorafair.server.state import ServerState, checkpoint_of, initial_adapters, start_or_resume
+from lorafair.server.state import ServerState, check_fits, checkpoint_of, initial_adapters, start_or_resume
 from lorafair.server.step import Server, ServerResult, apply_update, make_server, update_controls
 
 if TYPE_CHECKING:
@@ -42,18 +44,28 @@ if TYPE_CHECKING:
 SHORTEST_INTERVAL = 1.0  # seconds between checkpoints: one takes some milliseconds, as does a round of a tiny model
 
 
-def run_federation(fabric: Fabric, config: Config, callbacks: Sequence[Callback] = ()) -> None:
+def run_federation(
+    fabric: Fabric, config: Config, callbacks: Sequence[Callback] = (), lock: RunLock | None = None
+) -> None:
     """Run the rounds that are not done yet and leave the results in config.run_dir. Call on every rank.
 
-    Raises Interrupted on every rank, after all that is done is saved, where a signal or the job's time limit asks to
-    stop.
+    The run directory is held for the time of the run, unless the caller holds it by `lock`. Raises Interrupted on every
+    rank, after all that is done is saved, where a signal or the job's time limit asks to stop.
     """
-    with limited(config, "the loading of images, model and checkpoint", of_start=True):
-        experiment, checkpoint = build_experiment(fabric, config)
+    with holding(fabric, config.folder, lock) as held:
+        with limited(config, "the loading of images, model and checkpoint", of_start=True):
+            experiment, checkpoint = build_experiment(fabric, config, held)
+        if checkpoint is not None:
+            note_saved(before=True)
+        if not finished_before(experiment, checkpoint is not None and checkpoint.completed_rounds == config.rounds):
+            run_rounds(experiment, checkpoint, callbacks)
+
+
+def run_rounds(experiment: Experiment, checkpoint: Checkpoint | None, callbacks: Sequence[Callback]) -> None:
+    """The rounds after a checkpoint, or all of them, and the result."""
+    fabric, config = experiment.fabric, experiment.config
     if checkpoint is not None:
-        note_saved(before=True)
-    if finished_before(experiment, checkpoint is not None and checkpoint.completed_rounds == config.rounds):
-        return
+        check_fits(experiment, checkpoint)
     with limited(config, "the decoding of images or computing of tokens", of_start=True):
         experiment.open_inputs()
     state, server, stop = start_or_resume(experiment, checkpoint), make_server(experiment), StopRequest(fabric)
@@ -125,8 +137,9 @@ def begin_round(experiment: Experiment, state: ServerState) -> tuple[PartialRoun
     )
     if round_index not in state.unfinished_rounds:
         return partial, experiment.scheduler.plan(round_index, state.client_seconds)
-    if experiment.fabric.is_global_zero:
-        partial.read()
+    with same_error_on_all_ranks(experiment.fabric):
+        if experiment.fabric.is_global_zero:
+            partial.read()
     finished = experiment.fabric.broadcast(list(partial.found))
     if finished:
         note_saved(before=True)
@@ -213,6 +226,8 @@ def log_and_save(
     """Count what the round has cost, report it, and write a checkpoint where one is due; on rank 0."""
     what = f"the report and checkpoint of round {state.completed_rounds}"
     with same_error_on_all_ranks(experiment.fabric), limited(experiment.config, what):
+        if experiment.lock is not None:
+            experiment.lock.confirm()
         if this.report is not None and result is not None:
             traffic = traffic_of(experiment, state, this.plan, result)
             add_to_totals(state, sum(this.clock.seconds.values()), traffic, len(clients.dropped))

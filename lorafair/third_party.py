@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
@@ -183,6 +185,26 @@ def write_scalars(writer: SummaryWriter, values: Mapping[str, float], step: int)
 
     summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
     writer._get_file_writer().add_summary(summary, step)
+
+
+@contextmanager
+def one_error_of_events() -> Iterator[None]:
+    """In the block TensorBoard's threads print no traceback of a file they cannot write: the caller gets the error.
+
+    Private: the name of the class. Seen with tensorboard 2.21.0.
+    """
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        of_events = type(arguments.thread).__name__ == "_AsyncWriterThread"
+        if not (of_events and issubclass(arguments.exc_type, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def vit_tokens(backbone: Any, patches: Tensor) -> Tensor:

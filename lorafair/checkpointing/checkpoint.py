@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorafair.checkpointing.folder import FOLDER, ROUND, numbered, set_aside, tidy
+from lorafair.checkpointing.lock import LOCK, move_aside
 from lorafair.cluster.slurm import Job
-from lorafair.config.identity import differences
+from lorafair.config.identity import differences, differing_keys
 from lorafair.console import log
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.files.writing import fsync, write_atomically
 
 FORMAT = 1
 _RENAMED = {"own": "personal_adapters"}  # tensors, from what they were called in 0.1
-FOLDER = "checkpoints"
+BASE = "base."  # before the path of a frozen weight that the federation has changed
 JOB = ".slurm_job"
 
 
 class CheckpointError(LorafairError):
     """A checkpoint cannot be written, read, or does not belong to this run."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """Its content is not what was written; it will not get better."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Checkpoint:
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write run_dir/checkpoints/round_<completed> atomically, then drop all but the newest `keep`; returns its path."""
     folder = run_dir / FOLDER
-    target = folder / f"round_{checkpoint.completed_rounds:06d}"
+    target = folder / f"{ROUND}{checkpoint.completed_rounds:06d}"
     partial = folder / f".{target.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,72 +79,129 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (partial / "state.json").write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=1))
         for path in (tensors, partial / "state.json", partial):
             fsync(path)
-        shutil.rmtree(target, ignore_errors=True)  # only left from a run that was continued from an earlier round
+        if os.path.lexists(target):  # only of a run that was continued from an earlier round
+            set_aside(target, "replaced")
         os.replace(partial, target)
         fsync(folder)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         raise CheckpointError(f"the checkpoint {target} could not be written: {error}") from error
-    # Later rounds can only be there if they were unreadable and the run went on from an earlier one.
-    later = [path for path in list_checkpoints(run_dir) if path > target]
-    for path in later + [path for path in list_checkpoints(run_dir) if path <= target][:-keep]:
+    for path in list_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     return target
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint folder; CheckpointError says what is wrong with it."""
+    """Read one checkpoint folder. Raises DamagedCheckpoint, or CheckpointError where it cannot be read now."""
     try:
-        meta = json.loads((path / "state.json").read_text())
-        if meta.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has checkpoint format {meta.get('format')}; this version reads {FORMAT}")
-        if meta.pop("checksum", None) != _checksum(meta):
-            raise CheckpointError(f"{path} is damaged: state.json does not match its checksum")
-        if _sha256(path / "state.safetensors") != meta["sha256"]:
-            raise CheckpointError(f"{path} is damaged: state.safetensors does not match its checksum")
-        # Copied, because load_file maps the file into memory: it may be removed, and network file systems then fail.
-        tensors = {
-            _RENAMED.get(name, name): tensor.clone() for name, tensor in load_file(path / "state.safetensors").items()
-        }
-        return Checkpoint(
-            completed_rounds=int(meta["completed_rounds"]),
-            tensors=tensors,
-            identity=dict(meta["identity"]),
-            totals={str(name): float(total) for name, total in meta["totals"].items()},
-            client_seconds={int(client): float(seconds) for client, seconds in meta.get("seconds", {}).items()},
+        return _load(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if path.is_symlink() and not path.exists():
+            raise _unreadable_now(path, "it is a link to what is not there") from error
+        raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise _unreadable_now(path, error.strerror or str(error)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _load(path: Path) -> Checkpoint:
+    meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    written = meta.get("format")
+    if isinstance(written, int) and written > FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {written}, and this version of lorafair reads {FORMAT}; install the newer "
+            "version that wrote it, or choose another run_dir"
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+    if written != FORMAT:
+        raise DamagedCheckpoint(f"{path} has checkpoint format {written}; this version reads {FORMAT}")
+    if meta.pop("checksum", None) != _checksum(meta):
+        raise DamagedCheckpoint(f"{path} is damaged: state.json does not match its checksum")
+    if _sha256(path / "state.safetensors") != meta["sha256"]:
+        raise DamagedCheckpoint(f"{path} is damaged: state.safetensors does not match its checksum")
+    # Copied, because load_file maps the file into memory: it may be removed, and network file systems then fail.
+    tensors = {
+        _RENAMED.get(name, name): tensor.clone() for name, tensor in load_file(path / "state.safetensors").items()
+    }
+    return Checkpoint(
+        completed_rounds=int(meta["completed_rounds"]),
+        tensors=tensors,
+        identity=dict(meta["identity"]),
+        totals={str(name): float(total) for name, total in meta["totals"].items()},
+        client_seconds={int(client): float(seconds) for client, seconds in meta.get("seconds", {}).items()},
+    )
 
 
-def find_checkpoint(run_dir: Path, resume: str, identity: Mapping[str, Any]) -> Checkpoint | None:
+def _unreadable_now(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read now ({why}); nothing was changed, and the same command continues once it can"
+    )
+
+
+def check_tensors(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], origin: str) -> None:
+    """Raise CheckpointError where a checkpoint has not exactly the tensors that a run needs, in shape and type.
+
+    Frozen weights (BASE) are there all or none.
+    """
+    optional = {name for name in needed if name.startswith(BASE)}
+    wanted = needed.keys() if optional & found.keys() else needed.keys() - optional
+    problems = [f"{name} is missing" for name in sorted(wanted - found.keys())]
+    problems += [f"{name} is of no use here" for name in sorted(found.keys() - wanted)]
+    for name in sorted(wanted & found.keys()):
+        there, here = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (found[name], needed[name]))
+        if there != here:
+            problems.append(f"{name} is {there} there and {here} here")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{origin} does not fit this run: {'; '.join(problems[:3])}{more}. Choose another run_dir, or resume=never "
+            "to start anew"
+        )
+
+
+def find_checkpoint(
+    run_dir: Path, resume: str, identity: Mapping[str, Any], accept: Collection[str] = ()
+) -> Checkpoint | None:
     """The checkpoint to continue from, as the option `resume` says; None to start anew. Call on rank 0 only.
 
-    auto skips unreadable checkpoints with a warning; never moves an earlier run aside; a path must be readable. Raises
-    CheckpointError if the checkpoint belongs to a run with other settings, images or weights.
+    auto moves damaged checkpoints aside with a warning and takes the one before; never moves an earlier run aside; a
+    path must be readable. Raises CheckpointError if a checkpoint cannot be read now, or belongs to a run with other
+    settings, images or weights than `accept` allows.
     """
     if resume == "never":
         _move_aside(run_dir)
         return None
+    tidy(run_dir)
     if resume != "auto":
-        found = list_checkpoints(Path(resume))  # of a run directory, the newest
-        try:
-            checkpoint = load_checkpoint(found[-1] if found else Path(resume))
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"resume={resume}: {error}; give a run directory or one of its {FOLDER}/round_<n>"
-            ) from error
-        return _check_identity(checkpoint, identity, resume)
-    paths = list_checkpoints(run_dir)
-    for path in reversed(paths):
+        return _from_path(run_dir, resume, identity, accept)
+    paths = numbered(run_dir, ROUND)
+    for number, path in reversed(paths.items()):
         try:
             checkpoint = load_checkpoint(path)
-        except CheckpointError as error:
-            log.warning(f"{error}; trying the one before")
+            if checkpoint.completed_rounds != number:
+                raise DamagedCheckpoint(f"{path} holds the state after round {checkpoint.completed_rounds}")
+        except DamagedCheckpoint as error:
+            log.warning(f"{error}; it is moved to {set_aside(path, 'damaged').name}; trying the one before")
             continue
-        return _check_identity(checkpoint, identity, str(path))
+        return _check_identity(checkpoint, identity, accept, str(path))
     if paths:
         log.warning(f"no readable checkpoint is left in {run_dir}; starting anew")
     return None
+
+
+def _from_path(run_dir: Path, resume: str, identity: Mapping[str, Any], accept: Collection[str]) -> Checkpoint:
+    found = list_checkpoints(Path(resume))  # of a run directory, the newest
+    try:
+        checkpoint = load_checkpoint(found[-1] if found else Path(resume))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"resume={resume}: {error}; give a run directory or one of its {FOLDER}/round_<n>"
+        ) from error
+    _check_identity(checkpoint, identity, accept, resume)
+    for number, path in numbered(run_dir, ROUND).items():
+        if number > checkpoint.completed_rounds:  # else the next start would go on from there
+            log.warning(f"{path} is moved to {set_aside(path, 'later').name}: resume={resume} begins before it")
+    return checkpoint
 
 
 def resume_of_restarted(run_dir: Path, resume: str, job: Job | None) -> str:
@@ -147,7 +210,13 @@ def resume_of_restarted(run_dir: Path, resume: str, job: Job | None) -> str:
     Without this, a job that began with resume=never or another run's checkpoint would do so again each time.
     """
     marker = run_dir / JOB
-    if resume == "auto" or job is None or not job.restarts or not marker.exists() or marker.read_text() != job.name:
+    if (
+        resume == "auto"
+        or job is None
+        or not job.restarts
+        or not marker.exists()
+        or marker.read_bytes() != job.name.encode()
+    ):
         return resume
     return "auto" if resume == "never" or list_checkpoints(run_dir) else resume
 
@@ -171,12 +240,12 @@ def make_run_dir(run_dir: Path) -> None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    return sorted((run_dir / FOLDER).glob("round_[0-9]*"))
+    return list(numbered(run_dir, ROUND).values())
 
 
 def _move_aside(run_dir: Path) -> None:
     run_dir = run_dir.resolve()
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if run_dir.exists() and any(map(_is_of_a_run, run_dir.iterdir())):
         used = any((run_dir / name).exists() for name in (FOLDER, "config.yaml", "metrics.csv"))
         if not used or Path.cwd().resolve().is_relative_to(run_dir):
             raise CheckpointError(
@@ -184,15 +253,26 @@ def _move_aside(run_dir: Path) -> None:
                 "choose another run_dir"
             )
         number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
-        run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
+        move_aside(run_dir, run_dir.with_name(f"{run_dir.name}.{number}"))
 
 
-def _check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], origin: str) -> Checkpoint:
-    differing = differences(checkpoint.identity, identity)
+def _is_of_a_run(entry: Path) -> bool:
+    """Whether an entry of a run directory is more than what a start leaves that got no further."""
+    return entry.name not in (LOCK, JOB) and not entry.name.startswith(f".{LOCK}.")
+
+
+def _check_identity(
+    checkpoint: Checkpoint, identity: Mapping[str, Any], accept: Collection[str], origin: str
+) -> Checkpoint:
+    differing = differences(checkpoint.identity, identity, accept)
     if differing:
+        keys = ",".join([*accept, *differing_keys(checkpoint.identity, identity, accept)])
         raise CheckpointError(
-            f"{origin} belongs to another run: {differing}. Choose another run_dir, or resume=never to start anew"
+            f"{origin} belongs to another run: {differing}. Choose another run_dir, or resume=never to start anew, or "
+            f"'accept=[{keys}]' to go on from it all the same"
         )
+    if accepted := differences(checkpoint.identity, identity):
+        log.warning(f"going on from {origin}, although {accepted} (accept)")
     return checkpoint
 
 

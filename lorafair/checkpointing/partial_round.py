@@ -24,19 +24,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorafair.checkpointing.checkpoint import FOLDER, CheckpointError
+from lorafair.checkpointing.checkpoint import CheckpointError
+from lorafair.checkpointing.folder import FOLDER, UNFINISHED, numbered
 from lorafair.cluster.saved import note_saved
 from lorafair.console import EVERY_RANK, log
 from lorafair.files.writing import fsync, write_atomically
 
-PREFIX = "unfinished_"
 Cohort = tuple[int, ...]
 
 
 def list_unfinished(run_dir: Path) -> dict[int, Path]:
     """The folders of rounds that were left unfinished, by the number of rounds completed before."""
-    found = (run_dir / FOLDER).glob(f"{PREFIX}[0-9]*")
-    return {int(path.name.removeprefix(PREFIX)) - 1: path for path in found}
+    return {number - 1: path for number, path in numbered(run_dir, UNFINISHED).items()}
 
 
 def drop_unfinished(run_dir: Path, completed_rounds: int) -> None:
@@ -57,20 +56,28 @@ class PartialRound:
 
     def __init__(self, run_dir: Path, completed_rounds: int, start: Callable[[], str], seconds: float) -> None:
         self.found: dict[Cohort, Tensor] = {}  # rows (C, p); on rank 0 alone
-        self._folder = run_dir / FOLDER / f"{PREFIX}{completed_rounds + 1:06d}"
+        self._folder = run_dir / FOLDER / f"{UNFINISHED}{completed_rounds + 1:06d}"
         self._start, self._seconds = start, seconds
         self._pending: dict[Cohort, Tensor] = {}
         self._lock = threading.Lock()  # the watchdog writes, too
         self._written = time.monotonic()
 
     def read(self) -> None:
-        """Read what earlier attempts at this round have saved; a file that does not match is named and ignored."""
+        """Read what earlier attempts at this round have saved; a file that does not match is named and ignored.
+
+        Raises CheckpointError for one that cannot be read now.
+        """
         files = sorted(self._folder.glob("clients_*.safetensors"))
         start = self._start() if files else ""
         for file in files:
             try:
                 self.found |= _read(file, start)
-            except (OSError, ValueError, SafetensorError) as error:
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file} cannot be read now ({error.strerror or error}); nothing was changed, and the same command "
+                    "continues once it can"
+                ) from error
+            except (ValueError, KeyError, SafetensorError) as error:
                 log.warning(f"{file} is not used: {error}; its clients are trained again")
 
     def add(self, cohort: Cohort, rows: Tensor) -> None:

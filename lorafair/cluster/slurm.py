@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ _SECONDS_FOR_SLURM = 30
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 # A signal of `sbatch --signal` that comes so long before the time limit, or less, is one for it.
 _LEAD_UNKNOWN, _LEAD_TOLERANCE = 300.0, 60.0  # Slurm looks at limits twice a minute
+_HALTED = {"SUSPENDED", "STOPPED"}
+_WITH_PROCESSES = _HALTED | {"RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "SIGNALING", "STAGE_OUT"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,25 @@ def is_near(limit: TimeLimit) -> bool | None:
     return limit.left <= (_LEAD_UNKNOWN if limit.lead is None else limit.lead + _LEAD_TOLERANCE)
 
 
+def step_has_ended(name: str, step: str) -> bool | None:
+    """Whether a step of a job has ended, or all of the job; None where Slurm does not say.
+
+    A `step` that is no number, such as batch, ends with the job at the latest.
+    """
+    status, output = _slurm("squeue", "-h", "-t", "all", "-j", name, "-o", "%T")
+    states = set(output.split())
+    if status or not states:
+        return None
+    if not states & _WITH_PROCESSES:
+        return True
+    if states & _HALTED:  # its processes give no sign of life
+        return False
+    if not step.isdigit():
+        return None
+    status, output = _slurm("squeue", "-h", "-s", "-j", name, "-o", "%i")
+    return None if status else not any(line.strip().endswith(f".{step}") for line in output.splitlines())
+
+
 def requeue(job: Job) -> str:
     """Put the job back into the queue, which ends all of its processes; returns why Slurm did not, or an empty text."""
     status, output = _slurm("scontrol", "requeue", job.name)
@@ -110,7 +132,8 @@ def _slurm(*command: str) -> tuple[int, str]:
 
     Slurm signals every process of a job, also the one that requests a requeue, which must report the result.
     """
-    ignored = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    main = threading.current_thread() is threading.main_thread()  # only this one can set handlers
+    ignored = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if main else ()
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}  # a new program inherits this
     try:
         done = subprocess.run(

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from lorafair.aggregation.registry import method_of
-from lorafair.checkpointing.checkpoint import FOLDER, list_checkpoints, resume_of_restarted
+from lorafair.checkpointing.checkpoint import list_checkpoints, resume_of_restarted
+from lorafair.checkpointing.folder import FOLDER
 from lorafair.cluster.placement import Placement
 from lorafair.cluster.slurm import slurm_job
 from lorafair.comparison.plan import Comparison

@@ -184,7 +184,7 @@ def state_of(run: Run, config: Config) -> State:
 def failure_of(run: Run) -> str:
     """Why a run failed, as its folder says; empty if it does not."""
     file = run.folder / FAILED
-    return file.read_text().strip() if file.exists() else ""
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
 
 
 def _check_version(folder: Path, result: Mapping[str, Any] | None) -> None:

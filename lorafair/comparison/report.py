@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from lorafair import third_party
 from lorafair.comparison.findings import PER_CLIENT, Findings
 from lorafair.comparison.listing import options_text
 from lorafair.comparison.plan import REPORT, Comparison
 from lorafair.comparison.plots import draw_plots
 from lorafair.console import format_count, log, markdown_table, table
 from lorafair.errors import LorafairError
-from lorafair.files.writing import replacing, write_atomically
+from lorafair.files.writing import naming, replacing, write_atomically
 
 REPORT_FILE, CSV_FILE = "report.md", "results.csv"
 Table = tuple[list[str], list[list[str]]]  # header and rows
@@ -156,9 +157,11 @@ def _show_in_tensorboard(folder: Path, plots: Mapping[str, Path]) -> None:
     events = folder / REPORT
     for earlier in events.glob("events.out.tfevents.*"):
         earlier.unlink()
-    writer = SummaryWriter(str(events))
-    for title, path in plots.items():
-        with Image.open(path) as picture:
-            writer.add_image(title, np.asarray(picture.convert("RGB")), dataformats="HWC")
-    writer.add_text("report", (folder / REPORT_FILE).read_text(encoding="utf-8"))
-    writer.close()
+    with naming(events), third_party.one_error_of_events():
+        writer = SummaryWriter(str(events))
+        for title, path in plots.items():
+            with Image.open(path) as picture:
+                writer.add_image(title, np.asarray(picture.convert("RGB")), dataformats="HWC")
+        writer.add_text("report", (folder / REPORT_FILE).read_text(encoding="utf-8"))
+        writer.flush()
+        writer.close()

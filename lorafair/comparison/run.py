@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from lorafair.checkpointing.checkpoint import make_run_dir
+from lorafair.checkpointing.lock import RunDirInUse, RunLock, acquire, in_progress
 from lorafair.cluster.saved import note_saved
 from lorafair.cluster.signals import Interrupted
 from lorafair.communication.agreement import abort_on_all_ranks, same_error_on_all_ranks
@@ -17,13 +20,15 @@ from lorafair.comparison.listing import options_text
 from lorafair.comparison.plan import FAILED, Comparison, Run, check_folders, failure_of
 from lorafair.comparison.report import write_report
 from lorafair.config.schema import Config
-from lorafair.console import log
+from lorafair.console import format_count, log
 from lorafair.errors import LorafairError, one_line
 from lorafair.federation import limited, run_federation
 from lorafair.files.writing import write_atomically
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+SECONDS_FOR_THE_REPORT = 60.0  # of another process that writes it
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Decision:
 
     candidate: int  # which of the tuned options a final run takes
     skip: bool = False  # it is done
+    elsewhere: str = ""  # another process does it, or what it waits for: which one
     failure: str = ""  # why it cannot be tried
 
 
@@ -40,9 +46,9 @@ def run_comparison(
 ) -> None:
     """Do the runs that are not done yet, and report unless a part was asked for. Call on every rank.
 
-    A run that fails is recorded in its folder, and the others go on. Raises LorafairError at the end if a final run
-    failed, or the one run of `index`, or all tuning runs of a method with `only_tuning`; at once if a folder holds
-    another run.
+    A run that another process does at the moment is left to it; the last process to end reports all of them. A run
+    that fails is recorded in its folder, and the others go on. Raises LorafairError at the end if a final run failed,
+    or the one run of `index`, or all tuning runs of a method with `only_tuning`; at once if a folder holds another run.
     """
     runs = [run for run in comparison.runs if run.candidate is not None] if only_tuning else comparison.runs
     runs = [comparison.runs[index]] if index is not None else runs
@@ -50,64 +56,111 @@ def run_comparison(
         if fabric.is_global_zero and index is None:
             check_folders(comparison)
     failures: list[str] = []  # of the runs that count; the same on all ranks
+    elsewhere = []
     for number, run in enumerate(runs, start=1):
-        failure = execute_run(fabric, comparison, run, f"[{number}/{len(runs)}]")
-        if failure and (run.candidate is None or index is not None):
-            failures.append(f"{run.name}: {failure}")
+        outcome = execute_run(fabric, comparison, run, f"[{number}/{len(runs)}]", alone=index is not None)
+        if outcome.failure and (run.candidate is None or index is not None):
+            failures.append(f"{run.name}: {outcome.failure}")
+        if outcome.elsewhere:
+            elsewhere.append(run)
     if index is None:
         first = next(iter(comparison.configs.values()))
         with same_error_on_all_ranks(fabric), limited(first, "the report of the comparison", of_start=True):
             if fabric.is_global_zero and only_tuning:
                 report_tuning(comparison)
             elif fabric.is_global_zero:
-                write_report(comparison)
+                report_runs(comparison, elsewhere)
     if failures:
         abort_on_all_ranks(fabric, f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}")
 
 
-def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str) -> str:
-    """One run, unless it is done; returns why it failed, on every rank alike, or an empty text.
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of one run, on every rank alike."""
+
+    failure: str = ""  # why it failed
+    elsewhere: str = ""  # which other process does it
+
+
+def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str, *, alone: bool) -> Outcome:
+    """One run, unless it is done or in progress elsewhere. `alone`: no other one was asked for.
 
     Raises Interrupted on every rank where the comparison is asked to stop.
     """
-    decision: Decision | None = None
-    with same_error_on_all_ranks(fabric) as agreed:  # rank 0 reads what is done: file systems lag between nodes
-        if fabric.is_global_zero:
-            decision = decide(comparison, run)
-    if agreed.stop:
-        raise Interrupted(agreed.stop, f"before {run.name}")
-    decision = fabric.broadcast(decision)
-    assert decision is not None
-    config = comparison.config(run, decision.candidate)
-    chosen = comparison.candidates[run.candidate if run.candidate is not None else decision.candidate]
-    options = f" with {options_text(chosen)}" if chosen else ""
-    log.info(f"\n{progress} {run.name}{options}{': done before' if decision.skip else ''}")
-    if decision.skip:
-        note_saved(before=True)
-        return ""
-    failure = decision.failure
-    if not failure:
-        with clearing_failure(fabric, run):
-            failure = try_federation(fabric, config)
-    if failure:
-        with same_error_on_all_ranks(fabric):
+    with claimed(fabric, comparison, run, alone=alone) as (decision, lock):
+        config = comparison.config(run, decision.candidate)
+        chosen = comparison.candidates[run.candidate if run.candidate is not None else decision.candidate]
+        options = f" with {options_text(chosen)}" if chosen else ""
+        left = f": left to {decision.elsewhere}" if decision.elsewhere else ""
+        log.info(f"\n{progress} {run.name}{options}{': done before' if decision.skip else left}")
+        if decision.skip:
+            note_saved(before=True)
+        if decision.skip or decision.elsewhere:
+            return Outcome(elsewhere=decision.elsewhere)
+        failure = decision.failure
+        if not failure:
+            with clearing_failure(fabric, run):
+                failure = try_federation(fabric, config, lock)
+        if failure:
+            with same_error_on_all_ranks(fabric):
+                if fabric.is_global_zero:
+                    record_failure(run, failure)
+                    log.info(f"failed: {failure}")
+        return Outcome(failure=str(fabric.broadcast(failure)))  # only rank 0 has the text
+
+
+@contextmanager
+def claimed(
+    fabric: Fabric, comparison: Comparison, run: Run, *, alone: bool
+) -> Iterator[tuple[Decision, RunLock | None]]:
+    """What rank 0 decides about a run; where it is to be done, rank 0 holds its folder for the block."""
+    decision, lock = None, None
+    with ExitStack() as stack:
+        with same_error_on_all_ranks(fabric) as agreed:  # rank 0 reads what is done: file systems lag between nodes
             if fabric.is_global_zero:
-                record_failure(run, failure)
-                log.info(f"failed: {failure}")
-    return str(fabric.broadcast(failure))  # only rank 0 has the text
+                decision, lock = decide(comparison, run, alone=alone)
+                if lock is not None:
+                    stack.callback(lock.release)
+        if agreed.stop:
+            raise Interrupted(agreed.stop, f"before {run.name}")
+        decision = fabric.broadcast(decision)
+        assert decision is not None
+        yield decision, lock
 
 
-def decide(comparison: Comparison, run: Run) -> Decision:
-    """What to do about a run, as the folders are now. Raises ConfigError if its tuning is not complete."""
-    if run.candidate is not None:
-        return Decision(run.candidate, skip=comparison.state(run)[0] == "done")
-    choice = comparison.choice(run.setting, run.method)
-    if choice is None:
-        left = ", ".join(map(str, comparison.waits_for(run)))
-        raise LorafairError(f"{run.name} waits for its tuning; run --index {left} first (or --tune)")
-    if choice.best is None:
-        return Decision(0, failure=f"all of its tuning runs failed: {'; '.join(choice.failures)}")
-    return Decision(choice.best, skip=comparison.state(run)[0] == "done")
+def decide(comparison: Comparison, run: Run, *, alone: bool) -> tuple[Decision, RunLock | None]:
+    """What to do about a run, as the folders are now, with the lock of one that is to be done.
+
+    Raises LorafairError if its tuning is not complete, unless that is in progress elsewhere and other runs are left.
+    """
+    candidate = run.candidate
+    if candidate is None:
+        choice = comparison.choice(run.setting, run.method)
+        if choice is None:
+            waits_for = [comparison.runs[index] for index in comparison.waits_for(run)]
+            holders = [holder for r in waits_for if (holder := in_progress(r.folder))]
+            if holders and not alone:
+                return Decision(0, elsewhere=f"{holders[0]}, which is at its tuning"), None
+            left = ", ".join(str(r.index) for r in waits_for)
+            raise LorafairError(f"{run.name} waits for its tuning; run --index {left} first (or --tune)")
+        if choice.best is None:
+            return Decision(0, failure=f"all of its tuning runs failed: {'; '.join(choice.failures)}"), None
+        candidate = choice.best
+    if comparison.state(run)[0] == "done":
+        return Decision(candidate, skip=True), None
+    make_run_dir(run.folder)
+    try:
+        lock = acquire(run.folder)
+    except RunDirInUse as error:
+        return Decision(candidate, elsewhere=error.holder), None
+    try:
+        if comparison.state(run)[0] != "done":
+            return Decision(candidate), lock
+    except BaseException:
+        lock.release()
+        raise
+    lock.release()  # another process has just done it
+    return Decision(candidate, skip=True), None
 
 
 @contextmanager
@@ -121,13 +174,13 @@ def clearing_failure(fabric: Fabric, run: Run) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def try_federation(fabric: Fabric, config: Config) -> str:
+def try_federation(fabric: Fabric, config: Config, lock: RunLock | None) -> str:
     """Run a federation; returns why it failed, or an empty text.
 
     An error of a run is raised on all ranks (agreement.abort_on_all_ranks): rank 0 has the reason, the others exit.
     """
     try:
-        run_federation(fabric, config)
+        run_federation(fabric, config, lock=lock)
     except LorafairError as error:
         return str(error)
     except SystemExit as leave:
@@ -143,6 +196,29 @@ def record_failure(run: Run, failure: str) -> None:
     write_atomically(run.folder / FAILED, f"{one_line(failure)}\n")
 
 
+def report_runs(comparison: Comparison, elsewhere: Sequence[Run]) -> None:
+    """Write the report, one process at a time. Raises LorafairError where no run is done, nor in progress elsewhere."""
+    if elsewhere:
+        names = ", ".join(run.name for run in elsewhere[:3]) + (", ..." if len(elsewhere) > 3 else "")
+        log.info(f"\n{format_count(len(elsewhere), 'run')} left to other processes, which report at their end: {names}")
+        if not any(comparison.state(run)[0] == "done" for run in comparison.final_runs):
+            return
+    make_run_dir(comparison.folder)
+    until = time.monotonic() + SECONDS_FOR_THE_REPORT
+    while True:
+        try:
+            lock = acquire(comparison.folder)
+            break
+        except RunDirInUse:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+    try:
+        write_report(comparison)
+    finally:
+        lock.release()
+
+
 def report_tuning(comparison: Comparison) -> None:
     """Say what tuning has chosen. Raises LorafairError if all runs of a grid failed."""
     problems = []
@@ -150,7 +226,10 @@ def report_tuning(comparison: Comparison) -> None:
     for setting in comparison.settings:
         for method in comparison.methods:
             choice = comparison.choice(setting, method)
-            if choice is None or choice.best is None:
+            if choice is None:
+                log.info(f"{setting} / {method}: left to other processes")
+                continue
+            if choice.best is None:
                 problems.append(
                     f"{setting} / {method}: all tuning runs failed: {failures_of(comparison, setting, method)}"
                 )

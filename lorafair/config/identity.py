@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from lorafair import registry
@@ -55,24 +55,36 @@ def _correction_of(config: Config) -> str:
     return "0.2" if changed and config.model.lora.client_ranks is not None else ""
 
 
-def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], accept: Collection[str] = ()) -> str:
     """`key is x there and y here` for the settings that differ, three of them in full; empty if none does.
 
     Both as `run_identity` gives them, theirs perhaps read from a file of an older version: an option that was not there
-    yet counts as its default, and one that had another name is the same option.
+    yet counts as its default, and one that had another name is the same option. Keys in `accept` may differ.
     """
+    found = [_difference(key, there, here) for key, (there, here) in _differing(theirs, mine, accept).items()]
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def differing_keys(theirs: Mapping[str, Any], mine: Mapping[str, Any], accept: Collection[str] = ()) -> list[str]:
+    """The keys of all `differences`."""
+    return list(_differing(theirs, mine, accept))
+
+
+def _differing(
+    theirs: Mapping[str, Any], mine: Mapping[str, Any], accept: Collection[str]
+) -> dict[str, tuple[object, object]]:
+    """key -> its values there and here."""
     # Through JSON, as theirs went: paths are texts there and tuples are lists. An empty group counts as none.
     both = (flatten(json.loads(json.dumps(tree, default=str))) for tree in (theirs, mine))
     there, here = ({key: value for key, value in flat.items() if value != {}} for flat in both)
     renamed = former_keys(Config)
     there = {renamed.get(key, key): value for key, value in there.items()}
     defaults = _defaults()
-    found = [
-        _difference(key, there.get(key, _NOT_SET), here.get(key, _NOT_SET))
+    return {
+        key: (there.get(key, _NOT_SET), here.get(key, _NOT_SET))
         for key in sorted(there.keys() | here.keys(), key=lambda key: (key in _FOLLOWS, key))
-        if there.get(key, defaults.get(key)) != here.get(key, defaults.get(key))
-    ]
-    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        if key not in accept and there.get(key, defaults.get(key)) != here.get(key, defaults.get(key))
+    }
 
 
 def _difference(key: str, there: object, here: object) -> str:

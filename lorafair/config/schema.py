@@ -531,6 +531,12 @@ class Config:
         is_path=True,
         identity=False,
     )
+    accept: tuple[str, ...] = option(
+        (),
+        """Options, and images, classes or frozen_weights, that may differ from the run whose checkpoint is continued:
+        the error of such a difference says which. The rounds that are done stay as they were computed.""",
+        identity=False,
+    )
     plugins: tuple[str, ...] = option(
         (),
         """Python modules (my_package.methods) and files (./my_method.py; from the YAML file's folder, else from the

@@ -120,7 +120,8 @@ def open_report(
         try:
             report.close(str(error) or type(error).__name__)
         except Exception as closing:  # the first error is the one to raise
-            log.warning(f"the report could not be closed: {type(closing).__name__}: {closing}")
+            if str(closing) != str(error):  # a full disk fails again
+                log.warning(f"the report could not be closed: {type(closing).__name__}: {closing}")
         raise
     report.close("finished")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Callable
@@ -41,10 +42,12 @@ def read_metrics(run_dir: Path) -> dict[str, Curve]:
     """The scalars of a run by name and round. ConfigError where metrics.csv cannot be read."""
     metrics: dict[str, Curve] = {}
     try:
-        with (run_dir / METRICS_FILE).open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                metrics.setdefault(row["name"], {})[int(row["round"])] = float(row["value"])
-    except (OSError, ValueError, KeyError) as error:
+        content = (run_dir / METRICS_FILE).read_text(encoding="utf-8")
+        if not content.endswith("\n"):
+            raise ValueError("its last line is cut")
+        for row in csv.DictReader(io.StringIO(content)):
+            metrics.setdefault(row["name"], {})[int(row["round"])] = float(row["value"])
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ConfigError(
             f"{run_dir / METRICS_FILE} cannot be read ({error}); remove {run_dir} to repeat the run"
         ) from error
@@ -52,11 +55,14 @@ def read_metrics(run_dir: Path) -> dict[str, Curve]:
 
 
 def version_of(run_dir: Path) -> str | None:
-    """The version of lorafair that began the run; None where there is no run."""
+    """The version of lorafair that began the run; None where there is no run. ConfigError where that cannot be read."""
     file = run_dir / CONFIG_FILE
-    if not file.exists():
+    try:
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+    except FileNotFoundError:
         return None
-    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); put the file back, or choose another run_dir") from error
     return first.removeprefix(VERSION_LINE) if first.startswith(VERSION_LINE) else "an unknown version"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from lorafair import third_party
+from lorafair.checkpointing.folder import free_name
 from lorafair.config.identity import flatten
-from lorafair.console import log
+from lorafair.console import format_count, log
 from lorafair.errors import one_line
-from lorafair.files.writing import replacing
+from lorafair.files.writing import naming, replacing
 from lorafair.reporting.run_dir import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -36,8 +38,10 @@ class Tracker:
             for key, value in flatten(settings).items()
         }
         self._show_settings()
+        self._run_dir = run_dir
         # A continued run repeats the rounds after its checkpoint: their earlier values are dropped in both places.
-        self._writer = SummaryWriter(str(run_dir), purge_step=completed_rounds + 1)
+        with self._writing_events():
+            self._writer = SummaryWriter(str(run_dir), purge_step=completed_rounds + 1)
         self._csv_file, self._csv = _reopen_csv(run_dir / METRICS_FILE, completed_rounds)
 
     def _show_settings(self) -> None:
@@ -52,26 +56,39 @@ class Tracker:
 
     def scalars(self, values: Mapping[str, float], round: int) -> None:
         """Record values after this many rounds and make them visible at once."""
-        third_party.write_scalars(self._writer, values, round)
-        self._csv.writerows([round, name, repr(float(value))] for name, value in values.items())
-        self._writer.flush()
-        self._csv_file.flush()
+        with self._writing_events():
+            third_party.write_scalars(self._writer, values, round)
+            self._writer.flush()
+        with naming(self._run_dir / METRICS_FILE):
+            self._csv.writerows([round, name, repr(float(value))] for name, value in values.items())
+            self._csv_file.flush()
         self._call_loggers(lambda logger: logger.log_metrics(dict(values), step=round))
 
     def picture(self, tag: str, picture: np.ndarray[Any, Any], round: int) -> None:
         """Show a picture (H, W, 3) uint8 in TensorBoard."""
-        self._writer.add_image(tag, picture, round, dataformats="HWC")
+        with self._writing_events():
+            self._writer.add_image(tag, picture, round, dataformats="HWC")
+            self._writer.flush()
 
     def final(self, metrics: Mapping[str, float]) -> None:
         """Record numbers of the whole run: in TensorBoard's table of runs, and at no step in loggers."""
-        self._writer.add_hparams(self._settings, dict(metrics), run_name=".")
+        with self._writing_events():
+            self._writer.add_hparams(self._settings, dict(metrics), run_name=".")
         self._call_loggers(lambda logger: logger.log_metrics(dict(metrics)))
 
     def close(self, status: str) -> None:
         """Flush and close everything; `status` is "success" or "failed"."""
-        self._writer.close()
-        self._csv_file.close()
         self._call_loggers(lambda logger: logger.finalize(status))
+        with self._writing_events():
+            self._writer.close()
+        with naming(self._run_dir / METRICS_FILE):
+            self._csv_file.close()
+
+    @contextmanager
+    def _writing_events(self) -> Iterator[None]:
+        """TensorBoard's file is written in the block, by a thread; its errors are raised here, with the file."""
+        with naming(self._run_dir / "events.out.tfevents"), third_party.one_error_of_events():
+            yield
 
     def _call_loggers(self, what: Callable[[Logger], object]) -> None:
         """Call each logger; one that fails is left out from then on, and the run continues."""
@@ -104,12 +121,41 @@ class Clock:
 
 
 def _reopen_csv(path: Path, completed_rounds: int) -> tuple[TextIO, Any]:
-    kept: list[list[str]] = []
-    if completed_rounds and path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3 and row[0].isdigit()]
-        kept = [row for row in rows if int(row[0]) <= completed_rounds]
+    kept = _rows_of(path, completed_rounds) if completed_rounds else []
     with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["round", "name", "value"], *kept])
     handle = path.open("a", newline="", encoding="utf-8")
     return handle, csv.writer(handle)
+
+
+def _rows_of(path: Path, completed_rounds: int) -> list[list[str]]:
+    """The lines of the rounds that are done. Where some are lost, that is said, and the file as it was is kept."""
+    content = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+    *lines, cut = content.split("\n")
+    rows = [_row_of(line) for line in lines[1:]]
+    kept = [row for row in rows if row and int(row[0]) <= completed_rounds]
+    unreadable = rows.count([])
+    number, comma, _ = cut.partition(",")  # a run that was killed leaves a line of the round after its checkpoint so
+    if cut and not (comma and number.isdecimal() and int(number) > completed_rounds):
+        unreadable += 1
+    lost = sorted({*range(1, completed_rounds + 1)} - {int(row[0]) for row in kept})
+    if lost or unreadable:
+        what = [f"{format_count(unreadable, 'line')} cannot be read"] if unreadable else []
+        what += [f"nothing is left of {format_count(len(lost), 'round')}, the first is {lost[0]}"] if lost else []
+        aside = free_name(path, "damaged")
+        if path.exists():
+            shutil.copyfile(path, aside)
+            what.append(f"the file as it was is kept as {aside.name}")
+        log.warning(f"{path} is damaged: {'; '.join(what)}; the run goes on, and TensorBoard may still have the values")
+    return kept
+
+
+def _row_of(line: str) -> list[str]:
+    """Round, name and value; nothing of a line that is not whole."""
+    try:
+        [row] = csv.reader([line.rstrip("\r")])
+        round, name, value = row
+        float(value)
+    except (ValueError, csv.Error):
+        return []
+    return row if round.isascii() and round.isdecimal() and name and "\ufffd" not in name else []

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lorafair.checkpointing.checkpoint import Checkpoint
+from lorafair.checkpointing.checkpoint import BASE, Checkpoint, check_tensors
 from lorafair.checkpointing.partial_round import list_unfinished
+from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
 from lorafair.server.optimizer import Moments
 from lorafair.server.scaffold import ControlVariates
-
-_BASE = "base."  # before the path of a frozen weight, in a checkpoint
 
 
 @dataclass
@@ -54,15 +54,7 @@ class ServerState:
 def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> ServerState:
     """The state after a checkpoint, or that before the first round. Call on every rank."""
     fabric, config, adapters = experiment.fabric, experiment.config, experiment.model.adapters
-    adapter = adapters.draw(config.seed, 0).to(fabric.device)
-    clients = len(experiment.clients)
-    state = ServerState(
-        completed_rounds=0,
-        adapter=adapter,
-        personal_adapters=adapter.repeat(clients, 1) if experiment.personal_parts else None,
-        moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
-        controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
-    )
+    state = _at_start(experiment, adapters.draw(config.seed, 0).to(fabric.device))
     if checkpoint is not None:
         base = base_weights_in(checkpoint)
         adapters.load_base_weights(base)
@@ -71,22 +63,45 @@ def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> Se
         state.completed_rounds, state.totals = checkpoint.completed_rounds, dict(checkpoint.totals)
         state.client_seconds, state.saved_rounds = dict(checkpoint.client_seconds), checkpoint.completed_rounds
         state.folded = bool(base)
-    # Only rank 0 reads: file systems lag between nodes.
-    unfinished = list_unfinished(config.folder) if fabric.is_global_zero else ()
+    unfinished: dict[int, Path] = {}
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero:  # it alone reads: file systems lag between nodes
+            unfinished = list_unfinished(config.folder)
     state.unfinished_rounds = fabric.broadcast(frozenset(unfinished))
     return state
 
 
+def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
+    """Before the first round, from the initial adapter (P,)."""
+    config, clients = experiment.config, len(experiment.clients)
+    return ServerState(
+        completed_rounds=0,
+        adapter=adapter,
+        personal_adapters=adapter.repeat(clients, 1) if experiment.personal_parts else None,
+        moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
+        controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
+    )
+
+
+def check_fits(experiment: Experiment, checkpoint: Checkpoint) -> None:
+    """Raise LorafairError on all ranks where a checkpoint's tensors are not those of this run's state."""
+    needed = _at_start(experiment, torch.empty(experiment.layout.length, device="meta")).tensors()
+    needed |= {f"{BASE}{path}": weight for path, weight in experiment.model.adapters.base_weights().items()}
+    with same_error_on_all_ranks(experiment.fabric):
+        after = f"the checkpoint after round {checkpoint.completed_rounds} in {experiment.config.folder}"
+        check_tensors(checkpoint.tensors, needed, after)
+
+
 def base_weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The frozen weights (O, I) by path that the federation has changed, in a checkpoint."""
-    return {name.removeprefix(_BASE): t for name, t in checkpoint.tensors.items() if name.startswith(_BASE)}
+    return {name.removeprefix(BASE): t for name, t in checkpoint.tensors.items() if name.startswith(BASE)}
 
 
 def checkpoint_of(experiment: Experiment, state: ServerState) -> Checkpoint:
     """What `start_or_resume` needs to make this state again."""
     tensors = state.tensors()
     if state.folded:
-        tensors |= {f"{_BASE}{path}": weight for path, weight in experiment.model.adapters.base_weights().items()}
+        tensors |= {f"{BASE}{path}": weight for path, weight in experiment.model.adapters.base_weights().items()}
     return Checkpoint(
         completed_rounds=state.completed_rounds,
         tensors={name: tensor.cpu() for name, tensor in tensors.items()},
