@@ -81,12 +81,12 @@ class Holder:
 class RunDirInUse(LorafairError):
     """Another process has the run directory."""
 
-    def __init__(self, file: Path, holder: Holder | None, seconds: float) -> None:
+    def __init__(self, file: Path, holder: Holder | None) -> None:
         self.holder = str(holder or "a process that has not written its name")
         text = f"run_dir={file.parent} is in use by {self.holder}; wait until it has ended, or choose another run_dir"
         if holder is None or _process_has_ended(holder, Holder.this_process()) is None:
             text += (
-                f". Its last sign of life is {duration_text(round(seconds))} old; without one for "
+                f". Its last sign of life is {duration_text(round(_age(file)))} old; without one for "
                 f"{duration_text(STALE_SECONDS)} it counts as ended, unless Slurm says that it runs. Where you know "
                 f"that it has ended, remove {file}"
             )
@@ -150,9 +150,9 @@ def acquire(run_dir: Path) -> RunLock:
         if text is None:  # just released
             time.sleep(0.05)
             continue
-        holder, seconds = Holder.from_text(text), _age(file)
-        if not _has_ended(holder, seconds, mine):
-            raise RunDirInUse(file, holder, seconds)
+        holder = Holder.from_text(text)
+        if not _has_ended(file, holder, mine):
+            raise RunDirInUse(file, holder)
         if _remove(file, text):
             log.info(f"{holder or 'a process'} has left {file} and has ended; this process takes the run over")
     raise LorafairError(f"{file} is made and removed by other processes all the time; choose another run_dir")
@@ -164,11 +164,12 @@ def in_progress(run_dir: Path) -> str:
         text = _read(run_dir / LOCK)
         if text is None:
             return ""
-        holder, seconds = Holder.from_text(text), _age(run_dir / LOCK)
+        holder = Holder.from_text(text)
+        ended = _process_has_ended(holder, Holder.this_process()) if holder else None
+        ended = _age(run_dir / LOCK) > STALE_SECONDS if ended is None else ended
     except OSError:
         return ""
-    ended = _process_has_ended(holder, Holder.this_process()) if holder else None
-    return "" if (seconds > STALE_SECONDS if ended is None else ended) else str(holder or "another process")
+    return "" if ended else str(holder or "another process")
 
 
 def move_aside(run_dir: Path, aside: Path) -> None:
@@ -182,7 +183,7 @@ def move_aside(run_dir: Path, aside: Path) -> None:
         return
     run_dir.mkdir(exist_ok=True)
     if not _create(run_dir / LOCK, holder):
-        raise RunDirInUse(run_dir / LOCK, Holder.from_text(_read(run_dir / LOCK) or ""), 0.0)
+        raise RunDirInUse(run_dir / LOCK, Holder.from_text(_read(run_dir / LOCK) or ""))
     (aside / LOCK).unlink()
 
 
@@ -254,11 +255,11 @@ def _age(file: Path) -> float:
     return 0.0
 
 
-def _has_ended(holder: Holder | None, seconds: float, mine: Holder) -> bool:
+def _has_ended(file: Path, holder: Holder | None, mine: Holder) -> bool:
     ended = None if holder is None else _process_has_ended(holder, mine)
     if ended is None and holder is not None and holder.job:
         ended = _job_has_ended(holder, mine)
-    return seconds > STALE_SECONDS if ended is None else ended
+    return _age(file) > STALE_SECONDS if ended is None else ended
 
 
 def _process_has_ended(holder: Holder, mine: Holder) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorafair.checkpointing.lock import in_progress
 from lorafair.comparison.plan import Comparison, Options, Run, failure_of
 from lorafair.console import format_count, format_value, table
 from lorafair.errors import ConfigError
@@ -20,6 +21,8 @@ def list_runs(comparison: Comparison) -> str:
         state: str
         try:
             state, _ = comparison.state(run)
+            if state in ("unfinished", "failed") and in_progress(run.folder):
+                state = "in progress"
         except ConfigError as error:
             state = "conflict"
             problems.append(f"{run.index}: {error}")
