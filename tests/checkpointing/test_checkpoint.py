@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lorafair.checkpointing import checkpoint as checkpoint_module
 from lorafair.checkpointing.checkpoint import (
     Checkpoint,
     CheckpointError,
+    check_tensors,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -19,7 +25,9 @@ from lorafair.checkpointing.checkpoint import (
     resume_of_restarted,
     save_checkpoint,
 )
+from lorafair.checkpointing.lock import LOCK, acquire
 from lorafair.cluster.slurm import Job
+from lorafair.errors import LorafairError
 
 IDENTITY = {"seed": 0, "model": {"name": "test_vit", "lora": {"targets": ("a", "b")}}, "images": "abc"}
 
@@ -172,3 +180,170 @@ def test_a_requeued_job_goes_on_where_it_began_with_resume_never(tmp_path: Path)
     assert resume_of_restarted(tmp_path, "runs/other", again) == "runs/other"  # nothing of its own is saved yet
     save_checkpoint(tmp_path, Checkpoint(1, {"adapter": torch.zeros(1)}, {}), keep=2)
     assert resume_of_restarted(tmp_path, "runs/other", again) == "auto"
+
+
+# Folders as people leave them
+
+
+def names_in(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_copies_beside_the_checkpoints_are_named_once_and_neither_read_nor_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rounds in (1, 2, 3):
+        save_checkpoint(tmp_path, checkpoint(rounds), keep=9)
+    folder = tmp_path / "checkpoints"
+    copies = ["round_000003 (1)", "round_000003_old", "round_000009x", "round_4", "unfinished_000004.bak"]
+    for name in copies:
+        shutil.copytree(folder / "round_000003", folder / name)
+    (folder / "round_000008").write_text("a file")
+    (folder / "notes.txt").write_text("mine")
+    found = find(tmp_path)
+    assert found is not None
+    assert found.completed_rounds == 3
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: {folder}: round_000003 (1), round_000003_old, round_000008, ")
+    assert line.endswith("and 1 more: not the name of a checkpoint, so neither read nor removed")
+    for rounds in (4, 5):
+        save_checkpoint(tmp_path, checkpoint(rounds), keep=1)
+    assert names_in(tmp_path) == sorted([*copies, "round_000008", "notes.txt", "round_000005"])
+
+
+def test_what_a_killed_save_has_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint(1), keep=2)
+    for name in (".round_000002.partial", ".round_000009.partial"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert find(tmp_path) is not None
+    assert names_in(tmp_path) == ["round_000001"]
+
+
+def test_a_damaged_checkpoint_is_moved_aside_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rounds in (4, 5):
+        path = save_checkpoint(tmp_path, checkpoint(rounds), keep=2)
+    damage_tensors(path)
+    left = (path / "state.safetensors").read_bytes()
+    find(tmp_path)
+    assert "it is moved to round_000005.damaged" in capsys.readouterr().out
+    find(tmp_path)
+    assert capsys.readouterr().out == ""
+    damage_json(save_checkpoint(tmp_path, checkpoint(5), keep=2))
+    find(tmp_path)
+    assert names_in(tmp_path) == ["round_000004", "round_000005.damaged", "round_000005.damaged.2"]
+    assert (tmp_path / "checkpoints" / "round_000005.damaged" / "state.safetensors").read_bytes() == left
+
+
+def test_a_checkpoint_under_the_number_of_another_is_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_checkpoint(tmp_path, checkpoint(3), keep=2)
+    shutil.copytree(path, path.with_name("round_000007"))
+    found = find(tmp_path)
+    assert found is not None
+    assert found.completed_rounds == 3
+    assert "round_000007 holds the state after round 3; it is moved to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("what", ["folder", "state.json", "state.safetensors"])
+def test_what_cannot_be_read_now_ends_the_run_and_changes_nothing(
+    code: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rounds in (4, 5):
+        save_checkpoint(tmp_path, checkpoint(rounds), keep=2)
+    before = names_in(tmp_path)
+    with monkeypatch.context() as patch:
+
+        def fail(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == what or (what == "folder" and path.name == "checkpoints"):
+                raise OSError(code, os.strerror(code), str(path))
+            return original(path, *arguments, **options)
+
+        name = {"folder": "iterdir", "state.json": "read_text", "state.safetensors": "open"}[what]
+        original = getattr(Path, name)
+        patch.setattr(Path, name, fail)
+        with pytest.raises(LorafairError, match=rf"cannot be read now \({os.strerror(code)}\).*same command continues"):
+            find(tmp_path)
+    assert names_in(tmp_path) == before
+
+
+def test_a_link_to_a_disk_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint(4), keep=2)
+    (tmp_path / "checkpoints" / "round_000005").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(CheckpointError, match="round_000005 cannot be read now"):
+        find(tmp_path)
+
+
+def test_a_checkpoint_of_a_newer_version_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, checkpoint(4), keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "FORMAT", 2)
+        save_checkpoint(tmp_path, checkpoint(5), keep=2)
+    with pytest.raises(CheckpointError, match=r"has checkpoint format 2, .* reads 1; install the newer version"):
+        find(tmp_path)
+    assert names_in(tmp_path) == ["round_000004", "round_000005"]
+
+
+def test_going_back_to_an_earlier_round_keeps_the_later_ones_aside(tmp_path: Path) -> None:
+    for rounds in (3, 4, 5):
+        save_checkpoint(tmp_path, checkpoint(rounds), keep=9)
+    found = find(tmp_path, str(tmp_path / "checkpoints" / "round_000003"))
+    assert found is not None
+    save_checkpoint(tmp_path, checkpoint(4), keep=9)
+    assert names_in(tmp_path) == ["round_000003", "round_000004", "round_000004.later", "round_000005.later"]
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, checkpoint(4), keep=1)
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        with pytest.raises(CheckpointError, match=r"round_000005 could not be written: .*No space left on device"):
+            save_checkpoint(tmp_path, checkpoint(5), keep=1)
+    assert names_in(tmp_path) == ["round_000004"]
+    assert find(tmp_path) is not None
+
+
+def test_a_difference_can_be_accepted_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path, checkpoint(1, seed=5, images="def"), keep=2)
+    with pytest.raises(CheckpointError, match=re.escape("or 'accept=[seed,images]' to go on from it all the same")):
+        find(tmp_path)
+    with pytest.raises(CheckpointError, match=re.escape("another run: images is def there and abc here. ")):
+        find_checkpoint(tmp_path, "auto", IDENTITY, accept=["seed"])
+    assert find_checkpoint(tmp_path, "auto", IDENTITY, accept=["seed", "images"]) is not None
+    assert "although seed is 5 there and 0 here; images is def there and abc here" in capsys.readouterr().out
+
+
+def test_tensors_must_have_the_names_shapes_and_types_that_a_run_needs() -> None:
+    needed = {"adapter": torch.zeros(3), "base.a": torch.zeros(2, 2), "base.b": torch.zeros(2, 2)}
+    check_tensors({"adapter": torch.zeros(3)}, needed, "it")
+    check_tensors(needed, needed, "it")
+    for found, message in (
+        (
+            {"adapter": torch.zeros(4)},
+            r"it does not fit this run: adapter is float32 \(4,\) there and float32 \(3,\) here",
+        ),
+        ({"adapter": torch.zeros(1)}, r"adapter is float32 \(1,\) there"),  # copy_ would repeat it
+        ({"adapter": torch.zeros(3).half()}, r"adapter is float16 \(3,\) there"),
+        ({}, "adapter is missing"),
+        ({"adapter": torch.zeros(3), "moments.first": torch.zeros(3)}, r"moments\.first is of no use here"),
+        ({"adapter": torch.zeros(3), "base.a": torch.zeros(2, 2)}, r"base\.b is missing"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            check_tensors(found, needed, "it")
+
+
+def test_never_holds_the_new_directory_in_place_of_the_one_moved_aside(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    save_checkpoint(run_dir, checkpoint(1), keep=2)
+    held = acquire(run_dir)
+    assert find(run_dir, "never") is None
+    assert json.loads((run_dir / LOCK).read_text())["token"] == held.holder.token
+    assert sorted(path.name for path in (tmp_path / "run.1").iterdir()) == ["checkpoints"]
+    held.release()
+    assert find(run_dir, "never") is None  # an empty one is not moved
+    assert not (tmp_path / "run.2").exists()

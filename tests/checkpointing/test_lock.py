@@ -149,7 +149,7 @@ def test_slurm_says_whether_the_job_of_another_node_has_ended(
     squeue, run_dir = tmp_path / "bin" / "squeue", tmp_path / "run"
     squeue.parent.mkdir()
     run_dir.mkdir()
-    failing = '[ -n "%s" ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }' % state
+    failing = f'[ -n "{state}" ] || {{ echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }}'
     squeue.write_text(f'#!/bin/sh\n{failing}\ncase "$*" in *-s*) printf "%s\\n" {steps};; *) echo {state};; esac\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{squeue.parent}{os.pathsep}{os.environ['PATH']}")
@@ -158,7 +158,6 @@ def test_slurm_says_whether_the_job_of_another_node_has_ended(
 
 
 def test_of_many_that_find_a_file_left_behind_one_takes_over(tmp_path: Path) -> None:
-    """Also where disks have no hard links."""
     left_by(tmp_path, age=9999, **THERE)
     outcomes: list[object] = []
     together = threading.Barrier(8)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from lorafair.checkpointing import partial_round
 from lorafair.checkpointing.checkpoint import CheckpointError
-from lorafair.checkpointing.partial_round import PartialRound, list_unfinished
+from lorafair.checkpointing.partial_round import PartialRound, drop_unfinished, list_unfinished
 
 
 def partial(tmp_path: Path, start: str = "s", seconds: float = 60) -> PartialRound:
@@ -80,3 +83,23 @@ def test_clients_that_cannot_be_written_are_an_error_that_says_so(tmp_path: Path
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"finished clients could not be saved as .*unfinished_000004"):
         partial(tmp_path, seconds=0).add((4,), torch.ones(1, 2))
+
+
+def test_copies_of_unfinished_rounds_are_neither_read_nor_removed(tmp_path: Path) -> None:
+    for name in ("unfinished_000004", "unfinished_000004.bak", "unfinished_000004 (1)", "unfinished_old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert list_unfinished(tmp_path).keys() == {3}
+    drop_unfinished(tmp_path, completed_rounds=9)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["unfinished_000004 (1)", "unfinished_000004.bak", "unfinished_old"]
+
+
+def test_clients_that_cannot_be_read_now_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial(tmp_path, seconds=0).add((4,), torch.ones(1, 2))
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(partial_round, "safe_open", fail)
+    with pytest.raises(CheckpointError, match=r"clients_000004.safetensors cannot be read now \(Input/output error\)"):
+        found(tmp_path)
