@@ -18,6 +18,7 @@ import pytest
 from scipy import stats
 
 from lorafair import registry
+from lorafair.checkpointing.lock import LOCK, acquire
 from lorafair.cli import main
 from lorafair.commands.checks import check_comparison
 from lorafair.comparison import plan
@@ -309,6 +310,46 @@ def halve(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_in_progress_elsewhere_is_left_to_the_other_process(
+    copied: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied.runs[2]
+    for name in ("result.json", "metrics.csv"):
+        (run.folder / name).unlink()
+    held = acquire(run.folder)
+    before = {file: file.stat().st_mtime_ns for file in run.folder.rglob("*") if file.is_file()}
+    assert "in progress" in list_runs(copied)
+    run_comparison(launched(1), copied)
+    printed = capsys.readouterr().out
+    assert f"[3/4] {run.name}: left to process {held.holder.pid} on " in printed
+    assert f"1 run left to other processes, which report at their end: {run.name}" in printed
+    run_comparison(launched(1), copied, index=2)
+    assert "round " not in capsys.readouterr().out.replace("rounds", "")
+    assert before == {file: file.stat().st_mtime_ns for file in run.folder.rglob("*") if file.is_file()}
+    held.release()
+    assert not list(copied.folder.rglob(LOCK))
+
+
+def test_a_final_run_whose_tuning_is_in_progress_elsewhere_is_left_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = "compare: {methods: [fedit, flora], seeds: [0], tune: {options: {client.steps: [1, 2]}, rounds: 1}}"
+    comparison = declared(tmp_path, section)
+    held = []
+    for run in comparison.runs:
+        if run.candidate is not None:
+            run.folder.mkdir(parents=True)
+            held.append(acquire(run.folder))
+    run_comparison(launched(1), comparison)
+    assert capsys.readouterr().out.count(", which is at its tuning") == 2
+    run_comparison(launched(1), comparison, only_tuning=True)
+    assert "default / fedit: left to other processes" in capsys.readouterr().out
+    with pytest.raises(LorafairError, match=r"waits for its tuning; run --index 0, 1 first"):
+        run_comparison(launched(1), comparison, index=4)
+    for lock in held:
+        lock.release()
+
+
 def test_half_finished_runs_continue(copied: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied.runs[2].folder
     expected = result_of(folder)

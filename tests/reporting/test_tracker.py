@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorafair.console import table
+from lorafair.errors import ConfigError
+from lorafair.files.writing import UnwritableFile
 from lorafair.reporting.pictures import confusion_picture
+from lorafair.reporting.run_dir import read_metrics
 from lorafair.reporting.tracker import Tracker
 
 
@@ -123,3 +127,68 @@ def test_names_are_no_formulas_and_may_be_of_any_script(recwarn: pytest.Warnings
     names = ["a$b_{$", "\u732b", r"back\slash"]
     assert confusion_picture(torch.eye(3, dtype=torch.int64), names, "cost $5^$") is not None
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def metrics_of(run_dir: Path, content: bytes, completed_rounds: int) -> list[list[str]]:
+    """What a run keeps of metrics.csv that it finds when it continues."""
+    (run_dir / "metrics.csv").write_bytes(content)
+    Tracker(run_dir, completed_rounds, settings={}, loggers=[]).close("success")
+    return read_csv(run_dir)[1:]
+
+
+HEADER, FIRST, SECOND = b"round,name,value\r\n", b"1,x,0.5\r\n", b"2,x,0.25\r\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "said"),
+    [
+        (HEADER + FIRST + SECOND[:-4], ["0.5"], "1 line cannot be read; nothing is left of 1 round, the first is 2"),
+        (HEADER + FIRST + b"2,\xff\xfe,1.0\r\n" + SECOND, ["0.5", "0.25"], "1 line cannot be read; the file"),
+        (HEADER + FIRST + b"2,x\r\n" + SECOND, ["0.5", "0.25"], "1 line cannot be read; the file"),
+        (b"\x00" * 40, [], "1 line cannot be read; nothing is left of 2 rounds, the first is 1; the file"),
+        (b"", [], "is damaged: nothing is left of 2 rounds, the first is 1; the file"),
+    ],
+)
+def test_a_damaged_metrics_file_is_said_and_kept(
+    content: bytes, kept: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [row[2] for row in metrics_of(tmp_path, content, completed_rounds=2)] == kept
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert "kept as metrics.csv.damaged; the run goes on" in printed
+    assert (tmp_path / "metrics.csv.damaged").read_bytes() == content
+
+
+def test_what_a_killed_run_has_begun_to_write_after_its_checkpoint_is_no_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [row[0] for row in metrics_of(tmp_path, HEADER + FIRST + SECOND + b"3,x", 2)] == ["1", "2"]
+    assert [row[0] for row in metrics_of(tmp_path, HEADER + FIRST + SECOND[:-4], 1)] == ["1"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", [FIRST[:-3], b"1,x\r\n", b"1,\xff,1.0\r\n", b"1,x,a\r\n", b"\x00\r\n"])
+def test_curves_are_not_read_from_a_damaged_metrics_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(HEADER + FIRST)
+    assert read_metrics(tmp_path) == {"x": {1: 0.5}}
+    (tmp_path / "metrics.csv").write_bytes(HEADER + content)
+    with pytest.raises(ConfigError, match=r"metrics\.csv cannot be read \("):
+        read_metrics(tmp_path)
+
+
+def test_a_full_disk_under_metrics_and_events_is_one_error_with_the_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(tmp_path, completed_rounds=0, settings={}, loggers=[])
+    tracker._csv_file = open("/dev/full", "w")  # noqa: SIM115
+    tracker._csv = csv.writer(tracker._csv_file)
+    with pytest.raises(UnwritableFile, match=rf"^{tmp_path}/metrics\.csv cannot be written: No space left on device$"):
+        tracker.scalars({"x": 1.0}, 1)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, most))
+    try:
+        with pytest.raises(UnwritableFile, match=r"/events\.out\.tfevents cannot be written: File too large$"):
+            [tracker.scalars({"x": 1.0}, round) for round in range(2, 9)]  # the thread that writes may be a round late
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert capfd.readouterr().err == ""
