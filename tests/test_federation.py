@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import torch
 import lorafair.federation as federation_module
 from lorafair import experiment
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
+from lorafair.checkpointing import lock as lock_module
+from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from lorafair.checkpointing.lock import acquire
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.data.partition import Client
@@ -260,6 +263,60 @@ def test_another_configuration_does_not_continue_a_run(tiny: Tiny) -> None:
     with pytest.raises(LorafairError, match=r"model\.lora\.rank is 4 there and 8 here.*resume=never"):
         run_federation(launched(1), tiny("model.lora.rank=8"))
     run_federation(launched(1), tiny("model.lora.rank=8", "resume=never", "rounds=1"))
+
+
+@pytest.mark.slow
+def test_a_run_directory_in_use_is_refused_and_not_moved(tiny: Tiny) -> None:
+    config = tiny("rounds=1")
+    run_federation(launched(1), config)
+    before = {file: file.stat().st_mtime_ns for file in config.folder.rglob("*")}
+    held = acquire(config.folder)
+    for resume in ("auto", "never"):
+        with pytest.raises(LorafairError, match=rf"run_dir={config.folder} is in use by process {held.holder.pid} on "):
+            run_federation(launched(1), tiny(f"resume={resume}", "rounds=2"))
+    held.release()
+    assert {file: file.stat().st_mtime_ns for file in config.folder.rglob("*")} == before
+    assert [path.name for path in config.folder.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_a_run_that_another_one_has_taken_over_writes_nothing_more(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "_CHECK_SECONDS", 0.0)
+    config, train = tiny("rounds=3"), federation_module.train_clients
+
+    def train_and_lose(experiment: Any, state: Any, *others: Any) -> torch.Tensor:
+        if state.completed_rounds == 1:
+            text = (config.folder / "run.lock").read_text()
+            (config.folder / "run.lock").write_text(text.replace(experiment.lock.holder.token, "another"))
+        rows: torch.Tensor = train(experiment, state, *others)
+        return rows
+
+    monkeypatch.setattr(federation_module, "train_clients", train_and_lose)
+    with pytest.raises(LorafairError, match=r"was taken over by process .*, so this run ends"):
+        run_federation(launched(1), config)
+    assert [path.name for path in list_checkpoints(config.folder)] == ["round_000001"]
+    assert "2,train/loss," not in (config.folder / "metrics.csv").read_text()
+    assert (config.folder / "run.lock").exists()  # the other one's
+
+
+@pytest.mark.slow
+def test_a_difference_can_be_accepted_and_tensors_that_do_not_fit_are_refused(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("rounds=1")
+    run_federation(launched(1), config)
+    other = ("rounds=2", "client.learning_rate=0.001")
+    with pytest.raises(LorafairError, match=r"or 'accept=\[client\.learning_rate\]' to go on from it"):
+        run_federation(launched(1), tiny(*other))
+    run_federation(launched(1), tiny(*other, "accept=[client.learning_rate]"))
+    assert "although client.learning_rate is 0.005 there and 0.001 here (accept)" in capsys.readouterr().out
+    run_federation(launched(1), tiny(*other))  # it was accepted with the checkpoint
+    path = list_checkpoints(config.folder)[-1]
+    found = load_checkpoint(path)
+    save_checkpoint(config.folder, dataclasses.replace(found, tensors={"adapter": found.tensors["adapter"][:1]}), 9)
+    monkeypatch.setattr(experiment, "open_inputs", lambda *_: pytest.fail("tokens are computed before"))
+    with pytest.raises(LorafairError, match=r"does not fit this run: adapter is float32 \(1,\) there and float32 \("):
+        run_federation(launched(1), tiny(*other[1:], "rounds=3"))
 
 
 def with_nan_from(monkeypatch: pytest.MonkeyPatch, *broken: int) -> None:

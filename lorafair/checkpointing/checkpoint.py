@@ -97,10 +97,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return _load(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if path.is_symlink() and not path.exists():
-            raise _unreadable_now(path, "it is a link to what is not there") from error
+            raise unreadable_now(path, "it is a link to what is not there") from error
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
     except OSError as error:
-        raise _unreadable_now(path, error.strerror or str(error)) from error
+        raise unreadable_now(path, error.strerror or str(error)) from error
     except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
 
@@ -132,7 +132,8 @@ def _load(path: Path) -> Checkpoint:
     )
 
 
-def _unreadable_now(path: Path, why: str) -> CheckpointError:
+def unreadable_now(path: Path, why: str) -> CheckpointError:
+    """Of what may be right, so that nothing is taken in place of it."""
     return CheckpointError(
         f"{path} cannot be read now ({why}); nothing was changed, and the same command continues once it can"
     )
@@ -154,8 +155,8 @@ def check_tensors(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], ori
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"{origin} does not fit this run: {'; '.join(problems[:3])}{more}. Choose another run_dir, or resume=never "
-            "to start anew"
+            f"{origin} does not fit this run: {'; '.join(problems[:3])}{more}. Put back the files that belong "
+            "together, or choose another run_dir"
         )
 
 

@@ -158,6 +158,16 @@ def acquire(run_dir: Path) -> RunLock:
     raise LorafairError(f"{file} is made and removed by other processes all the time; choose another run_dir")
 
 
+def check_free(run_dir: Path) -> None:
+    """Raise RunDirInUse where a process of this machine holds a run directory: known before any process is started."""
+    try:
+        holder = Holder.from_text(_read(run_dir / LOCK) or "")
+    except OSError:  # `acquire` says what is wrong
+        return
+    if holder is not None and _process_has_ended(holder, Holder.this_process()) is False:
+        raise RunDirInUse(run_dir / LOCK, holder)
+
+
 def in_progress(run_dir: Path) -> str:
     """Who holds a run directory, as far as can be told without Slurm; empty if nobody does."""
     try:

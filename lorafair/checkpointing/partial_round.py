@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import threading
 import time
@@ -24,13 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorafair.checkpointing.checkpoint import CheckpointError
+from lorafair.checkpointing.checkpoint import CheckpointError, unreadable_now
 from lorafair.checkpointing.folder import FOLDER, UNFINISHED, numbered
 from lorafair.cluster.saved import note_saved
 from lorafair.console import EVERY_RANK, log
 from lorafair.files.writing import fsync, write_atomically
 
 Cohort = tuple[int, ...]
+_OF_CLIENTS = re.compile(r"clients_\d{6,}\.safetensors")
 
 
 def list_unfinished(run_dir: Path) -> dict[int, Path]:
@@ -67,18 +70,18 @@ class PartialRound:
 
         Raises CheckpointError for one that cannot be read now.
         """
-        files = sorted(self._folder.glob("clients_*.safetensors"))
-        start = self._start() if files else ""
-        for file in files:
-            try:
-                self.found |= _read(file, start)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{file} cannot be read now ({error.strerror or error}); nothing was changed, and the same command "
-                    "continues once it can"
-                ) from error
-            except (ValueError, KeyError, SafetensorError) as error:
-                log.warning(f"{file} is not used: {error}; its clients are trained again")
+        file = self._folder
+        try:
+            names = sorted(os.listdir(self._folder)) if self._folder.is_dir() else []
+            files = [self._folder / name for name in names if _OF_CLIENTS.fullmatch(name)]
+            start = self._start() if files else ""
+            for file in files:
+                try:
+                    self.found |= _read(file, start)
+                except (ValueError, KeyError, SafetensorError) as error:
+                    log.warning(f"{file} is not used: {error}; its clients are trained again")
+        except OSError as error:
+            raise unreadable_now(file, error.strerror or str(error)) from error
 
     def add(self, cohort: Cohort, rows: Tensor) -> None:
         """A cohort of this rank is done; write what is pending if the last write is long enough ago."""
@@ -103,11 +106,15 @@ class PartialRound:
         try:
             yield
         except BaseException:
-            try:
-                self.write()
-            except CheckpointError as error:
-                log.warning(str(error), extra=EVERY_RANK)
+            self.write_or_warn()
             raise
+
+    def write_or_warn(self) -> None:
+        """`write` for what ends with another error."""
+        try:
+            self.write()
+        except CheckpointError as error:
+            log.warning(str(error), extra=EVERY_RANK)
 
 
 def _write(file: Path, cohorts: Sequence[Cohort], rows: Tensor, start: str) -> None:

@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorafair.aggregation.registry import build_aggregator
-from lorafair.checkpointing.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from lorafair.checkpointing.checkpoint import (
+    BASE,
+    CheckpointError,
+    check_tensors,
+    list_checkpoints,
+    load_checkpoint,
+)
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
-from lorafair.errors import ConfigError, LorafairError
+from lorafair.errors import ConfigError, LorafairError, one_line
+from lorafair.files.writing import naming
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import LoRAFactors
 from lorafair.model.backbone import build_model, create_backbone, plain_head
@@ -44,6 +52,15 @@ def export_run(run_dir: Path, out: Path, *, peft: bool) -> str:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LorafairError(f"{out} cannot be made a folder ({error.strerror}); name another one") from error
+    with naming(out):
+        try:
+            return _write(trained, out, peft=peft)
+        except SafetensorError as error:
+            raise LorafairError(f"{out} cannot be written: {one_line(error)}") from error
+
+
+def _write(trained: _Trained, out: Path, *, peft: bool) -> str:
+    """The files, and how to load them."""
     mean, std = ((tensor / 255).flatten().tolist() for tensor in (trained.model.mean, trained.model.std))
     code = _write_peft(trained, out) if peft else _write_merged(trained, out)
     return f"{code}\ninput: RGB in 0 to 1, normalised with mean {_short(mean)} and standard deviation {_short(std)}"
@@ -84,6 +101,10 @@ def _load_run(run_dir: Path) -> _Trained:
         raise ConfigError(f"{run_dir} has no global model: with method.name={name} every client has its own")
     classes = len(checkpoint.identity["classes"])
     model = build_model(config.model, classes, config.seed).attach()
+    needed = {f"{BASE}{path}": weight for path, weight in model.adapters.base_weights().items()}
+    needed["adapter"] = torch.empty(model.adapters.layout.length, device="meta")
+    found = {name: tensor for name, tensor in checkpoint.tensors.items() if name == "adapter" or name.startswith(BASE)}
+    check_tensors(found, needed, str(checkpoints[-1]))
     model.adapters.write(checkpoint.tensors["adapter"])
     folded = base_weights_in(checkpoint)
     model.adapters.load_base_weights(folded)

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafair.checkpointing.lock import check_free
 from lorafair.cluster.placement import processes_started, without_launch
 from lorafair.cluster.signals import INTERRUPTED, Interrupted, handle_only, handling_signals
 from lorafair.cluster.watchdog import CALLER
@@ -143,6 +144,7 @@ def run_command(config: Config) -> int:
 
     check_devices(config, placement)
     check_run(config)
+    check_free(config.folder)
 
     from lorafair.federation import run_federation
 

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lorafair import registry
+from lorafair.config.identity import check_accepted
 from lorafair.config.options import Option, all_options, option_of, types_of
 from lorafair.config.schema import SIGNALS, Config
 from lorafair.errors import ConfigError
@@ -58,6 +59,7 @@ def check(config: DictConfig) -> None:
     _check_client_ranks(config)
     if (mode := config.model.compile_mode) is not None and config.model.compile != "inductor":
         raise ConfigError(f"model.compile_mode={mode} is one of inductor; set model.compile=inductor, or no mode")
+    check_accepted(config.accept)
     if unknown := [name for name in config.fabric.signals if name not in SIGNALS]:
         raise ConfigError(f"fabric.signals: {unknown[0]} is not possible; there are {', '.join(SIGNALS)}")
     if config.resume in ("true", "false", "yes", "no", "latest", "last", "True", "False"):

@@ -10,6 +10,7 @@ from typing import Any
 from lorafair import registry
 from lorafair.config.options import all_options, former_keys, group_of, option_of
 from lorafair.config.schema import Config
+from lorafair.errors import ConfigError, did_you_mean
 
 _PLUGINS = "plugins"  # the group with a sum of each file of a plug-in that defines something of the run
 _CORRECTED = "mixed_lora_ranks"  # the version that corrected what the method does with clients of different LoRA ranks
@@ -94,6 +95,18 @@ def _difference(key: str, there: object, here: object) -> str:
         version = here if there == _NOT_SET else there
         return f"what the method does where clients differ in LoRA rank was corrected in lorafair {version}"
     return f"{key} is {_short(there)} there and {_short(here)} here"
+
+
+def check_accepted(keys: Collection[str]) -> None:
+    """Raise ConfigError for a key in which two runs cannot differ."""
+    known = [*_FOLLOWS, *(key for key, declared in all_options(Config) if option_of(declared).identity)]
+    for key in keys:
+        if not any(key == name or key.startswith(f"{name}.") for name in (*known, _PLUGINS)):
+            hint = did_you_mean(key, known)
+            raise ConfigError(
+                f"accept: {key} is not possible; {hint}it takes {', '.join(_FOLLOWS)} and options that change numbers, "
+                "as the error of a difference names them"
+            )
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

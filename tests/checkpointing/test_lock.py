@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lorafair.checkpointing import lock as lock_module
-from lorafair.checkpointing.lock import LOCK, STALE_SECONDS, Holder, RunDirInUse, acquire, in_progress
+from lorafair.checkpointing.lock import LOCK, STALE_SECONDS, Holder, RunDirInUse, acquire, check_free, in_progress
 from lorafair.errors import LorafairError
 from lorafair.files.writing import UnwritableFile
 
@@ -56,7 +56,10 @@ def test_the_second_one_is_refused_with_the_name_of_the_first(tmp_path: Path, mo
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
     assert in_progress(tmp_path) == str(first.holder)
+    with pytest.raises(RunDirInUse):
+        check_free(tmp_path)
     first.release()
+    check_free(tmp_path)
     assert in_progress(tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
     acquire(tmp_path).release()

@@ -100,6 +100,10 @@ def test_clients_that_cannot_be_read_now_end_the_run(tmp_path: Path, monkeypatch
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", fail)
+        with pytest.raises(CheckpointError, match=r"unfinished_000004 cannot be read now \(Input/output error\)"):
+            found(tmp_path)
     monkeypatch.setattr(partial_round, "safe_open", fail)
     with pytest.raises(CheckpointError, match=r"clients_000004.safetensors cannot be read now \(Input/output error\)"):
         found(tmp_path)

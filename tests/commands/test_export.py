@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,18 @@ def test_a_peft_adapter_of_a_backbone_that_does_not_know_the_classes(tiny: Tiny,
             torch.testing.assert_close(loaded((IMAGES / 255 - mean) / std), expected, rtol=1e-4, atol=1e-5)
     finally:
         BACKBONES.remove("small")
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_with_the_folder(tiny: Tiny, tmp_path: Path) -> None:
+    trained(config := tiny("rounds=1"))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+    try:
+        with pytest.raises(LorafairError, match=rf"^{tmp_path / 'out'} cannot be written: .*File too large"):
+            export_run(config.folder, tmp_path / "out", peft=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 @pytest.mark.slow

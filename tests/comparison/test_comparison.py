@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import re
 import shutil
@@ -328,6 +330,24 @@ def test_a_run_in_progress_elsewhere_is_left_to_the_other_process(
     assert before == {file: file.stat().st_mtime_ns for file in run.folder.rglob("*") if file.is_file()}
     held.release()
     assert not list(copied.folder.rglob(LOCK))
+
+
+@pytest.mark.parametrize("name", ["report.md", "results.csv", "report"])
+def test_a_full_disk_at_the_report_names_the_file(
+    name: str, copied: Comparison, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original, start = io.open, str(copied.folder / ("report/events" if name == "report" else f".{name}.partial"))
+
+    def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if set(mode) & set("wax") and str(file).startswith(start):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(file, mode, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", opened)
+    monkeypatch.setattr("lorafair.comparison.report.draw_plots", lambda findings: {})
+    with pytest.raises(LorafairError, match=rf"^{copied.folder / name} cannot be written: No space left on device$"):
+        write_report(copied)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_final_run_whose_tuning_is_in_progress_elsewhere_is_left_too(

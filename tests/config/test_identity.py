@@ -106,3 +106,12 @@ def test_a_run_from_before_a_correction_of_its_method_is_another_one(pairs: list
     said = differences(before, now)
     assert ("where clients differ in LoRA rank was corrected in lorafair 0.2" in said) == is_corrected
     assert not differences(now, now)
+
+
+def test_what_may_be_accepted_is_checked() -> None:
+    accepted = "accept=[images, seed, method.solver, plugins.method mine, model.options.width]"
+    assert load_config(accepted).accept[:2] == ("images", "seed")
+    with pytest.raises(ConfigError, match="accept: image is not possible; did you mean images"):
+        load_config("accept=[image]")
+    with pytest.raises(ConfigError, match="accept: rounds is not possible"):  # it may differ anyway
+        load_config("accept=[rounds]")
