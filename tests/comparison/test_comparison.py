@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -339,7 +340,7 @@ def test_a_full_disk_at_the_report_names_the_file(
     original, start = io.open, str(copied.folder / ("report/events" if name == "report" else f".{name}.partial"))
 
     def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if set(mode) & set("wax") and str(file).startswith(start):
+        if set(mode) & set("wax") and os.fsdecode(file).startswith(start):
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(file, mode, *arguments, **options)
 
