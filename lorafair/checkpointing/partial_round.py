@@ -125,7 +125,8 @@ def _write(file: Path, cohorts: Sequence[Cohort], rows: Tensor, start: str) -> N
         write_atomically(file, content)
         fsync(file.parent)
     except OSError as error:
-        raise CheckpointError(f"finished clients could not be saved as {file}: {error}") from error
+        why = os.strerror(error.errno) if error.errno else error
+        raise CheckpointError(f"finished clients could not be saved as {file}: {why}") from error
 
 
 def _read(file: Path, start: str) -> dict[Cohort, Tensor]:
