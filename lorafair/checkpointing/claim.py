@@ -17,7 +17,7 @@ from lorafair.errors import ConfigError
 from lorafair.files.writing import naming
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 SECONDS_UNTIL_SEEN = 30.0  # nodes keep what they know of a network file system for some seconds
 _SECONDS_BETWEEN_LOOKS = 0.2
