@@ -20,33 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from bare_loop import open_experiment, read_row, replace_adapters, take_step, trained_parameters, write_row
+from torch import Tensor
 
-from lorafair.client.training import train_clients
-from lorafair.communication.agreement import StopRequest
 from lorafair.config import Config, FabricConfig, load_config
 from lorafair.data.loading import local_batches
-from lorafair.experiment import Experiment, build_experiment
-from lorafair.federation import begin_round
+from lorafair.experiment import Experiment
 from lorafair.launch import in_place
 from lorafair.model.backbone import build_model
-from lorafair.model.lora import ClientHead, LoRALinear
 from lorafair.seeding import seeded
-from lorafair.server.state import start_or_resume
-
-
-class PlainLoRA(nn.Module):
-    """y = W0 x + s·B(Ax), as one would write it for a single client."""
-
-    def __init__(self, wrapped: LoRALinear) -> None:
-        super().__init__()
-        self.base, self.scaling = wrapped.base, wrapped.scaling
-        self.A = nn.Parameter(wrapped.A.detach()[0].clone())
-        self.B = nn.Parameter(wrapped.B.detach()[0].clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scaling * F.linear(F.linear(x, self.A), self.B)
 
 
 class BareLoop:
@@ -56,16 +38,8 @@ class BareLoop:
         config = experiment.config
         adapted = build_model(config.model, len(experiment.data.classes), config.seed)
         self.mean, self.std, self.backbone = adapted.mean, adapted.std, adapted.backbone
-        for path, module in list(self.backbone.named_modules()):
-            parent, _, name = path.rpartition(".")
-            if isinstance(module, LoRALinear):
-                setattr(self.backbone.get_submodule(parent), name, PlainLoRA(module))
-            elif isinstance(module, ClientHead):
-                linear = nn.Linear(module.weight.shape[2], module.weight.shape[1])
-                setattr(self.backbone.get_submodule(parent), name, linear)
-        layout, plain = experiment.layout, dict(self.backbone.named_parameters())
-        names = [f"{path}.A" for path in layout.factors] + [f"{path}.B" for path in layout.factors]
-        self.trained = [plain[name] for name in [*names, *layout.head]]  # in the order of a packed row
+        replace_adapters(self.backbone)
+        self.trained = trained_parameters(self.backbone, experiment.layout)
         self.experiment = experiment
         size = config.model.image_size
         assert size is not None
@@ -77,25 +51,16 @@ class BareLoop:
         """The packed adapters (N, P) after training every client from `start` (P,)."""
         config, labels, rows = self.experiment.local, self.experiment.labels, []
         for number, client in enumerate(self.experiment.clients):
-            with torch.no_grad():
-                for parameter, values in zip(self.trained, self._split(start), strict=True):
-                    parameter.copy_(values)
+            write_row(self.trained, start)
             optimizer = torch.optim.AdamW(
                 self.trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
             )
             generator = seeded(self.experiment.config.seed, 0, number)
             for batch in local_batches(client.indices, config, generator):
                 inputs = (self.images[batch].float() - self.mean) / self.std
-                optimizer.zero_grad()
-                F.cross_entropy(self.backbone(inputs), labels[batch]).backward()
-                torch.nn.utils.clip_grad_norm_(self.trained, config.clip_norm or torch.inf)
-                optimizer.step()
-            rows.append(torch.cat([parameter.detach().flatten() for parameter in self.trained]))
+                take_step(self.backbone, optimizer, self.trained, inputs, labels[batch], config.clip_norm)
+            rows.append(read_row(self.trained))
         return torch.stack(rows)
-
-    def _split(self, row: Tensor) -> list[Tensor]:
-        parts = row.split([parameter.numel() for parameter in self.trained])
-        return [part.view_as(parameter) for part, parameter in zip(parts, self.trained, strict=True)]
 
 
 def configuration(clients: int, options: argparse.Namespace, run_dir: str) -> Config:
@@ -119,14 +84,8 @@ def seconds(action: Callable[[], Any]) -> tuple[float, float]:
 def measure(fabric: Any, clients: int, options: argparse.Namespace) -> list[str]:
     """One line of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        experiment, _ = build_experiment(fabric, configuration(clients, options, folder))
-        experiment.open_inputs()
-        state, stop, bare = start_or_resume(experiment, None), StopRequest(fabric), BareLoop(experiment)
-
-        def train() -> Tensor:
-            partial, plan = begin_round(experiment, state)
-            return train_clients(experiment, state, plan, partial, stop)
-
+        experiment, state, train = open_experiment(fabric, configuration(clients, options, folder))
+        bare = BareLoop(experiment)
         order = list(experiment.scheduler.plan(0, measured={}).clients_of_rank[0])
         ours = train()[:, :-2]  # and a warm-up
         gap = (ours - bare.round(state.adapter)[order]).abs().max() / ours.abs().max()

@@ -1,0 +1,181 @@
+"""Of part a, what needs processes of its own: killed and resumed, in a process group of one, two on one card.
+
+They are started together and looked at later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .record import Part
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST = 90.0  # seconds of a child
+KILLED, GROUPED, SHARING = "killed", "one process, a group of its own", "two processes, one device"
+
+
+@dataclass
+class Children:
+    """The processes by what they show, and where their output goes."""
+
+    options: tuple[str, ...]
+    running: dict[str, list[subprocess.Popen[bytes]]] = field(default_factory=dict)
+    folder: Path = Path()
+    done_when_killed: int = 0  # clients of round 2; 0 if the run had ended before
+
+    def start(self, name: str, count: int, command: Sequence[str], environ: dict[str, str]) -> None:
+        """`count` processes as torchrun would start them on as many nodes, or one by itself."""
+        self.running[name] = []
+        port = free_port()
+        for rank in range(count):
+            own = os.environ | environ
+            if count > 1:
+                own |= {
+                    "TORCHELASTIC_RUN_ID": "gpu", "RANK": str(rank), "GROUP_RANK": str(rank), "LOCAL_RANK": "0",
+                    "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }  # fmt: skip
+            with self.log(name, rank).open("wb") as log:
+                self.running[name].append(
+                    subprocess.Popen(list(command), env=own, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+                )
+
+    def log(self, name: str, rank: int = 0) -> Path:
+        return self.folder / f"{name.replace(' ', '-')}-{rank}.log"
+
+    def run_dir(self, name: str) -> Path:
+        return self.folder / name.replace(" ", "-")
+
+    def wait(self, name: str, expected: int = 0) -> str:
+        """What is wrong with the processes of this name, after they have ended; else an empty text."""
+        until = time.monotonic() + LONGEST
+        problems = []
+        for rank, process in enumerate(self.running[name]):
+            try:
+                status = process.wait(max(1.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                status = -1
+                _kill(process)
+            if status != expected:
+                text = self.log(name, rank).read_text(errors="replace")[-1500:]
+                problems.append(f"process {rank} ended with status {status}:\n{text}")
+        return "\n".join(problems)
+
+    def killed(self, part: Part, federation: Callable[..., Any]) -> None:
+        """SIGKILL within round 2; the same run, continued, has the bits of one that was not disturbed."""
+        from .correctness import TOLERANCE, gap_of, same_bits
+
+        problem = self.wait(KILLED, expected=-signal.SIGKILL)
+        options = ("method.name=lora_fair", "checkpoint.seconds=0")
+        whole = federation(part, "whole", *options)
+        if problem or not self.done_when_killed:
+            part.check("killed within round 2", False, problem or "it had ended before")
+            return
+        resumed = federation(part, f"processes/{KILLED}", *options)
+        equal = same_bits(resumed, whole)
+        if equal or same_bits(whole, federation(part, "whole again", *options)):
+            part.check("killed and resumed = uninterrupted", equal,
+                       f"killed in round 2, {self.done_when_killed} clients done; equal bits: {equal}")  # fmt: skip
+        else:  # then no resumed run can have equal bits either
+            gap = gap_of(resumed, whole)
+            part.check("killed and resumed = uninterrupted", gap < TOLERANCE,
+                       f"two undisturbed runs differ in bits; this one is {gap:.1e} apart")  # fmt: skip
+
+    def kill_within_round_2(self) -> None:
+        """Wait for the first client of round 2, and kill the run at once."""
+        (process,), checkpoints = self.running[KILLED], self.run_dir(KILLED) / "checkpoints"
+        while process.poll() is None:
+            if done := list(checkpoints.glob("unfinished_000002/clients_*.safetensors")):
+                _kill(process)
+                self.done_when_killed = 0 if (self.run_dir(KILLED) / "result.json").exists() else len(done)
+            time.sleep(0.001)
+
+    def grouped(self, part: Part, federation: Callable[..., Any]) -> None:
+        """The collectives of one process over NCCL, and of two on one device over gloo, change no bit."""
+        import lorafair
+
+        from .correctness import TOLERANCE, gap_of, same_bits
+
+        alone = federation(part, "whole", "method.name=lora_fair")  # finished before, in general
+        if part.on_gpu:
+            part.note(f"fabric.devices=2 on this machine: {refusal()}")
+        for name in (GROUPED, SHARING):
+            if name not in self.running:
+                continue
+            if problem := self.wait(name):
+                if name == SHARING:  # nobody has promised that
+                    part.note(f"{name}: {problem}")
+                else:
+                    part.check(name, False, problem)
+                continue
+            backend = self.log(name).read_text().partition("backend: ")[2].partition("\n")[0]
+            result = lorafair.RunResult(self.run_dir(name))
+            equal = same_bits(result, alone)
+            gap = 0.0 if equal else gap_of(result, alone)
+            part.check(f"{name}, over {backend}", equal or gap < TOLERANCE,
+                       f"equal bits to one process without a group: {equal}, {gap:.1e} apart")  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(part: Part, options: tuple[str, ...]) -> Iterator[Children]:
+    """The children at work; none is left behind."""
+    children = Children(options, folder=part.scratch / "processes")
+    children.folder.mkdir(parents=True, exist_ok=True)
+    given = [*options, f"fabric.accelerator={part.accelerator}", "method.name=lora_fair"]
+    python, environ = sys.executable, {"PYTHONPATH": str(ROOT)}
+    script = str(Path(__file__).with_name("grouped_run.py"))
+
+    def run_dir(name: str) -> str:
+        return f"run_dir={children.run_dir(name)}"
+
+    try:
+        train = [python, str(ROOT / "train.py"), *given, "checkpoint.seconds=0", run_dir(KILLED)]
+        children.start(KILLED, 1, train, environ)
+        threading.Thread(target=children.kill_within_round_2, daemon=True).start()
+        own = "nccl" if part.on_gpu else "gloo"
+        children.start(GROUPED, 1, [python, script, own, *given, run_dir(GROUPED)], environ)
+        if part.on_gpu:
+            nodes = [text for text in given if not text.startswith("fabric.devices")]
+            children.start(SHARING, 2, [python, script, "gloo", *nodes, run_dir(SHARING)], environ)
+        yield children
+    finally:
+        for processes in children.running.values():
+            for process in processes:
+                _kill(process)
+
+
+def refusal() -> str:
+    """What the package says to more processes than devices."""
+    from lorafair.config import FabricConfig
+    from lorafair.errors import ConfigError
+    from lorafair.launch import make_fabric
+
+    try:
+        make_fabric(FabricConfig(accelerator="cuda", devices=2))
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process that was started here, and its own children, for they are one session."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,174 @@
+"""Part b: images a second and MFU of one client's training, beside a bare loop and peft on the same card."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .record import Part, Table, text_of
+from .timing import interleaved, peak_gib, use_tf32
+from .work import Size, Work, autocast_of
+
+GOAL_MFU, GOAL_OF_BARE = 0.40, 0.97
+OTHERS = ("mixer_b16_224", "vit_large_patch16_224")
+
+
+def size_of(part: Part, model: str = "vit_base_patch16_224", dropout: float = 0.0) -> Size:
+    """The work of the issue's goals, or a tiny one."""
+    if part.tiny:
+        return Size("test_vit", 32, 4, batch=8, steps=2, dropout=dropout)
+    return Size(model, 224, 16, batch=128, steps=8 if "large" not in model else 4, dropout=dropout)
+
+
+def backend(part: Part) -> str:
+    """Of torch.compile: compiling for the CPU takes longer than all else that is tiny."""
+    return "eager" if part.tiny else "inductor"
+
+
+COLUMNS = ("way", "images/s", "MFU %", "of the bare loop", "GiB beyond the model")
+
+
+def run(part: Part) -> None:
+    part.attempt("ViT-B", lambda: base(part))
+    half = autocast_of(part.device, "bf16-mixed")
+    for model in ("mixer, tiny",) if part.tiny else OTHERS:
+        part.attempt(model, lambda model=model: others(part, model, half, 2 if part.tiny else 3))
+
+
+def base(part: Part) -> None:
+    """One client of ViT-B in every precision, in all ways."""
+    size, repeats = size_of(part), 2 if part.tiny else 5
+    part.say(f"{size}")
+    table = part.table(f"One client, {size.model} at {size.pixels} px, batch {size.batch}", *COLUMNS)
+    compare = _Comparison(part, table)
+    work = Work(size, part.device)
+    part.say(f"{work.flop / 1e9:.1f} GFLOP an image (forward and backward, frozen weights)")
+    full = autocast_of(part.device, "32-true")
+    half = autocast_of(part.device, "bf16-mixed")
+    part.attempt("agreement with the bare loop", lambda: agreement(part, work, full))
+    part.attempt("bf16", lambda: compare("bf16", work, half, repeats, bare=True, peft=True))
+    part.attempt("bf16, compiled", lambda: compiled(part, compare, size, half, repeats))
+    if part.on_gpu:
+        part.attempt("bf16 as a CUDA graph", lambda: compare.ways(
+            {"bf16, step as a CUDA graph": work.as_graph(torch.bfloat16)}, work, repeats))  # fmt: skip
+        part.attempt("bf16, compiled with CUDA graphs", lambda: reduced(part, compare, size, half, repeats))
+    part.attempt("bf16, dropout", lambda: compare(
+        "bf16, dropout 0.1", Work(size_of(part, dropout=0.1), part.device), half, repeats))  # fmt: skip
+    for name, tf32 in (("float32, TF32 on", True), ("float32, TF32 off", False))[part.tiny :]:
+
+        def of_float32(name: str = name, tf32: bool = tf32) -> None:
+            use_tf32(tf32)
+            compare(name, work, full, min(repeats, 3), bare=True, peft=not (tf32 or part.tiny))
+
+        part.attempt(name, of_float32)
+    use_tf32(False)
+    goals(part, compare)
+
+
+class _Comparison:
+    """Fills a table; remembers the medians."""
+
+    def __init__(self, part: Part, table: Table) -> None:
+        self.part, self.table = part, table
+        self.rates: dict[str, float] = {}  # images/s
+        self.utilisation: dict[str, float] = {}
+
+    def __call__(
+        self, name: str, work: Work, autocast: Any, repeats: int, *, bare: bool = False, peft: bool = False
+    ) -> None:
+        ways: dict[str, Callable[[], Any]] = {name: work.package(autocast)}
+        if bare:
+            ways[f"{name}: bare loop"] = work.bare(autocast)
+        if peft:
+            made = self.part.attempt(f"{name}: peft", lambda: work.peft(autocast))
+            ways |= {f"{name}: peft": made} if made is not None else {}
+        self.ways(ways, work, repeats)
+
+    def ways(self, ways: dict[str, Callable[[], Any]], work: Work, repeats: int) -> None:
+        """A line each; the first one is the package's, one may be the bare loop."""
+        memory = {name: peak_gib(work.device, way) for name, way in ways.items()}  # warms up, too
+        seconds = interleaved(work.device, ways, repeats, warm_ups=1)
+        bare = next((seconds[name] for name in ways if name.endswith("bare loop")), None)
+        for name in ways:
+            rates = [work.images_of_a_pass / taken for taken in seconds[name]]
+            used = mfu(self.part, work, rates)
+            ratio = None if bare is None else [b / s for b, s in zip(bare, seconds[name], strict=True)]
+            self.rates[name], self.utilisation[name] = (
+                statistics.median(rates),
+                statistics.median(used) / 100 if used else 0.0,
+            )
+            self.table.row(name, rates, used, ratio, memory[name])
+
+
+def mfu(part: Part, work: Work, rates: list[float]) -> list[float] | None:
+    """Per cent of the card's dense bf16 peak that images a second are worth."""
+    if part.peak_tflops is None:
+        return None
+    return [100 * rate * work.flop / (part.peak_tflops * 1e12) for rate in rates]
+
+
+def agreement(part: Part, work: Work, autocast: Any) -> None:
+    """The package and the bare loop end with the same adapter, at float32."""
+    use_tf32(False)
+    mine, theirs = work.package(autocast)(), work.bare(autocast)()
+    moved = (theirs - work.start).norm()
+    gap = float((mine - theirs).norm() / moved)
+    part.check("local training ends as the bare loop does", gap < 1e-3, f"difference {gap:.1e} of the way (1e-3)")
+
+
+def compiled(part: Part, compare: _Comparison, size: Size, autocast: Any, repeats: int) -> None:
+    """The package with model.compile, and the bare loop compiled; on a model of their own."""
+    torch.compiler.reset()
+    work = Work(size, part.device)
+    work.model.compile(backend=backend(part))  # as experiment.py does for model.compile
+    compare.ways(
+        {
+            "bf16, compiled": work.package(autocast),
+            "bf16, compiled: bare loop": work.bare(autocast, backend(part)),
+        },
+        work,
+        repeats,
+    )
+
+
+def reduced(part: Part, compare: _Comparison, size: Size, autocast: Any, repeats: int) -> None:
+    """torch.compile's own CUDA graphs, of forward and backward pass."""
+    torch.compiler.reset()
+    work = Work(size, part.device)
+    work.model.compile(mode="reduce-overhead")
+    compare.ways({"bf16, compiled, CUDA graphs": work.package(autocast)}, work, repeats)
+
+
+def others(part: Part, model: str, autocast: Any, repeats: int) -> None:
+    """Another model, in bf16 with and without compilation."""
+    size = Size("mixer_s32_224", 64, 4, batch=4, steps=1) if part.tiny else size_of(part, model)
+    table = part.table(f"One client, {size.model} at {size.pixels} px, batch {size.batch}", *COLUMNS)
+    compare = _Comparison(part, table)
+    torch.compiler.reset()
+    work = Work(size, part.device)
+    part.say(f"{work.flop / 1e9:.1f} GFLOP an image")
+    compare("bf16", work, autocast, repeats)
+    if not part.tiny:
+        part.attempt(f"{model}, compiled", lambda: _compile(part, work, compare, autocast, repeats))
+
+
+def _compile(part: Part, work: Work, compare: _Comparison, autocast: Any, repeats: int) -> None:
+    work.model.compile(backend=backend(part))
+    compare.ways({"bf16, compiled": work.package(autocast)}, work, repeats)
+
+
+def goals(part: Part, compare: _Comparison) -> None:
+    """Beside the issue's: the best bf16 that a run can have, against the best bare loop."""
+    bf16 = {name: rate for name, rate in compare.rates.items() if name.startswith("bf16") and "dropout" not in name}
+    bare = [rate for name, rate in bf16.items() if "bare" in name]
+    mine = {name: rate for name, rate in bf16.items() if name in ("bf16", "bf16, compiled")}
+    if not (bare and mine):
+        return
+    best = max(mine, key=lambda name: mine[name])
+    part.say(f"best of the package in bf16: {best}, {text_of(mine[best])} images/s")
+    part.goal("training over the best bare loop (images/s)", mine[best] / max(bare), GOAL_OF_BARE)
+    if part.peak_tflops is not None:
+        part.goal("MFU at the large batch in bf16", compare.utilisation[best], GOAL_MFU)
