@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,15 @@ def smi(*fields: str) -> dict[str, str]:
     return dict(zip(fields, (cell.strip() for cell in text.splitlines()[0].split(",")), strict=False))
 
 
+@cache
+def name_of_card() -> str:
+    """Empty without one. This process loads no CUDA, and a machine may have no nvidia-smi."""
+    if name := smi("name").get("name"):
+        return name
+    code = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
 def state_of_card() -> str:
     """Clocks and temperature now."""
     found = smi("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit", "pstate")
@@ -96,7 +106,7 @@ def state_of_card() -> str:
 def header(options: argparse.Namespace) -> dict[str, Any]:
     from lorafair.files.shipped import commit
 
-    card = smi("name", "driver_version", "memory.total") if options.device == "cuda" else {}
+    card = {"name": name_of_card()} | smi("driver_version", "memory.total") if options.device == "cuda" else {}
     versions = {}
     for package in ("torch", "lightning", "pytorch-lightning", "timm", "peft", "torchmetrics", "omegaconf"):
         try:
@@ -119,8 +129,7 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
 def peak(options: argparse.Namespace) -> float | None:
     if options.peak is not None or options.device == "cpu":
         return options.peak
-    name = smi("name").get("name", "")
-    return next((value for key, value in PEAKS.items() if key in name), None)
+    return next((value for key, value in PEAKS.items() if key in name_of_card()), None)
 
 
 def run_part(options: argparse.Namespace) -> dict[str, Any]:
@@ -205,6 +214,9 @@ def main() -> int:
     if options.part:
         run_part(options)
         return 0
+    if options.device == "cuda" and not name_of_card():
+        print("error: --device cuda: torch sees no CUDA device; use --device cpu --tiny", file=sys.stderr)
+        return 2
     chosen = [LETTERS.get(name, name) for name in options.only or PARTS]
     chosen = [name for name in PARTS if name in chosen]
     report: dict[str, Any] = {"header": header(options), "parts": {}}

@@ -23,7 +23,6 @@ from lorafair.registry import METHODS
 
 from . import processes, server
 from .record import Part
-from .timing import use_tf32
 from .work import Size, Work, autocast_of
 
 TOLERANCE = 1e-3  # of the adapters, relative to the way that training has moved them
@@ -43,7 +42,6 @@ LARGER = ("model.name=vit_tiny_patch16_224", "model.image_size=224", "model.lora
 
 
 def run(part: Part) -> None:
-    use_tf32(False)
     with processes.started(part, base(part)) as children:  # looked at later; meanwhile they work
         part.attempt("methods", lambda: methods(part))
         part.attempt("server step", lambda: server_steps(part))
@@ -118,7 +116,7 @@ def accuracies_apart(one: lorafair.RunResult, other: lorafair.RunResult) -> floa
 
 
 def methods(part: Part) -> None:
-    """A federation of every method on the device and on the CPU, at float32 without TF32."""
+    """A federation of every method on the device and on the CPU; products of float32 are float32 by default."""
     names = ["flex_lora"] if part.tiny else METHODS.names
     table = part.table(
         f"{part.device.type} against cpu, test_vit, 3 clients, 3 rounds, float32",
@@ -241,7 +239,7 @@ def twice(part: Part) -> None:
         "bf16": ("fabric.precision=bf16-mixed",),
         "bf16, 3 side by side": ("fabric.precision=bf16-mixed", *side_by_side),
         "bf16, deterministic algorithms": ("fabric.precision=bf16-mixed",),
-        "float32, TF32": (),
+        "float32, TF32": ("fabric.matmul_precision=high",),
         "bf16, compiled": ("fabric.precision=bf16-mixed", f"model.compile={compiler}"),
     }
     if part.tiny:
@@ -254,7 +252,6 @@ def twice(part: Part) -> None:
     for number, (name, options) in enumerate(settings.items()):
 
         def pair(number: int = number, name: str = name, options: Sequence[str] = options) -> None:
-            use_tf32("TF32" in name)
             with deterministic() if "deterministic" in name else contextlib.nullcontext():
                 one, other = (federation(part, f"twice-{number}-{n}", "method.name=lora_fair", *model, *options)
                               for n in (1, 2))  # fmt: skip
@@ -263,4 +260,3 @@ def twice(part: Part) -> None:
             )
 
         part.attempt(f"twice: {name}", pair)
-    use_tf32(False)

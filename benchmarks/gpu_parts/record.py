@@ -115,8 +115,8 @@ class Part:
             self.say(f"FAILED: {what}\n{self.failures[what]}")
         finally:
             self.save()
-            gc.collect()  # modules and their closures are in circles
             if self.on_gpu:
+                gc.collect()  # modules and their closures are in circles
                 torch.cuda.empty_cache()
         return None
 

@@ -69,7 +69,8 @@ def flop_of_an_image(model: AdaptedModel, size: int) -> float:
 
     Frozen layers have no gradients of weights, so that their backward pass costs as much as the forward pass; adapters
     cost twice as much. Products alone are counted, those of attention among them; a product of two is 2 flop. ViT-B/16
-    at 224 pixels with LoRA rank 16 on attn.proj and mlp.fc2: 71.5 GFLOP. `model` lies on the CPU.
+    at 224 pixels with LoRA rank 16 on attn.proj and mlp.fc2: 71.5 GFLOP. The model must not be on a GPU, where adapted
+    layers may count otherwise.
     """
     adapters = [0]
 
@@ -80,7 +81,7 @@ def flop_of_an_image(model: AdaptedModel, size: int) -> float:
     hooks = [m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, LoRALinear)]
     # The counter knows not every fused attention; this one is made of products.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        model(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.mean.device))
     for hook in hooks:
         hook.remove()
     return float(2 * counter.get_total_flops() + adapters[0])

@@ -29,7 +29,7 @@ def run(part: Part, turn: int, turns: int) -> None:
 
     def graphs(size: Size) -> None:
         work = Work(dataclasses.replace(size, steps=1), part.device)
-        work.model.compile(mode="reduce-overhead")
+        work.model.compile(backend="inductor", mode="reduce-overhead")
         work.package(half)()
 
     base = training.size_of(part)
