@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint types tests results bench clean
+.PHONY: help demo test quick lint types tests results bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -45,6 +45,9 @@ bench: $(VENV)/.installed ## the benchmarks of docs/performance.md, one after th
 	  exchange.py server_step.py; do \
 	  echo; echo "== benchmarks/$$line"; $(BIN)/python benchmarks/$$line || exit 1; \
 	done
+
+gpu: $(VENV)/.installed ## correctness and speed on one GPU, in eight minutes; `make gpu GPU="--only b --minutes 3"` for a part
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 clean: ## remove the environment and what tools left behind (runs/ and the download cache stay)
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis lorafair.egg-info

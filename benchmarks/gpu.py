@@ -20,26 +20,29 @@ with its traceback and recorded, and the next one goes on; the exit status is 1 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
+from gpu_parts import ROOT, environ_of_child  # noqa: E402
 from gpu_parts.record import Part, markdown, write_json  # noqa: E402
 
 # Name: fraction of the time. What a part leaves goes to those after it.
@@ -53,7 +56,12 @@ PARTS = {
     "start": 0.06,
 }
 LETTERS = dict(zip("abcdefg", PARTS, strict=True))
+WORK = "in_work"  # folder in the results, of what a part in work has found; removed at the end
 GRACE = 40.0  # seconds beyond its time after which a part is killed
+SHORTEST = 1.0  # seconds that must be left for a part
+EMPTY: dict[str, Any] = {
+    "status": "failed", "seconds": 0.0, "tables": [], "checks": [], "goals": [], "notes": [], "failures": {},
+}  # fmt: skip
 WARM_UPS = 2  # processes that compile while part a runs
 # Dense bf16 TFLOP/s by a part of the name, the more exact ones first (NVIDIA's data sheets, without sparsity).
 PEAKS = {
@@ -143,7 +151,7 @@ def run_part(options: argparse.Namespace) -> dict[str, Any]:
     name = options.part if options.part != "warm_up" else f"warm_up_{options.turn}"
     part = Part(
         name=name, device=torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu"),
-        tiny=options.tiny, scratch=scratch, out=options.out / f"{name}.json", seconds=options.seconds,
+        tiny=options.tiny, scratch=scratch, out=options.out / WORK / f"{name}.json", seconds=options.seconds,
         peak_tflops=peak(options),
     )  # fmt: skip
     extra = (options.turn, WARM_UPS) if options.part == "warm_up" else ()
@@ -163,8 +171,7 @@ def child(options: argparse.Namespace, name: str, seconds: float, turn: int = 0,
     command = [sys.executable, "-u", str(HERE / "gpu.py"), "--part", name, "--seconds", str(seconds)]
     command += ["--turn", str(turn), "--device", options.device, "--out", str(options.out)]
     command += ["--tiny"] * options.tiny + (["--peak", str(options.peak)] if options.peak is not None else [])
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environ = environ_of_child()
     if name == "correctness":  # deterministic products need it, and others are slower with it
         environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     return subprocess.Popen(command, env=environ, cwd=ROOT, start_new_session=True, **run)
@@ -180,8 +187,6 @@ def finish(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    import signal
-
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -189,15 +194,14 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def in_child(options: argparse.Namespace, name: str, seconds: float, longest: float) -> dict[str, Any]:
     """One part in a process of its own; what it has left if it was killed or has crashed."""
-    file = options.out / f"{name}.json"
+    file = options.out / WORK / f"{name}.json"
     file.unlink(missing_ok=True)
     process = child(options, name, seconds)
     try:
         status = finish(process, longest)
     finally:
         kill(process)
-    empty = {"status": "failed", "seconds": 0.0, "tables": [], "checks": [], "goals": [], "notes": [], "failures": {}}
-    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else empty
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else copy.deepcopy(EMPTY)
     if status is None:
         content["notes"].append(f"killed after {longest:.0f} s")
         content["status"] = "failed"
@@ -210,7 +214,7 @@ def in_child(options: argparse.Namespace, name: str, seconds: float, longest: fl
 def main() -> int:
     options = arguments()
     options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / WORK).mkdir(parents=True, exist_ok=True)
     if options.part:
         run_part(options)
         return 0
@@ -222,38 +226,56 @@ def main() -> int:
     report: dict[str, Any] = {"header": header(options), "parts": {}}
     for name, value in report["header"].items():
         print(f"{name}: {value}", flush=True)
-    until = time.monotonic() + 60 * options.minutes
-    warming = []
-    if options.device == "cuda" and not options.tiny and {"training", "cohorts"} & set(chosen):
-        for turn in range(WARM_UPS):
-            with (options.out / f"warm_up_{turn}.log").open("wb") as log:
-                warming.append(child(options, "warm_up", 300, turn, stdout=log, stderr=log))
+    warming = warm_ups(options, chosen)
     try:
-        for index, name in enumerate(chosen):
-            left = until - time.monotonic()
-            if name in ("training", "cohorts", "rounds", "start"):  # nothing else may run while these are timed
-                for process in warming:
-                    finish(process, min(90.0, left / 3))
-                left = until - time.monotonic()
-            seconds = left * PARTS[name] / sum(PARTS[other] for other in chosen[index:])
-            print(f"\n==== {name}: {seconds:.0f} s of {left:.0f}; {state_of_card()}", flush=True)
-            if options.here:
-                options.part, options.seconds = name, seconds
-                content = run_part(options)
-            else:
-                content = in_child(options, name, seconds, min(seconds + GRACE, left))
-            report["parts"][name] = content | {"card after": state_of_card()}
-            print(f"---- {name}: {content['status']}, {content['seconds']:.0f} s", flush=True)
-            write_json(options.out / "gpu.json", report)
-            (options.out / "gpu.md").write_text(markdown(report["parts"], report["header"]))
+        run_parts(options, chosen, report, warming)
     finally:
         for process in warming:
             kill(process)
+        logs = [log.read_text(errors="replace") for log in sorted((options.out / WORK).glob("warm_up_*.log"))]
+        lines = [line for log in logs for line in log.splitlines()]
+        report["compiled before"] = [line for line in lines if line.startswith(("compiled:", "FAILED", "note"))]
+        write_json(options.out / "gpu.json", report)
+        shutil.rmtree(options.out / WORK, ignore_errors=True)
     failed = [name for name, part in report["parts"].items() if part["status"] != "done"]
-    print(
-        f"\n{options.out / 'gpu.md'}; " + (f"failed: {', '.join(failed)}" if failed else "all parts done"), flush=True
-    )
+    verdict = f"failed or left out: {', '.join(failed)}" if failed else "all parts done"
+    print(f"\n{options.out / 'gpu.md'}; {verdict}", flush=True)
     return 1 if failed else 0
+
+
+def warm_ups(options: argparse.Namespace, chosen: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+    """Processes that compile what later parts need."""
+    started: list[subprocess.Popen[bytes]] = []
+    if options.device == "cuda" and not options.tiny and {"training", "cohorts"} & set(chosen):
+        for turn in range(WARM_UPS):
+            with (options.out / WORK / f"warm_up_{turn}.log").open("wb") as log:
+                started.append(child(options, "warm_up", 300, turn, stdout=log, stderr=log))
+    return started
+
+
+def run_parts(
+    options: argparse.Namespace, chosen: Sequence[str], report: dict[str, Any], warming: Sequence[Any]
+) -> None:
+    """One part after the other; the report is written after each."""
+    until = time.monotonic() + 60 * options.minutes
+    for index, name in enumerate(chosen):
+        if name != "correctness":  # nothing else may run while a part is timed
+            for process in warming:
+                finish(process, min(90.0, (until - time.monotonic()) / 3))
+        left = until - time.monotonic()
+        seconds = left * PARTS[name] / sum(PARTS[other] for other in chosen[index:])
+        print(f"\n==== {name}: {seconds:.0f} s of {left:.0f}; {state_of_card()}", flush=True)
+        if left < SHORTEST:
+            content = EMPTY | {"status": "left out", "notes": ["the time was over"]}
+        elif options.here:
+            options.part, options.seconds = name, seconds
+            content = run_part(options)
+        else:
+            content = in_child(options, name, seconds, min(seconds + GRACE, left))
+        report["parts"][name] = content | {"card after": state_of_card()}
+        print(f"---- {name}: {content['status']}, {content['seconds']:.0f} s", flush=True)
+        write_json(options.out / "gpu.json", report)
+        (options.out / "gpu.md").write_text(markdown(report["parts"], report["header"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The script for a GPU, benchmarks/gpu.py: all of its parts with a tiny model on the CPU, and what becomes of failures."""
+"""The script for a GPU, benchmarks/gpu.py: all parts with a tiny model on the CPU, and what becomes of failures."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_part_that_crashes_or_hangs_is_recorded(
     code = {
         "server": "import os; os.abort()",
         "rounds": "import time; time.sleep(60)",
-        "data": f"open({str(tmp_path / 'data.json')!r}, 'w').write({good!r})",
+        "data": f"open({str(tmp_path / 'in_work' / 'data.json')!r}, 'w').write({good!r})",
     }
 
     def child(options: Any, name: str, *_: Any, **__: Any) -> Any:

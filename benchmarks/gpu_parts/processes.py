@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import ROOT, environ_of_child
 from .record import Part
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 90.0  # seconds of a child
 KILLED, GROUPED, SHARING = "killed", "one process, a group of its own", "two processes, one device"
 
@@ -34,12 +34,12 @@ class Children:
     folder: Path = Path()
     done_when_killed: int = 0  # clients of round 2; 0 if the run had ended before
 
-    def start(self, name: str, count: int, command: Sequence[str], environ: dict[str, str]) -> None:
+    def start(self, name: str, count: int, command: Sequence[str]) -> None:
         """`count` processes as torchrun would start them on as many nodes, or one by itself."""
         self.running[name] = []
         port = free_port()
         for rank in range(count):
-            own = os.environ | environ
+            own = environ_of_child()
             if count > 1:
                 own |= {
                     "TORCHELASTIC_RUN_ID": "gpu", "RANK": str(rank), "GROUP_RANK": str(rank), "LOCAL_RANK": "0",
@@ -133,7 +133,7 @@ def started(part: Part, options: tuple[str, ...]) -> Iterator[Children]:
     children = Children(options, folder=part.scratch / "processes")
     children.folder.mkdir(parents=True, exist_ok=True)
     given = [*options, f"fabric.accelerator={part.accelerator}", "method.name=lora_fair"]
-    python, environ = sys.executable, {"PYTHONPATH": str(ROOT)}
+    python = sys.executable
     script = str(Path(__file__).with_name("grouped_run.py"))
 
     def run_dir(name: str) -> str:
@@ -141,13 +141,13 @@ def started(part: Part, options: tuple[str, ...]) -> Iterator[Children]:
 
     try:
         train = [python, str(ROOT / "train.py"), *given, "checkpoint.seconds=0", run_dir(KILLED)]
-        children.start(KILLED, 1, train, environ)
+        children.start(KILLED, 1, train)
         threading.Thread(target=children.kill_within_round_2, daemon=True).start()
         own = "nccl" if part.on_gpu else "gloo"
-        children.start(GROUPED, 1, [python, script, own, *given, run_dir(GROUPED)], environ)
+        children.start(GROUPED, 1, [python, script, own, *given, run_dir(GROUPED)])
         if part.on_gpu:
             nodes = [text for text in given if not text.startswith("fabric.devices")]
-            children.start(SHARING, 2, [python, script, "gloo", *nodes, run_dir(SHARING)], environ)
+            children.start(SHARING, 2, [python, script, "gloo", *nodes, run_dir(SHARING)])
         yield children
     finally:
         for processes in children.running.values():

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ import lorafair
 from lorafair.config import FabricConfig, load_config
 from lorafair.experiment import Experiment
 from lorafair.launch import in_place
+from lorafair.seeding import seeded
 
+from . import ROOT
 from .record import Part
 from .timing import seconds_of
 
-ROOT = Path(__file__).resolve().parents[2]
 GOAL_OVERHEAD, GOAL_INFERENCE = 0.01, 0.95
 KERNELS, OPERATORS = ("kernel", "gpu_memcpy", "gpu_memset"), ("cpu_op",)  # categories of a trace
 SHORTEST_GAP = 20e-6  # seconds; shorter ones are between any two kernels
@@ -92,7 +92,9 @@ def inference(part: Part, evaluated: float) -> None:
         config = load_config(options(part, f"run_dir={part.scratch / 'inference'}"))
         experiment, _, _ = _opened(fabric, config)
         batch = config.evaluation.batch_size
-        images = torch.zeros(batch, 3, *[config.model.image_size] * 2, dtype=torch.uint8, device=part.device)
+        shape = (batch, 3, *[config.model.image_size] * 2)
+        drawn = torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded(0, "images"))
+        images = drawn.to(part.device)  # zeros would be faster than images: they take less power
 
         @torch.inference_mode()
         def alone() -> None:
@@ -123,7 +125,7 @@ def profiled(part: Part) -> None:
             train()
             if part.on_gpu:
                 torch.cuda.synchronize()
-    file = part.out.with_name("trace.json.gz")
+    file = part.out.parent.parent / "trace.json.gz"
     profiler.export_chrome_trace(str(file))
     with gzip.open(file, "rt") as opened:
         idle = idle_time(json.load(opened)["traceEvents"], KERNELS if part.on_gpu else OPERATORS)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from . import rounds
+from . import ROOT, environ_of_child, rounds
 from .record import Part
 
 GOAL_SECONDS = 20.0
@@ -60,10 +58,9 @@ def seconds(part: Part, *options: str) -> float:
     out.unlink(missing_ok=True)
     given = rounds.options(part, "data.workers=0", "data.cache=never", "data.resident=false", "resume=never",
                            f"run_dir={part.scratch / 'start'}", *options)  # fmt: skip
-    root = Path(__file__).resolve().parents[2]
     began = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(out), *given], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root,
+        [sys.executable, "-c", CODE, str(out), *given], env=environ_of_child(), cwd=ROOT,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     if not out.exists():
