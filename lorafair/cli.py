@@ -29,7 +29,7 @@ from lorafair.config.describe import describe_options, descriptions_text, groups
 from lorafair.config.hints import options_called
 from lorafair.config.loading import load_config
 from lorafair.console import log, printing
-from lorafair.errors import ConfigError, LorafairError, did_you_mean
+from lorafair.errors import ConfigError, LorafairError, check_utf8, did_you_mean
 from lorafair.launch import SECONDS_FOR_THE_REASON, let_idle_threads_sleep, report_failure
 
 USAGE = """usage: lorafair SUBCOMMAND [FILE.yaml ...] [key=value ...]
@@ -54,6 +54,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; {self.prog} --help tells what is possible")
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        log.info(message.rstrip("\n"))  # to a reader that may be gone, or in another encoding
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LorafairError as error:
         if os.environ.get("SLURM_PROCID", "0") != "0":  # usually process 0 has the same error, and prints it first
             time.sleep(SECONDS_FOR_THE_REASON)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        console.write_error(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         end_children_of_a_start()
         if console.is_rank_0():  # Ctrl-C goes to all processes
-            print(f"interrupted{outlook()}", file=sys.stderr, flush=True)
+            console.write_error(f"interrupted{outlook()}")
         return INTERRUPTED
     except Exception as error:  # only here: every process that fails prints one last line
         return report_failure(error)
@@ -123,11 +126,12 @@ def entry() -> NoReturn:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    check_utf8(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        log.info(USAGE)
         return 0
     if arguments[0] == "--version":
-        print(f"lorafair {version_text()}")
+        log.info(f"lorafair {version_text()}")
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in SUBCOMMANDS:

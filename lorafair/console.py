@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 log = logging.getLogger("lorafair")
 EVERY_RANK = {"every_rank": True}  # for `extra` of a line that more processes than rank 0 print
@@ -38,14 +38,28 @@ class _Console(logging.Handler):
 
     def write(self, text: str, *, stays: bool = True) -> None:
         """Write in place of the progress line, if one is shown. `stays`: it is no progress line itself."""
-        try:
-            sys.stdout.write((ERASE_LINE if self.progress_shown else "") + text)
-            sys.stdout.flush()
-        except ValueError:  # stdout was closed
-            return
-        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        write_text(sys.stdout, (ERASE_LINE if self.progress_shown else "") + text)
         self.progress_shown = not stays
+
+
+def write_text(stream: TextIO, text: str) -> None:
+    """Write and flush. What the stream's encoding lacks, or a file name has that is no text, becomes \\x.., \\u....
+
+    Never an error: a run goes on when its reader is gone.
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except ValueError:  # it was closed
+        return
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def write_error(text: str) -> None:
+    """A line on stderr."""
+    write_text(sys.stderr, f"{text}\n")
 
 
 _console = _Console()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,22 @@ def did_you_mean(given: object, known: Iterable[str], before: str = "") -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type's name where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def check_utf8(names: Iterable[str], what: str = "the argument") -> None:
+    """Raise ConfigError for the first name that cannot be written into files as UTF-8, as file names may be any bytes.
+
+    Python then has a lone surrogate in it for each byte that is no text.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            remedy, encoding = "rename the file or folder, or name a symbolic link to it", sys.getfilesystemencoding()
+            if encoding != "utf-8":
+                remedy = f"Python takes names for {encoding} here; set PYTHONUTF8=1"
+            shown = name.encode(errors="backslashreplace").decode()
+            raise ConfigError(f"{what} {shown} is not UTF-8; {remedy}") from None
 
 
 def one_line(text: object) -> str:

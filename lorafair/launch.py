@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from lorafair import __version__, console, third_party
 from lorafair.cluster.leftovers import without_leftovers
 from lorafair.cluster.placement import Placement, detect
-from lorafair.cluster.saved import begin_start, outlook, saved_before, saved_now
+from lorafair.cluster.saved import begin_start, continues, outlook, saved_before, saved_now
 from lorafair.cluster.signals import (
     FAILED,
     INTERRUPTED,
@@ -307,18 +307,18 @@ def after_stop(stop: Interrupted, job: Job | None, max_requeues: int, *, gained:
     `gained`: this start has saved something, so that the next one gets further.
     """
     if stop.reason == signal.SIGINT:
-        return INTERRUPTED, "the same command continues"
+        return INTERRUPTED, continues()
     if job is None:
-        return SAVED, "the same command continues"
+        return SAVED, continues()
     state, why = state_of_job(job)
     at_limit = (state, why) == ("COMPLETING", "TimeLimit")
     # A job that was cancelled, and one that Slurm requeues by itself, are COMPLETING, too: do not start it again.
     if state and state != "RUNNING" and not at_limit:
-        return SAVED, f"Slurm ends job {job.name} ({state}) by itself; the same command continues"
+        return SAVED, f"Slurm ends job {job.name} ({state}) by itself; {continues()}"
     if job.restarts >= max_requeues:
         return FAILED, (
-            f"job {job.name} was requeued {job.restarts} times, and fabric.max_requeues={max_requeues} ends that; the "
-            "same command continues"
+            f"job {job.name} was requeued {job.restarts} times, and fabric.max_requeues={max_requeues} ends that; "
+            f"{continues()}"
         )
     if not gained and (futile := why_futile(job, at_limit=at_limit or stop.reason == TIME_LIMIT)):
         return FAILED, futile
@@ -329,7 +329,7 @@ def after_stop(stop: Interrupted, job: Job | None, max_requeues: int, *, gained:
     if stop.reason == signal.SIGTERM and not job.is_interactive:
         log.info(f"{stop}; scontrol cannot requeue job {job.name} ({problem}); waiting for Slurm to end it")
         time.sleep(SECONDS_UNTIL_KILLED)
-    return SAVED, f"job {job.name} could not be requeued ({problem}); the same command continues"
+    return SAVED, f"job {job.name} could not be requeued ({problem}); {continues()}"
 
 
 def why_futile(job: Job, *, at_limit: bool) -> str:
@@ -366,7 +366,7 @@ def report_failure(error: Exception) -> int:
         what = f"{lost} ({what[:200]})"
     else:
         traceback.print_exception(error)
-    print(f"error: {process_name()}: {what}{outlook()}", file=sys.stderr, flush=True)
+    console.write_error(f"error: {process_name()}: {what}{outlook()}")
     stop_watchdog(failed=True)
     return FAILED
 

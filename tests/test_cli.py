@@ -56,6 +56,32 @@ def adapter(run_dir: Path) -> torch.Tensor:
     return load_checkpoint(list_checkpoints(run_dir)[-1]).tensors["adapter"]
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["options"]])
+def test_a_reader_that_is_gone_is_no_error(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("key", ["run_dir", "data.root"])
+def test_a_name_that_is_not_utf_8_is_one_line(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "synthetic.yaml", f"{key}=caf\udce9"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: the argument {key}=caf\\udce9 is not UTF-8; rename the file or folder")
+    assert said.count("\n") == 1
+    with pytest.raises(ConfigError, match=rf"^{key}: caf\\udce9 is not UTF-8"):
+        load_config(**{"data.source": "folder", "data.root": "x", key: "caf\udce9"})
+
+
 @pytest.mark.slow
 def test_two_processes_killed_in_the_middle_and_continued(tmp_path: Path) -> None:
     """The whole command in processes of its own; SIGKILL to all of them once round 3 is saved; bit-equal at the end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import time
 
 import pytest
@@ -19,6 +20,16 @@ from lorafair.console import (
     markdown_table,
     printing,
 )
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "é \\u65e5 \\udce9"), ("ascii", "\\xe9 \\u65e5 \\udce9")])
+def test_what_the_output_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str) -> None:
+    """Also a file name that is no text: Python has a lone surrogate in it for such a byte."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="strict"))
+    with printing():
+        log.info("é 日 \udce9")
+    assert written.getvalue().decode(encoding) == f"{shown}\n"
 
 
 class Terminal(io.StringIO):

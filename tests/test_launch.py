@@ -14,6 +14,13 @@ from lorafair.cluster import saved
 from lorafair.cluster.signals import TIME_LIMIT, Interrupted
 from lorafair.cluster.slurm import Job, TimeLimit, lead_in, slurm_job
 
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests before have saved in this process is forgotten."""
+    monkeypatch.setattr(saved, "_state", saved._State())
+
+
 RUNNING, ENDING = ("RUNNING", "None"), ("COMPLETING", "None")
 
 
@@ -42,6 +49,22 @@ def test_who_is_requeued_and_how_the_command_ends(
     assert launch.after_stop(Interrupted(reason, "in round 1"), job, max_requeues=3)[0] == status
     assert asked_for == ([job] if requeued else [])
     assert_matches(line, launch.after_stop(Interrupted(reason, "in round 1"), job, max_requeues=3)[1])
+
+
+@pytest.mark.parametrize(
+    ("resume", "is_saved", "line"),
+    [
+        ("auto", True, "the same command continues"),
+        ("never", True, "the same command with resume=auto continues"),
+        ("auto", False, "nothing was saved yet, and the same command begins anew"),
+    ],
+)
+def test_a_stopped_run_says_what_the_same_command_does(resume: str, is_saved: bool, line: str) -> None:
+    saved.begin_start()
+    saved.note_resume(resume)
+    if is_saved:
+        saved.note_saved()
+    assert launch.after_stop(Interrupted(signal.SIGTERM, "in round 1"), None, max_requeues=3)[1] == line
 
 
 def assert_matches(pattern: str, text: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CONTINUES = "; what is saved stays, and the same command continues from it"
+_ANEW = "nothing was saved yet, and the same command begins anew"
 
 
 @dataclass
@@ -15,6 +15,7 @@ class _State:
     is_run: bool = False  # whether this process works on something that saves
     before: bool = False
     now: bool = False
+    resume: str = "auto"
 
 
 _state = _State()
@@ -23,6 +24,11 @@ _state = _State()
 def begin_start() -> None:
     """A start of a command that saves what it has done begins; nothing of it is saved yet."""
     _state.is_run, _state.before, _state.now = True, False, False
+
+
+def note_resume(resume: str) -> None:
+    """The option `resume`: with another value than auto the same command does not continue."""
+    _state.resume = resume
 
 
 def note_saved(*, before: bool = False) -> None:
@@ -48,5 +54,14 @@ def outlook() -> str:
     if not _state.is_run:
         return ""
     if _state.now or _state.before:
-        return CONTINUES
-    return "; nothing was saved yet, and the same command begins anew"
+        return f"; what is saved stays, and {_command()} continues from it"
+    return f"; {_ANEW}"
+
+
+def continues() -> str:
+    """What the same command does after a stop."""
+    return f"{_command()} continues" if not _state.is_run or _state.now or _state.before else _ANEW
+
+
+def _command() -> str:
+    return "the same command" if _state.resume == "auto" else "the same command with resume=auto"

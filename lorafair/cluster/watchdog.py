@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 import types
@@ -23,7 +22,7 @@ from typing import Any, TypeVar
 
 from lorafair.cluster.backstop import Backstop, stderr_number
 from lorafair.cluster.placement import PARENT
-from lorafair.cluster.saved import CONTINUES, outlook
+from lorafair.cluster.saved import outlook
 from lorafair.cluster.signals import (
     FAILED,
     INTERRUPTED,
@@ -33,7 +32,7 @@ from lorafair.cluster.signals import (
     ctrl_c_ends_at_once,
     stop_requested,
 )
-from lorafair.console import ERASE_LINE, duration_text
+from lorafair.console import ERASE_LINE, duration_text, write_error
 from lorafair.errors import LorafairError
 
 T = TypeVar("T")
@@ -218,7 +217,7 @@ class Watchdog:
         start = ERASE_LINE if os.isatty(stderr_number()) else ""  # in place of a progress line
         if self._save is not None:
             self._save_in_time(self._save)
-        print(f"{start}error: {self.process}: {why}{outlook() or CONTINUES}", file=sys.stderr, flush=True)
+        write_error(f"{start}error: {self.process}: {why}{outlook()}")
         # This process may wait where Python does not handle Ctrl-C.
         status = INTERRUPTED if any(child.poll() == INTERRUPTED for child in self.children) else status
         self.kill_children()
@@ -229,7 +228,7 @@ class Watchdog:
             try:
                 save()
             except LorafairError as error:
-                print(f"warning: {self.process}: {error}", file=sys.stderr, flush=True)
+                write_error(f"warning: {self.process}: {error}")
 
         saver = threading.Thread(target=try_to_save, daemon=True)
         saver.start()

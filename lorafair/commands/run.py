@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from lorafair.checkpointing.lock import check_free
 from lorafair.cluster.placement import processes_started, without_launch
+from lorafair.cluster.saved import note_resume
 from lorafair.cluster.signals import INTERRUPTED, Interrupted, handle_only, handling_signals
 from lorafair.cluster.watchdog import CALLER
 from lorafair.config.loading import load_config, settle, to_yaml
 from lorafair.config.schema import Config
-from lorafair.console import printing
+from lorafair.console import printing, write_text
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_placement, run_until_stopped
 from lorafair.reporting.run_dir import CONFIG_FILE, Curve, read_metrics, read_result
@@ -138,6 +139,7 @@ def run(
 
 def run_command(config: Config) -> int:
     """Check what needs no images, launch the processes and run the federation on each; returns the exit status."""
+    note_resume(config.resume)
     placement = resolve_placement(config.fabric)
 
     from lorafair.commands.checks import check_devices, check_run
@@ -180,7 +182,13 @@ def show_child(arguments: Sequence[str]) -> None:
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
     child = subprocess.Popen(
         [sys.executable, "-m", "lorafair", *arguments],
-        env={**without_launch(os.environ), CALLER: str(os.getpid()), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        env={
+            **without_launch(os.environ),
+            CALLER: str(os.getpid()),
+            "PYTHONPATH": path,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -194,7 +202,7 @@ def show_child(arguments: Sequence[str]) -> None:
         while True:
             try:
                 for line in child.stdout:
-                    print(line, end="", flush=True)
+                    write_text(sys.stdout, line)
                     last = line.strip() or last
                 status = child.wait()
                 break

@@ -15,7 +15,7 @@ from lorafair.comparison.plan import Comparison
 from lorafair.comparison.section import load_comparison
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config, FabricConfig
-from lorafair.console import log
+from lorafair.console import log, write_error, write_text
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.files.shipped import shipped_folder
 
@@ -73,12 +73,12 @@ def slurm_command(arguments: Sequence[str], options: Options) -> None:
     file = options.out or (batch.logs / "job.sbatch" if options.submit else None)
     script = batch_script(batch, options, beside=file.parent if file else Path())
     if file is None:
-        print(script, end="")
-        print("this is a dry run; --out=FILE writes the script, --submit hands it to sbatch", file=sys.stderr)
+        write_text(sys.stdout, script)
+        write_error("this is a dry run; --out=FILE writes the script, --submit hands it to sbatch")
         return
     write_script(script, file)
     if not options.submit:
-        print(f"written: {file}", file=sys.stderr)
+        write_error(f"written: {file}")
         return
     for job in submit(batch, file, os.environ):
         log.info(f"job {job}: {file}; its processes write {batch.logs}/{batch.folder.name}-{job}*-rank<n>.log")
@@ -112,7 +112,7 @@ def batch_of(work: Config | Comparison, arguments: Sequence[str], options: Optio
 def batch_script(batch: Batch, options: Options, beside: Path) -> str:
     """The text of the script; what Slurm itself prints goes into the folder `beside`. Raises LorafairError."""
     template = shipped_folder("slurm") / f"{'compare' if batch.arrays else 'train'}.sbatch"
-    text = template.read_text() if template.is_file() else ""
+    text = template.read_text(encoding="utf-8") if template.is_file() else ""
     parts = re.fullmatch(r"(.*\n)(# -+ edit this block -+\n).*?(\n# -{20,}\n.*)", text, re.DOTALL)
     if parts is None:
         raise SubmissionError(f"the marked block of {template} is filled in, and there is none; install lorafair anew")
@@ -143,7 +143,7 @@ def write_script(text: str, file: Path) -> None:
     """Write the script, making its folder. Raises SubmissionError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise SubmissionError(f"--out={file}: {error.strerror}; choose another place") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +14,7 @@ from lorafair import registry
 from lorafair.config.identity import check_accepted
 from lorafair.config.options import Option, all_options, option_of, types_of
 from lorafair.config.schema import SIGNALS, Config
-from lorafair.errors import ConfigError
+from lorafair.errors import ConfigError, check_utf8
 
 
 def settle_conditional_options(config: DictConfig) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def check(config: DictConfig) -> None:
     """Raise ConfigError for values out of their range, unknown names, and values that contradict each other."""
     for key, declared in all_options(Config):
         option, value = option_of(declared), OmegaConf.select(config, key)
+        if isinstance(value, str | Path):
+            check_utf8([str(value)], f"{key}:")
         if not option.is_in_range(value):
             raise ConfigError(f"{key}={value} is out of range: it must be {option.range_text}")
     _check_lists(config)

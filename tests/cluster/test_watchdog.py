@@ -34,9 +34,14 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_what_gets_no_further_ends_the_process_after_saving() -> None:
     ended = python("""
         import time
+        from lorafair.cluster.saved import begin_start, note_saved
         from lorafair.cluster.watchdog import saving, start_watchdog
         watchdog = start_watchdog("process 0")
-        with saving(lambda: print("saved", flush=True)), watchdog.deadline("client photo", 0.2):
+        begin_start()
+        def save():
+            print("saved", flush=True)
+            note_saved()
+        with saving(save), watchdog.deadline("client photo", 0.2):
             time.sleep(60)
     """)
     assert (ended.returncode, ended.stdout) == (1, "saved\n")
@@ -78,7 +83,7 @@ def test_a_stop_ends_a_process_that_waits_for_others_to_start(name: str) -> None
                 ctypes.CDLL(None).sleep(60)
     """)
     assert ended.returncode == 130
-    assert f"error: process 0: stopped by {name} in the start; " in ended.stderr
+    assert f"error: process 0: stopped by {name} in the start\n" in ended.stderr
 
 
 @pytest.mark.slow
