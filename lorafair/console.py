@@ -62,6 +62,16 @@ def write_error(text: str) -> None:
     write_text(sys.stderr, f"{text}\n")
 
 
+def _with_printable_text(record: logging.LogRecord) -> bool:
+    """A filter that passes every record on, to handlers of others too, with a text that can be written as UTF-8."""
+    text = record.getMessage()
+    printable = text.encode(errors="backslashreplace").decode()
+    if printable != text:
+        record.msg, record.args = printable, None
+    return True
+
+
+log.addFilter(_with_printable_text)
 _console = _Console()
 
 

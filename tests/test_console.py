@@ -118,3 +118,10 @@ def test_numbers_as_a_reader_wants_them() -> None:
 
 def test_a_bar_in_a_cell_does_not_end_it() -> None:
     assert markdown_table(["a|b", "c"], [["1", "2"]]) == "| a\\|b | c |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_other_handlers_get_a_text_that_can_be_written_too(caplog: pytest.LogCaptureFixture) -> None:
+    """File names may have bytes that are no text."""
+    log.warning("%s is no image", "caf\udce9.jpg")
+    log.warning("caf\u00e9")
+    assert [record.getMessage() for record in caplog.records] == [r"caf\udce9.jpg is no image", "caf\u00e9"]
