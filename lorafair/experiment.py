@@ -164,7 +164,8 @@ def build_experiment(
     loaded = _load_in_turns(fabric, config, aggregator)
     model = loaded.model
     cohort = cohort_size(config, loaded.clients, model, fabric.device)
-    model.attach(fabric.device, cohort)
+    with same_error_on_all_ranks(fabric):
+        model.attach(fabric.device, cohort)
     if METHODS.is_from_plugin(str(config.method["name"])):
         with same_error_on_all_ranks(fabric):
             try_out(aggregator, model.adapters.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from lorafair.checkpointing.checkpoint import (
     load_checkpoint,
 )
 from lorafair.config.loading import load_config
-from lorafair.config.schema import Config
+from lorafair.config.schema import Config, ModelConfig
 from lorafair.errors import ConfigError, LorafairError, one_line
 from lorafair.files.writing import naming
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import LoRAFactors
-from lorafair.model.backbone import build_model, create_backbone, plain_head
+from lorafair.model.backbone import build_model, create_backbone, plain_head, size_option
 from lorafair.model.lora import ClientHead, LoRALinear
 from lorafair.registry import BACKBONES
 from lorafair.reporting.run_dir import CONFIG_FILE
@@ -59,10 +60,10 @@ def export_run(run_dir: Path, out: Path, *, peft: bool) -> str:
             raise LorafairError(f"{out} cannot be written: {one_line(error)}") from error
 
 
-def _write(trained: _Trained, out: Path, *, peft: bool) -> str:
+def _write(trained: TrainedModel, out: Path, *, peft: bool) -> str:
     """The files, and how to load them."""
     mean, std = ((tensor / 255).flatten().tolist() for tensor in (trained.model.mean, trained.model.std))
-    code = _write_peft(trained, out) if peft else _write_merged(trained, out)
+    code = write_peft(trained, out) if peft else write_merged(trained, out)
     return f"{code}\ninput: RGB in 0 to 1, normalised with mean {_short(mean)} and standard deviation {_short(std)}"
 
 
@@ -72,7 +73,7 @@ def merged_model(run_dir: Path) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Trained:
+class TrainedModel:
     """The model after the last round of a run."""
 
     config: Config
@@ -91,7 +92,7 @@ class _Trained:
         return self.model.adapters.layout.unpack(self.model.adapters.flat.detach().squeeze(0)).head
 
 
-def _load_run(run_dir: Path) -> _Trained:
+def _load_run(run_dir: Path) -> TrainedModel:
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints or not (run_dir / CONFIG_FILE).is_file():
         raise CheckpointError(f"{run_dir} is no run directory with a checkpoint")
@@ -108,10 +109,10 @@ def _load_run(run_dir: Path) -> _Trained:
     model.adapters.write(checkpoint.tensors["adapter"])
     folded = base_weights_in(checkpoint)
     model.adapters.load_base_weights(folded)
-    return _Trained(config, model, classes, bool(folded))
+    return TrainedModel(config, model, classes, bool(folded))
 
 
-def _merged(trained: _Trained) -> nn.Module:
+def _merged(trained: TrainedModel) -> nn.Module:
     """The backbone without our modules in it."""
     model, backbone = trained.model, trained.model.backbone
     head = plain_head(model, trained.config.model.name)
@@ -125,19 +126,22 @@ def _merged(trained: _Trained) -> nn.Module:
     return backbone.requires_grad_(False).eval()
 
 
-def _write_merged(trained: _Trained, out: Path) -> str:
-    """model.safetensors; returns the line that loads it."""
+def write_merged(trained: TrainedModel, out: Path) -> str:
+    """Write model.safetensors into the folder `out`; returns the line that loads it. Merges `trained` in place."""
     name, config = trained.config.model.name, trained.config.model
     backbone = _merged(trained)
     file = out / "model.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in backbone.state_dict().items()}, file)
+    # A copy of each: safetensors takes no two that share their memory, as the position encodings of CoaT do.
+    tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in backbone.state_dict().items()}
+    save_file(tensors, file)
     if BACKBONES.is_from_plugin(name):
-        return f'model.load_state_dict(safetensors.torch.load_file("{file}"))  # a {name} of {trained.classes} classes'
-    return f'timm.create_model("{name}", {_options(config, backbone, trained.classes)}, checkpoint_path="{file}")'
+        code = f"model.load_state_dict(safetensors.torch.load_file({_quoted(file)}))"
+        return f"{code}  # a {name} of {trained.classes} classes"
+    return f"timm.create_model({_arguments(config, backbone, trained.classes)}, checkpoint_path={_quoted(file)})"
 
 
-def _write_peft(trained: _Trained, out: Path) -> str:
-    """PEFT's files; returns the line that loads them."""
+def write_peft(trained: TrainedModel, out: Path) -> str:
+    """Write PEFT's files into the folder `out`; returns the line that loads them."""
     from peft import LoraConfig, get_peft_model
 
     config, factors, head = trained.config, trained.factors, trained.head
@@ -165,15 +169,35 @@ def _write_peft(trained: _Trained, out: Path) -> str:
         for name, tensor in head.items():
             module = wrapped.base_model.model.get_submodule(head_path).modules_to_save["default"]
             getattr(module, name.rpartition(".")[2]).copy_(tensor)
+    _check_same_logits(trained.model, wrapped)
     wrapped.save_pretrained(out)
-    options = _options(config.model, backbone, trained.classes)
-    return f'PeftModel.from_pretrained(<{config.model.name} with its frozen weights, {options}>, "{out}")'
+    what = config.model.name
+    if not BACKBONES.is_from_plugin(what):
+        what = f"timm.create_model({_arguments(config.model, backbone, trained.classes)})"
+    return f"PeftModel.from_pretrained(<{what} with its frozen weights>, {_quoted(out)})"
 
 
-def _options(config: Any, backbone: nn.Module, classes: int) -> str:
-    """What timm.create_model needs to make this backbone again; a convolutional one takes no img_size."""
-    size = config.image_size if "img_size" in inspect.signature(type(backbone).__init__).parameters else None
-    return f"num_classes={classes}" + (f", img_size={size}" if size else "") + _pooling(backbone)
+@torch.inference_mode()
+def _check_same_logits(model: AdaptedModel, wrapped: nn.Module) -> None:
+    """Raise ConfigError where PEFT's layers do something else than ours, which also work where a weight is read."""
+    images = torch.arange(3 * model.image_size**2).view(1, 3, model.image_size, model.image_size).to(torch.uint8)
+    expected, given = model(images), wrapped.eval()(model.normalize(images))
+    if not torch.allclose(given, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise ConfigError(
+            "as a PEFT adapter this model would give other logits: PEFT has no effect on layers whose weight the "
+            "backbone reads instead of calling them (attn.qkv of BEiT, EVA-02 and Swin V2); leave --peft"
+        )
+
+
+def _arguments(config: ModelConfig, backbone: nn.Module, classes: int) -> str:
+    """What timm.create_model needs to make this backbone again, as code."""
+    options = {"num_classes": classes, **size_option(config)}
+    return ", ".join([_quoted(config.name), *(f"{key}={value}" for key, value in options.items())]) + _pooling(backbone)
+
+
+def _quoted(text: object) -> str:
+    """As a string in Python, which may have quotes and backslashes in it."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def _pooling(backbone: nn.Module) -> str:

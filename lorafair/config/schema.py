@@ -181,8 +181,9 @@ class LoRAConfig:
     dropout: float = option(0.0, "Dropout on the input of A during local training.", at_least=0, below=1)
     targets: tuple[str, ...] | None = option(
         None,
-        """Linear layers to adapt: ends of module paths, or patterns with * (the LoRA-FAIR paper's: attn.proj and
-        mlp.fc2 for a ViT, mlp_tokens.fc2 and mlp_channels.fc2 for an MLP-Mixer).""",
+        """Linear layers to adapt: ends of module paths, or patterns with *; what begins with - is left out, as in
+        [mlp.fc2,-rel_pos.*] (the LoRA-FAIR paper's: attn.proj and mlp.fc2 for a ViT, mlp_tokens.fc2 and
+        mlp_channels.fc2 for an MLP-Mixer).""",
     )
     last_blocks: int | None = option(None, "Adapt only the last n blocks of the backbone (all blocks).", at_least=1)
 

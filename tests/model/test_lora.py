@@ -77,6 +77,14 @@ def test_gradients_land_in_the_packed_rows_of_their_clients() -> None:
     assert all(not layer[0].base.weight.requires_grad for layer in model.blocks)
 
 
+def test_a_head_may_be_given_several_vectors_an_image() -> None:
+    """As by timm's AttentionPool2d, which projects all tokens and takes the first one."""
+    head, x = ClientHead(5, 3), torch.randn(2 * 4, 6, 5)
+    head.weight.data, head.bias.data = torch.randn(2, 3, 5), torch.randn(2, 3)
+    expected = torch.cat([x[4 * i : 4 * i + 4] @ head.weight[i].T + head.bias[i] for i in (0, 1)])
+    torch.testing.assert_close(head(x), expected)
+
+
 def test_dropout_masks_do_not_depend_on_the_neighbours() -> None:
     x = torch.ones(2 * 3, 5)
 
@@ -126,6 +134,8 @@ def test_targets_are_ends_of_paths_or_patterns_and_keep_the_order_of_the_model()
     assert paths("0") == ["blocks.0.0", "blocks.1.0"]
     assert paths("blocks.1.0", "blocks.0.*") == ["blocks.0.0", "blocks.1.0"]
     assert paths("0", last_blocks=1) == ["blocks.1.0"]
+    assert paths("-blocks.0.*", "0") == ["blocks.1.0"]
+    assert paths("0", "-blocks.0.0", last_blocks=1) == ["blocks.1.0"]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +146,8 @@ def test_targets_are_ends_of_paths_or_patterns_and_keep_the_order_of_the_model()
             None,
             r"model\.lora\.targets: qkv matches no linear layer of this backbone; there are blocks\.\*\.\*",
         ),
+        (["0", "-qkv"], None, r"model\.lora\.targets: -qkv matches no linear layer"),
+        (["0", "-blocks.*"], None, r"model\.lora\.targets=\[0,-blocks\.\*\] leaves no layer to adapt"),
         (["0"], 3, r"model\.lora\.last_blocks=3: this backbone has 2 blocks"),
         (["blocks.0.0"], 1, r"model\.lora\.last_blocks=1 leaves no layer"),
     ],
