@@ -1,4 +1,4 @@
-"""The product of an adapted layer and its gradient, with as few passes over activations as a GPU needs.
+"""The product of an adapted layer and its gradient, with few passes over activations; a weight that stands for it.
 
 Written as `linear(x) + s·B(Ax)`, a layer makes two tensors of the size of its output and adds them, and its gradient
 makes two of the size of its input: each is a pass over memory, which on a GPU takes as long as the adapters' own
@@ -9,11 +9,14 @@ Letters: C clients in the cohort, n rows of one client, R LoRA rank, I in_featur
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from lorafair.model.lora import LoRALinear
 
 
 def adapted_product(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -56,3 +59,25 @@ class _AdaptedProduct(torch.autograd.Function):
             torch.bmm(gradient.mT, hidden).mul_(ctx.scaling) if of_B else None,
             None,
         )
+
+
+class AdaptedWeight:
+    """The weight W0 + s·B·A of an adapted layer, as far as modules use one: in F.linear(x, weight, bias).
+
+    The attention of BEiT, EVA-02 and Swin V2 computes `F.linear(x, weight=self.qkv.weight, bias=...)`. PyTorch hands
+    that call to this class, which computes it with the update of each client. Any other use is an error.
+    """
+
+    def __init__(self, layer: LoRALinear) -> None:
+        self.layer = layer
+        self.device, self.dtype = layer.base.weight.device, layer.base.weight.dtype
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not F.linear:
+            name = getattr(function, "__name__", function)
+            raise TypeError(f"{name} reads the weight of an adapted layer, and only F.linear can be given one")
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+        return given["weight"].layer(given["input"], given.get("bias"))

@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafair.errors import ConfigError
-from lorafair.model.adapted_product import adapted_product
+from lorafair.model.adapted_product import AdaptedWeight, adapted_product
 from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
 from lorafair.seeding import seeded
 
@@ -97,28 +96,6 @@ class LoRALinear(nn.Module):
         hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)
         return torch.baddbmm(stacked, hidden, self.B.mT, alpha=self.scaling).view_as(out)
-
-
-class AdaptedWeight:
-    """The weight W0 + s·B·A of an adapted layer, as far as modules use one: in F.linear(x, weight, bias).
-
-    The attention of BEiT, EVA-02 and Swin V2 computes `F.linear(x, weight=self.qkv.weight, bias=...)`. PyTorch hands
-    that call to this class, which computes it with the update of each client. Any other use is an error.
-    """
-
-    def __init__(self, layer: LoRALinear) -> None:
-        self.layer = layer
-        self.device, self.dtype = layer.base.weight.device, layer.base.weight.dtype
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is not F.linear:
-            name = getattr(function, "__name__", function)
-            raise TypeError(f"{name} reads the weight of an adapted layer, and only F.linear can be given one")
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
-        return given["weight"].layer(given["input"], given.get("bias"))
 
 
 class ClientHead(nn.Module):
