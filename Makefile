@@ -42,7 +42,7 @@ results: $(VENV)/.installed ## the runs behind the README's result table (about 
 
 bench: $(VENV)/.installed ## the benchmarks of docs/performance.md, one after the other (about an hour on 2 quiet cores)
 	@for line in local_training.py "local_training.py --cohort 6 --batch-size 8" rounds.py loading.py scheduling.py \
-	  exchange.py server_step.py; do \
+	  exchange.py server_step.py scaling.py; do \
 	  echo; echo "== benchmarks/$$line"; $(BIN)/python benchmarks/$$line || exit 1; \
 	done
 

@@ -165,6 +165,10 @@ def _strategy(config: FabricConfig, accelerator: str, *, alone: bool) -> Strateg
         from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 
         return SingleDeviceStrategy(device="cpu" if accelerator == "cpu" else "cuda:0")
+    # Over gloo a collective that waits longer is an error in Python. Over NCCL a thread of PyTorch ends the process by
+    # SIGABRT (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, its default), so clients that are not on disk yet are lost;
+    # TORCH_NCCL_BLOCKING_WAIT=1 makes it an error, too, for some milliseconds a round (docs.pytorch.org, "PYTORCH
+    # ProcessGroupNCCL Environment Variables"). The watchdog's heartbeats find a lost process long before either.
     return third_party.quiet_ddp_strategy(timedelta(minutes=config.timeout_minutes))
 
 
@@ -219,7 +223,7 @@ def rendezvous(fabric: Fabric, config: FabricConfig) -> None:
     outside = slurm_job(os.environ) is None  # a job that is stopped now starts, and is then requeued
     what, key = "the start of all processes of the run", "fabric.timeout_minutes, at most 10"
     with watchdog.deadline(what, seconds, key=key, stoppable=outside):
-        fabric.launch()
+        fabric.launch()  # it names the device, so NCCL's communicator, which takes seconds on many nodes, is made here
     if fabric.world_size > 1:
         store = third_party.default_store()
         watchdog.watch_peers(store, fabric.global_rank, fabric.world_size, config.heartbeat_seconds)

@@ -20,6 +20,7 @@ from lorafair.cluster.signals import (
     stop_requested,
 )
 from lorafair.cluster.watchdog import waiting_for_others
+from lorafair.communication.collectives import gather_objects
 from lorafair.errors import LorafairError
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ _SIGNS_OF_LOSS = (
     "losed by peer", "eset by peer", "roken pipe", "imed out", "imeout", "NCCL", "got 0 bytes", "likely closed",
     "refused",
 )  # fmt: skip
+
+
+# One thread on rank 0 answers what all ranks ask of the store, about 20,000 requests a second. Heartbeats need it, too.
+_RANKS_AT_FULL_PACE = 64
+
+
+def seconds_between_requests(fabric: Fabric, seconds: float) -> float:
+    """How long a rank waits between two requests to the store: longer on many ranks, so that rank 0 keeps up."""
+    return seconds * max(1.0, fabric.world_size / _RANKS_AT_FULL_PACE)
 
 
 def is_peer_loss(error: Exception) -> bool:
@@ -58,7 +68,7 @@ def same_error_on_all_ranks(fabric: Fabric) -> Iterator[Agreement]:
         yield agreement
     except (LorafairError, OSError) as error:
         mine = str(error)
-    errors: list[str | None] = [mine] * fabric.world_size
+    errors: list[str | None] | None = [mine]
     failed, agreement.stop = int(mine is not None), stop_requested()
     if fabric.world_size > 1:
         numbers = torch.tensor([failed, agreement.stop], device=fabric.device)
@@ -66,10 +76,9 @@ def same_error_on_all_ranks(fabric: Fabric) -> Iterator[Agreement]:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
             failed, agreement.stop = numbers.tolist()
             if failed:
-                dist.all_gather_object(errors, mine)
-    first = next((error for error in errors if error is not None), None)
-    if first is not None:
-        abort_on_all_ranks(fabric, first)
+                errors = gather_objects(fabric, mine)
+    if failed:
+        abort_on_all_ranks(fabric, next((error for error in errors or () if error is not None), ""))
 
 
 def close_process_group(fabric: Fabric) -> None:
@@ -79,7 +88,7 @@ def close_process_group(fabric: Fabric) -> None:
     """
     if fabric.world_size > 1:
         with waiting_for_others():
-            dist.barrier()
+            fabric.barrier()  # names the device to NCCL; with dist.barrier() all processes of a node may take its first
             dist.destroy_process_group()
 
 
@@ -92,7 +101,7 @@ class StopRequest:
     """
 
     _KEY = "lorafair/stop"
-    _SECONDS = 0.05  # between two checks of the store, so that they cost nothing with tiny clients
+    _SECONDS = 0.05  # between two checks of the store, so that they cost nothing with tiny clients; more on many ranks
 
     def __init__(self, fabric: Fabric) -> None:
         self._store: Any = None
@@ -100,7 +109,7 @@ class StopRequest:
             self._store = third_party.default_store()
             if fabric.is_global_zero:
                 self._store.delete_key(self._KEY)  # of a run before this one on the same processes
-        self._checked_at = 0.0
+        self._seconds, self._checked_at = seconds_between_requests(fabric, self._SECONDS), 0.0
         self._longest: dict[str, float] = {}
 
     def is_set(self, next_kind: str) -> bool:
@@ -108,7 +117,7 @@ class StopRequest:
         request_stop_before_time_limit(self._longest.get(next_kind, 0.0))
         if self._store is not None and stop_requested() != NO_REASON:
             self._store.set(self._KEY, "")
-        elif self._store is not None and time.monotonic() - self._checked_at > self._SECONDS:
+        elif self._store is not None and time.monotonic() - self._checked_at > self._seconds:
             self._checked_at = time.monotonic()
             if self._store.check([self._KEY]):
                 request_stop(ANOTHER_RANK)

@@ -8,13 +8,14 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafair import third_party
+from lorafair.communication.agreement import seconds_between_requests
 from lorafair.console import Progress
 from lorafair.schedule import RoundPlan
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-_SECONDS = 0.2  # between two additions of a rank to what all have done
+_SECONDS = 0.2  # between two additions of a rank to what all have done; longer on many ranks
 _numbers = itertools.count()  # of the counts of this process; every rank makes the same ones in the same order
 
 
@@ -22,7 +23,7 @@ class SharedCount:
     """A number that every rank adds to and rank 0 reads. Make it on every rank, in the same order."""
 
     def __init__(self, fabric: Fabric) -> None:
-        number = next(_numbers)
+        number, self._seconds = next(_numbers), seconds_between_requests(fabric, _SECONDS)
         self._key, self._mine, self._sent_at = f"lorafair/count/{number}", 0, time.monotonic()
         self._store: Any = third_party.default_store() if fabric.world_size > 1 else None
         if self._store is not None and fabric.is_global_zero:
@@ -31,7 +32,7 @@ class SharedCount:
     def add(self, amount: int) -> None:
         """This rank has done more."""
         self._mine += amount
-        if self._store is not None and time.monotonic() - self._sent_at >= _SECONDS:
+        if self._store is not None and time.monotonic() - self._sent_at >= self._seconds:
             self.send()
 
     def send(self) -> None:

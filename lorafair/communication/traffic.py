@@ -5,6 +5,7 @@ Letters: R LoRA rank, I in_features, O out_features.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,10 @@ def round_traffic(
         return Traffic()
     folded = sum(min(f.A.numel() + f.B.numel(), f.A.shape[1] * f.B.shape[0]) for f in update.folded.values())
     sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
-    up = sum(_numbers(layout, sends, lora_rank, {}) for lora_rank in lora_ranks)
-    down = sum(_numbers(layout, receives, lora_rank, update.sent_lora_rank) + folded for lora_rank in lora_ranks)
+    up = down = 0
+    for lora_rank, clients in Counter(lora_ranks).items():
+        up += clients * _numbers(layout, sends, lora_rank, {})
+        down += clients * (_numbers(layout, receives, lora_rank, update.sent_lora_rank) + folded)
     return Traffic(up * BYTES_PER_NUMBER, down * BYTES_PER_NUMBER)
 
 
