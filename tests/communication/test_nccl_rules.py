@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import lorafair.federation as federation_module
 from lorafair import third_party
 from lorafair.aggregation.base import ServerUpdate
 from lorafair.checkpointing.partial_round import list_unfinished
@@ -64,18 +66,23 @@ BROKEN = 3  # a client
 def federation(fabric: Any, run: str, folder: Path, *, stopping_rank: int = -1) -> str:
     """One run on this rank; returns how it has ended."""
     config = load_config([*SMALL, *RUNS[run], f"run_dir={folder / run}"])
-    train_cohort = training._Trainer.train
+    train_cohort, train_clients = training._Trainer.train, federation_module.train_clients
 
-    def train(trainer: Any, cohort: tuple[int, ...], *arguments: Any) -> torch.Tensor:
+    def train(*arguments: Any) -> Any:
         if fabric.global_rank == stopping_rank:
             os.kill(os.getpid(), signal.SIGUSR1)
-        rows = train_cohort(trainer, cohort, *arguments)
-        if run == "failed_client" and BROKEN in cohort:
-            rows[cohort.index(BROKEN), 5] = float("nan")
+        return train_cohort(*arguments)
+
+    def with_a_failed_client(experiment: Any, state: Any, plan: Any, *others: Any) -> torch.Tensor:
+        rows = train_clients(experiment, state, plan, *others)
+        for index, client in enumerate(plan.clients_of_rank[fabric.global_rank][: len(rows)]):
+            if run == "failed_client" and client == BROKEN:
+                rows[index, 5] = float("nan")
         return rows
 
     with pytest.MonkeyPatch.context() as patch, handling_signals():
         patch.setattr(training._Trainer, "train", train)
+        patch.setattr(federation_module, "train_clients", with_a_failed_client)
         try:
             run_federation(fabric, config)
         except Interrupted:
@@ -135,6 +142,8 @@ def test_every_rank_does_the_same_in_nccls_order_and_bits_are_those_of_one_proce
         assert disagreement([of_rank[name][1] for of_rank in found]) == "", name
     for run in runs:
         assert_same_bits(adapter_of(tmp_path / run), adapter_of(expected / run))
+    if "failed_client" in runs:
+        assert json.loads((tmp_path / "failed_client" / "result.json").read_text())["totals"]["dropped"] == 2
     if "stopped" in runs:
         assert {of_rank["stopped"][0] for of_rank in found} == {"stopped"}
         assert {of_rank["continued"][0] for of_rank in found} == {"done"}
