@@ -19,6 +19,7 @@ from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.checkpointing import lock as lock_module
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from lorafair.checkpointing.lock import acquire
+from lorafair.communication import collectives
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.data.partition import Client
@@ -521,11 +522,11 @@ def moved(fabric: Any, arguments: Sequence[str]) -> tuple[int, int]:
     Of tensors, not of objects.
     """
     gathered, broadcast = [], []
-    real_exchange, real_broadcast = torch.distributed.all_to_all_single, torch.distributed.broadcast
+    real_send, real_broadcast = collectives._send, torch.distributed.broadcast
 
-    def all_to_all_single(received: torch.Tensor, *others: Any) -> None:
-        gathered.append(received.numel())
-        real_exchange(received, *others)
+    def send(fabric: Any, sent: Any, received: dict[int, torch.Tensor]) -> None:
+        gathered.extend(tensor.numel() for tensor in received.values())  # with those of this rank's own clients
+        real_send(fabric, sent, received)
 
     def broadcast_(tensor: torch.Tensor, src: int) -> None:
         if tensor.is_floating_point():  # not the ranks that go ahead of a folded part
@@ -533,7 +534,7 @@ def moved(fabric: Any, arguments: Sequence[str]) -> tuple[int, int]:
         real_broadcast(tensor, src=src)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafair.communication.collectives.dist.all_to_all_single", all_to_all_single)
+        patch.setattr(collectives, "_send", send)
         patch.setattr("lorafair.communication.collectives.dist.broadcast", broadcast_)
         run(fabric, arguments)
     return sum(gathered), sum(broadcast)

@@ -29,6 +29,7 @@ from lorafair.commands import run as run_module
 from lorafair.commands.run import RunResult
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
+from lorafair.console import write_text
 from lorafair.data.sources import load_images
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.evaluation import Evaluation
@@ -371,13 +372,13 @@ def test_a_child_that_is_interrupted_raises_keyboard_interrupt_and_the_same_call
     arguments = (*TINY, "rounds=16", f"plugins=[{plugin}]")
     in_child = (*arguments, "callbacks=[of_a_file]", "fabric.devices=2", f"run_dir={tmp_path / 'run'}")
 
-    def interrupting(line: str, **options: Any) -> None:
-        print(line, **options)
+    def interrupting(stream: Any, line: str) -> None:
+        write_text(stream, line)
         if line.startswith("the callback heard of round 2"):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "print", interrupting, raising=False)
+        patch.setattr(run_module, "write_text", interrupting)
         with pytest.raises(KeyboardInterrupt):
             lorafair.run(in_child)
     said = capsys.readouterr().out
