@@ -19,43 +19,58 @@ if TYPE_CHECKING:
     from lorafair.model.lora import LoRALinear
 
 
-def adapted_product(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def adapted_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, kept: Tensor | None = None
+) -> Tensor:
     """x·W0ᵀ + bias + s·(x·Aᵀ)·Bᵀ of each client: (C, n, I) -> (C, n, O), in the type of autocast where that is on.
 
-    W0 (O, I) and the bias (O,) are frozen and get no gradient. A (C, R, I), B (C, O, R).
+    W0 (O, I) and the bias (O,) are frozen and get no gradient. A (C, R, I), B (C, O, R). With `kept` (C, n, I), what
+    dropout has left of x, the adapter's part is s·(kept·Aᵀ)·Bᵀ.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, A, B = (tensor.to(dtype) for tensor in (x, weight, A, B))
-        bias = None if bias is None else bias.to(dtype)
+        bias, kept = (None if tensor is None else tensor.to(dtype) for tensor in (bias, kept))
     with torch.autocast(kind, enabled=False):
-        product: Tensor = _AdaptedProduct.apply(x, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
+        product: Tensor = _AdaptedProduct.apply(x, kept, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
     return product
 
 
 class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
     ) -> Tensor:
         out = F.linear(x, weight, bias)  # (C, n, O)
-        hidden = torch.bmm(x, A.mT)  # (C, n, R)
-        ctx.save_for_backward(x, weight, A, B, hidden)
-        ctx.scaling = scaling
+        entering = x if kept is None else kept
+        hidden = torch.bmm(entering, A.mT)  # (C, n, R)
+        ctx.save_for_backward(entering, weight, A, B, hidden)
+        ctx.scaling, ctx.dropped = scaling, kept is not None
         return out.baddbmm_(hidden, B.mT, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients  # (C, n, O)
-        x, weight, A, B, hidden = ctx.saved_tensors
-        of_x, _, _, of_A, of_B, _ = ctx.needs_input_grad
+        entering, weight, A, B, hidden = ctx.saved_tensors
+        of_x, of_kept, _, _, of_A, of_B, _ = ctx.needs_input_grad
         of_hidden = torch.bmm(gradient, B).mul_(ctx.scaling)  # (C, n, R)
+        through = torch.matmul(gradient, weight) if of_x else None  # the frozen layer
+        if through is not None and not ctx.dropped:
+            through.baddbmm_(of_hidden, A)
         return (
-            torch.matmul(gradient, weight).baddbmm_(of_hidden, A) if of_x else None,
+            through,
+            torch.bmm(of_hidden, A) if of_kept else None,
             None,
             None,
-            torch.bmm(of_hidden.mT, x) if of_A else None,
+            torch.bmm(of_hidden.mT, entering) if of_A else None,
             torch.bmm(gradient.mT, hidden).mul_(ctx.scaling) if of_B else None,
             None,
         )

@@ -36,15 +36,13 @@ class DropoutStreams:
         """Inverted dropout of x (C*N, ...) with probability p."""
         if p == 0:
             return x
-        parts = x.chunk(len(self.generators))
-        padded = max(self.counts)
-        masks = []
-        for part, generator, count in zip(parts, self.generators, self.counts, strict=True):
+        mask, padded = torch.empty_like(x), max(self.counts)
+        of_clients = mask.chunk(len(self.generators))
+        for part, generator, count in zip(of_clients, self.generators, self.counts, strict=True):
             rows = part.shape[0] * count // padded  # a layer may split an image into several rows (windows)
-            mask = torch.zeros_like(part)
-            mask[:rows] = torch.empty_like(part[:rows]).bernoulli_(1 - p, generator=generator)
-            masks.append(mask)
-        return x * torch.cat(masks) / (1 - p)
+            part[:rows].bernoulli_(1 - p, generator=generator)
+            part[rows:].zero_()
+        return (x * mask).div_(1 - p)
 
 
 class LoRALinear(nn.Module):
@@ -85,14 +83,13 @@ class LoRALinear(nn.Module):
         (bias,) = given or (self.base.bias,)
         cohort = self.A.shape[0]
         A = self.A if self.client_scales is None else self.A * self.client_scales[:cohort]
-        if (
-            x.is_cuda and self.dropout_streams is None and not torch.compiler.is_compiling()
-        ):  # compilers fuse by themselves
-            rows = x.reshape(cohort, -1, x.shape[-1])  # (C, N..., I)
-            product = adapted_product(rows, self.base.weight, bias, A, self.B, self.scaling)
+        kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
+        if x.is_cuda and not torch.compiler.is_compiling():  # compilers fuse by themselves
+            rows, left = (tensor.reshape(cohort, -1, x.shape[-1]) for tensor in (x, kept))  # (C, N..., I)
+            dropped = None if kept is x else left
+            product = adapted_product(rows, self.base.weight, bias, A, self.B, self.scaling, dropped)
             return product.view(*x.shape[:-1], product.shape[-1])
         out = F.linear(x, self.base.weight, bias)
-        kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
         hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)
         return torch.baddbmm(stacked, hidden, self.B.mT, alpha=self.scaling).view_as(out)

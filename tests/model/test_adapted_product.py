@@ -45,6 +45,21 @@ def test_the_product_and_its_gradient(with_bias: bool) -> None:
     assert torch.autograd.gradcheck(product, (given["x"], given["A"], given["B"]))
 
 
+def test_the_product_with_what_dropout_has_left() -> None:
+    given = tensors(torch.float64)
+    kept = given["x"] * torch.arange(IN).remainder(3).clamp(max=1)
+    for tensor in (given["x"], kept, given["A"], given["B"]):
+        tensor.requires_grad_()
+    frozen = F.linear(given["x"], given["weight"], given["bias"])
+    adapters = plainly(kept, torch.zeros_like(given["weight"]), None, given["A"], given["B"])
+    torch.testing.assert_close(adapted_product(**given, scaling=SCALING, kept=kept), frozen + adapters)
+
+    def product(x: Tensor, kept: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return adapted_product(x, given["weight"], given["bias"], A, B, SCALING, kept)
+
+    assert torch.autograd.gradcheck(product, (given["x"], kept, given["A"], given["B"]))
+
+
 @pytest.mark.parametrize("trained", [("A",), ("B",), ("x",), ("A", "B")])
 def test_only_what_is_trained_has_a_gradient(trained: tuple[str, ...]) -> None:
     given = tensors(torch.float64)
