@@ -30,6 +30,7 @@ LOCK = "run.lock"
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 180.0  # without a sign of life, a holder that nothing else is known of counts as ended
 _CHECK_SECONDS = 1.0  # between two looks of the holder at its own file
+_SECONDS_FOR_THREAD = 2.0  # to end in; a file server that does not answer holds it up
 _TRIES = 20  # of a file that others create and remove meanwhile
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -100,7 +101,8 @@ class RunLock:
         self.holder = holder
         self._file, self._checked = file.absolute(), time.monotonic()
         self._released = threading.Event()
-        threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
 
     def confirm(self) -> None:
         """Raise LorafairError where another process has taken the run directory over."""
@@ -124,6 +126,7 @@ class RunLock:
     def release(self) -> None:
         """Give the run directory back."""
         self._released.set()
+        self._thread.join(_SECONDS_FOR_THREAD)  # a caller in a notebook finds no thread left
         with contextlib.suppress(OSError):  # then the process's end tells the next one
             if self._is_ours():
                 self._file.unlink()
