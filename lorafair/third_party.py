@@ -90,9 +90,11 @@ def mend_torchvision() -> None:
 MENDED = "# Added by lorafair: compiled for another torch, so without the operators that it has stand-ins for."
 _MEND = f"""{MENDED}
 if not _has_ops():
+    from torch import library as _library
+
     for _name in OPERATORS:
         if not hasattr(torch.ops.torchvision, _name):
-            torch.library.define("torchvision::" + _name, "(Tensor unused) -> Tensor")
+            _library.define("torchvision::" + _name, "(Tensor unused) -> Tensor")
 """
 
 

@@ -23,6 +23,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from torch import library
 from torch.utils.data import DataLoader, TensorDataset
 
 from lorafair import third_party
@@ -140,7 +141,7 @@ def test_a_torchvision_that_loads_is_left_alone(
     before = extension.read_text()
     monkeypatch.setattr(third_party, "_torchvision_folder", lambda: unmended / "torchvision")
     monkeypatch.setattr(third_party, "_loads", lambda folder: True)
-    monkeypatch.setattr(torch.library, "define", lambda *given: pytest.fail(f"an operator was declared: {given}"))
+    monkeypatch.setattr(library, "define", lambda *given: pytest.fail(f"an operator was declared: {given}"))
     third_party.mend_torchvision()
     third_party.make_torchvision_importable()
     assert extension.read_text() == before
