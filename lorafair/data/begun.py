@@ -27,8 +27,9 @@ import numpy as np
 from lorafair.config.schema import DataConfig
 from lorafair.console import format_count, log
 from lorafair.data.files import ImageFiles, inspect_files
-from lorafair.data.images import DataError, ImageData, Split, Subset, some
+from lorafair.data.images import DataError, ImageData, ImageReader, Split, Subset, some
 from lorafair.data.partition import Client
+from lorafair.data.resizing import WithoutAntialias
 from lorafair.errors import first_line
 
 RECORD, DAMAGED = "images.npz", "damaged_images.txt"
@@ -67,13 +68,28 @@ def noting_damage(data: ImageData, folder: Path) -> ImageData:
     """The same images, whose files are noted in `folder` where they cannot be decoded."""
 
     def of(split: Split) -> Split:
-        images = split.images
-        if not (isinstance(images, Subset) and isinstance(images.images, ImageFiles)):
+        found = _files_of(split)
+        if found is None:
             return split
-        noting = dataclasses.replace(images.images, note=folder / DAMAGED)
-        return dataclasses.replace(split, images=Subset(noting, images.indices))
+        files, indices, antialias = found
+        noting = dataclasses.replace(files, note=folder / DAMAGED)
+        return dataclasses.replace(split, images=Subset(_resized(noting, antialias=antialias), indices))
 
     return dataclasses.replace(data, train=of(data.train), test=of(data.test))
+
+
+def _files_of(split: Split) -> tuple[ImageFiles, np.ndarray, bool] | None:
+    """The files, which of them are the split's, and whether they are resized with a filter; None for other images."""
+    if not isinstance(split.images, Subset):
+        return None
+    images = split.images.images
+    antialias = not isinstance(images, WithoutAntialias)
+    files = images.images if isinstance(images, WithoutAntialias) else images
+    return (files, split.images.indices, antialias) if isinstance(files, ImageFiles) else None
+
+
+def _resized(files: ImageFiles, *, antialias: bool) -> ImageReader:
+    return files if antialias else WithoutAntialias(files)
 
 
 def record_images(folder: Path, data: ImageData, fingerprint: str, *, origin: Path | None) -> None:
@@ -122,9 +138,10 @@ def _read(record: Path) -> dict[str, Any] | None:
 
 def _arrays(split: Split) -> dict[str, np.ndarray]:
     """Of a split that is read from files; none for another one."""
-    if not (isinstance(split.images, Subset) and isinstance(split.images.images, ImageFiles)):
+    found = _files_of(split)
+    if found is None:
         return {}
-    files, indices = split.images.images, split.images.indices
+    files, indices, _ = found
     return {
         "entries": files.entries[indices],
         "known": files.known[indices],
@@ -157,8 +174,9 @@ def images_begun_with(folder: Path, config: DataConfig) -> Begun | None:
         return None
     _say_what_changed(entries[damaged], there[damaged], now[damaged] != known[damaged])
     count = len(arrays["train_entries"])
+    images = _resized(files, antialias=config.antialias)
     train, test = (
-        Split(Subset(files, indices), arrays[f"{split}_labels"], arrays[f"{split}_domains"])
+        Split(Subset(images, indices), arrays[f"{split}_labels"], arrays[f"{split}_domains"])
         for split, indices in (("train", np.arange(count)), ("test", np.arange(count, len(entries))))
     )
     return Begun(

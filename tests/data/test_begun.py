@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,13 +45,13 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def config(root: Path) -> DataConfig:
-    return DataConfig(source="folder", root=root, test_fraction=0.3)
+def config(root: Path, **options: Any) -> DataConfig:
+    return DataConfig(source="folder", root=root, test_fraction=0.3, **options)
 
 
-def begin(root: Path, run_dir: Path) -> ImageData:
+def begin(root: Path, run_dir: Path, **options: Any) -> ImageData:
     """Load the images, record them and decode all, as a run does."""
-    data = noting_damage(load_images(config(root), 0), run_dir)
+    data = noting_damage(load_images(config(root, **options), 0), run_dir)
     record_images(run_dir, data, data.fingerprint, origin=None)
     for split in (data.train, data.test):
         for i in range(len(split)):
@@ -67,8 +68,8 @@ def clients_of(data: ImageData) -> list[Client]:
     return [Client(name, d, np.flatnonzero(data.train.domains == d)) for d, name in enumerate(data.domains)]
 
 
-def continued(root: Path, run_dir: Path) -> Begun:
-    begun = images_begun_with(run_dir, config(root))
+def continued(root: Path, run_dir: Path, **options: Any) -> Begun:
+    begun = images_begun_with(run_dir, config(root, **options))
     assert begun is not None
     return begun
 
@@ -117,6 +118,17 @@ def test_an_image_that_is_left_out_leaves_all_others_where_they_are(
     for d, client in enumerate(clients):
         assert (data.train.domains[client.indices] == d).all()
     assert sorted(np.concatenate([client.indices for client in clients])) == list(range(len(data.train)))
+
+
+def test_an_image_that_is_resized_without_a_filter_is_repaired_alike(root: Path, tmp_path: Path) -> None:
+    before = begin(root, tmp_path, antialias=False)
+    assert (tmp_path / DAMAGED).read_text().splitlines() == [BROKEN]
+    save_image(root / BROKEN, seed=99, side=30)
+    data, _ = continued(root, tmp_path, antialias=False).without_gone(clients_of(before))
+    now = load_images(config(root, antialias=False), 0)
+    for mine, expected in ((data.train, now.train), (data.test, now.test)):
+        indices = np.arange(len(expected))
+        np.testing.assert_array_equal(mine.images.read_many(indices, 8), expected.images.read_many(indices, 8))
 
 
 def test_any_other_change_is_still_one(root: Path, tmp_path: Path) -> None:
