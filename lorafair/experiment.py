@@ -193,7 +193,8 @@ def build_experiment(
     checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
-            record_images(config.folder / CHECKPOINTS, loaded.data, loaded.images, origin=_checkpoints_before(config))
+            origin, folder = _checkpoints_before(config), config.folder / CHECKPOINTS
+            record_images(folder, loaded.data, loaded.images, config.data, config.seed, origin=origin)
     return experiment, checkpoint
 
 
@@ -210,7 +211,7 @@ def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator) -> _L
 
 def _load(config: Config, aggregator: Aggregator) -> _Loaded:
     origin, local = _checkpoints_before(config), config.client
-    begun = None if origin is None else images_begun_with(origin, config.data)
+    begun = None if origin is None else images_begun_with(origin, config.data, config.seed)
     data = load_images(config.data, config.seed) if begun is None else begun.data
     images = data.fingerprint
     clients = partition(config.partition, data.train.labels, data.train.domains, data.domains, config.seed)

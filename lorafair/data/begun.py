@@ -2,8 +2,8 @@
 
 A damaged file that is complete at both ends is found when it is decoded, which may be in any round. The reader notes
 its name beside the run's checkpoints. When the run continues, such a file may have changed or be gone: training images,
-test images and clients are those the run began with, without what is gone. Any other change is one of the run's
-identity.
+test images and clients are those the run began with, without what is gone. Any other change, of images or of the
+options that choose them, is one of the run's identity.
 
 Letters: N training images, M test images.
 """
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from lorafair.config.identity import differences, identity_settings
 from lorafair.config.schema import DataConfig
 from lorafair.console import format_count, log
 from lorafair.data.files import ImageFiles, inspect_files
@@ -34,6 +35,8 @@ from lorafair.errors import first_line
 
 RECORD, DAMAGED = "images.npz", "damaged_images.txt"
 _NAMES = ("name", "domains", "classes", "description", "fingerprint")  # of ImageData, kept in the record
+_SETTINGS = "settings"  # that chose the images, kept there, too
+_OF_BATCHES = ("data.augmentation",)  # chooses no images
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +95,17 @@ def _resized(files: ImageFiles, *, antialias: bool) -> ImageReader:
     return files if antialias else WithoutAntialias(files)
 
 
-def record_images(folder: Path, data: ImageData, fingerprint: str, *, origin: Path | None) -> None:
+def record_images(
+    folder: Path, data: ImageData, fingerprint: str, config: DataConfig, seed: int, *, origin: Path | None
+) -> None:
     """Write what the run began with into `folder`, where that is not there yet.
 
     Args:
         folder: Where the checkpoints of the run are.
         data: The images of the run.
         fingerprint: Of the images that it began with.
+        config: Chose the images, with the seed.
+        seed: Of the run.
         origin: The same of the run it continues, which may be another one; None where it begins.
     """
     record, noted = folder / RECORD, folder / DAMAGED
@@ -111,12 +118,13 @@ def record_images(folder: Path, data: ImageData, fingerprint: str, *, origin: Pa
             for name in (RECORD, DAMAGED):
                 with contextlib.suppress(FileNotFoundError):  # where no image is damaged
                     shutil.copyfile(origin / name, folder / name)
-        if record.exists() and (known := _read(record)) is not None and known["names"]["fingerprint"] == fingerprint:
+        if (known := _read(record)) and known["fingerprint"] == fingerprint and _chosen_by(known, config, seed):
             return
         arrays = {f"{name}_{what}": array for name, split in splits.items() for what, array in _arrays(split).items()}
         if arrays:
             folder.mkdir(parents=True, exist_ok=True)
-            arrays["names"] = np.array(json.dumps({key: getattr(data, key) for key in _NAMES}))
+            names = {key: getattr(data, key) for key in _NAMES} | {_SETTINGS: _settings(config, seed)}
+            arrays["names"] = np.array(json.dumps(names, default=str))
             partial = record.with_suffix(".partial.npz")
             np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
             os.replace(partial, record)
@@ -127,13 +135,25 @@ def record_images(folder: Path, data: ImageData, fingerprint: str, *, origin: Pa
 
 
 def _read(record: Path) -> dict[str, Any] | None:
+    """The arrays of a record and the values of its names; None where there is none that can be read."""
     try:
         with np.load(record) as opened:
             arrays: dict[str, Any] = {name: opened[name] for name in opened.files}
-        return arrays | {"names": json.loads(str(arrays["names"]))}
+        return arrays | json.loads(str(arrays["names"]))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         log.warning(f"{record} is not used, because it cannot be read: {first_line(error)}")
         return None
+
+
+def _settings(config: DataConfig, seed: int) -> dict[str, Any]:
+    """What chooses the images. Without data.root: a folder may move."""
+    return {"data": identity_settings(config), "seed": seed}
+
+
+def _chosen_by(record: Mapping[str, Any], config: DataConfig, seed: int) -> bool:
+    return not differences(record.get(_SETTINGS, {}), _settings(config, seed), accept=_OF_BATCHES)
 
 
 def _arrays(split: Split) -> dict[str, np.ndarray]:
@@ -150,19 +170,20 @@ def _arrays(split: Split) -> dict[str, np.ndarray]:
     }
 
 
-def images_begun_with(folder: Path, config: DataConfig) -> Begun | None:
-    """The images of the run that is continued; None where none was damaged, or where others have changed, too."""
+def images_begun_with(folder: Path, config: DataConfig, seed: int) -> Begun | None:
+    """The images of the run that is continued.
+
+    None where none was damaged, where others have changed, too, or where the options or the seed choose others.
+    """
     noted = _noted(folder)
-    if not noted or not (folder / RECORD).exists() or config.root is None:
+    if not noted or config.root is None:
         return None
-    arrays = _read(folder / RECORD)
-    if arrays is None:
+    record = _read(folder / RECORD)
+    if record is None or not _chosen_by(record, config, seed):
         return None
-    names: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in arrays["names"].items()
-    }
-    entries = np.concatenate([arrays["train_entries"], arrays["test_entries"]])
-    known = np.concatenate([arrays["train_known"], arrays["test_known"]])
+    names: dict[str, Any] = {key: tuple(v) if isinstance(v := record[key], list) else v for key in _NAMES}
+    entries = np.concatenate([record["train_entries"], record["test_entries"]])
+    known = np.concatenate([record["train_known"], record["test_known"]])
     files = ImageFiles(config.root, entries, known=known)
     damaged = np.isin(entries, np.array(sorted(noted), np.bytes_))
     there = ~damaged
@@ -173,10 +194,10 @@ def images_begun_with(folder: Path, config: DataConfig) -> Begun | None:
     if not np.array_equal(now[~damaged], known[~damaged]):
         return None
     _say_what_changed(entries[damaged], there[damaged], now[damaged] != known[damaged])
-    count = len(arrays["train_entries"])
+    count = len(record["train_entries"])
     images = _resized(files, antialias=config.antialias)
     train, test = (
-        Split(Subset(images, indices), arrays[f"{split}_labels"], arrays[f"{split}_domains"])
+        Split(Subset(images, indices), record[f"{split}_labels"], record[f"{split}_domains"])
         for split, indices in (("train", np.arange(count)), ("test", np.arange(count, len(entries))))
     )
     return Begun(

@@ -52,7 +52,7 @@ def config(root: Path, **options: Any) -> DataConfig:
 def begin(root: Path, run_dir: Path, **options: Any) -> ImageData:
     """Load the images, record them and decode all, as a run does."""
     data = noting_damage(load_images(config(root, **options), 0), run_dir)
-    record_images(run_dir, data, data.fingerprint, origin=None)
+    record_images(run_dir, data, data.fingerprint, config(root, **options), 0, origin=None)
     for split in (data.train, data.test):
         for i in range(len(split)):
             with contextlib.suppress(DataError):
@@ -69,7 +69,7 @@ def clients_of(data: ImageData) -> list[Client]:
 
 
 def continued(root: Path, run_dir: Path, **options: Any) -> Begun:
-    begun = images_begun_with(run_dir, config(root, **options))
+    begun = images_begun_with(run_dir, config(root, **options), 0)
     assert begun is not None
     return begun
 
@@ -79,7 +79,7 @@ def test_nothing_is_different_where_no_image_is_damaged(root: Path, tmp_path: Pa
     begin(root, tmp_path)
     assert (tmp_path / RECORD).is_file()
     assert not (tmp_path / DAMAGED).exists()
-    assert images_begun_with(tmp_path, config(root)) is None
+    assert images_begun_with(tmp_path, config(root), 0) is None
 
 
 def test_a_repaired_image_is_read_and_leaves_the_identity(
@@ -135,7 +135,28 @@ def test_any_other_change_is_still_one(root: Path, tmp_path: Path) -> None:
     begin(root, tmp_path)
     (root / BROKEN).unlink()
     save_image(root / "art/dog/1.png", seed=5, side=30)
-    assert images_begun_with(tmp_path, config(root)) is None
+    assert images_begun_with(tmp_path, config(root), 0) is None
+
+
+@pytest.mark.parametrize("option", [{"train_images": 4}, {"antialias": False}, {"domains": ("art",)}])
+def test_the_options_of_the_continued_run_choose_its_images(
+    root: Path, tmp_path: Path, option: dict[str, Any]
+) -> None:
+    before = begin(root, tmp_path)
+    assert images_begun_with(tmp_path, config(root, **option), 0) is None
+    assert images_begun_with(tmp_path, config(root), 1) is None, "the split is drawn with the seed"
+    save_image(root / BROKEN, seed=99)
+    now = load_images(config(root, **option), 0)
+    assert now.fingerprint != before.fingerprint
+    record_images(tmp_path, now, now.fingerprint, config(root, **option), 0, origin=tmp_path)
+    assert continued(root, tmp_path, **option).data.fingerprint == now.fingerprint, "accepted: the record follows"
+
+
+def test_a_folder_that_moved_and_another_augmentation_are_no_other_images(root: Path, tmp_path: Path) -> None:
+    before = begin(root, tmp_path)
+    (moved := root.rename(tmp_path / "elsewhere") / BROKEN).unlink()
+    begun = continued(moved.parents[2], tmp_path, augmentation="flip", workers=2)
+    assert begun.data.fingerprint == before.fingerprint
 
 
 def test_a_client_without_images_is_named(root: Path, tmp_path: Path) -> None:
@@ -154,14 +175,14 @@ def test_a_run_that_begins_anew_forgets_and_one_that_continues_another_takes_ove
     run, other = tmp_path / "run", tmp_path / "other"
     data = begin(root, tmp_path)
     assert (tmp_path / DAMAGED).read_text().splitlines() == [BROKEN]
-    record_images(run, data, data.fingerprint, origin=tmp_path)
+    record_images(run, data, data.fingerprint, config(root), 0, origin=tmp_path)
     assert (run / DAMAGED).read_text().splitlines() == [BROKEN]
-    record_images(run, data, data.fingerprint, origin=None)
+    record_images(run, data, data.fingerprint, config(root), 0, origin=None)
     assert not (run / DAMAGED).exists()
     (other / "x").mkdir(parents=True)
     (other / RECORD).write_bytes(b"PK\3\4 cut")
     (other / DAMAGED).write_text(f"{BROKEN}\n")
-    assert images_begun_with(other, config(root)) is None, "a damaged record is not used"
+    assert images_begun_with(other, config(root), 0) is None, "a damaged record is not used"
 
 
 @pytest.mark.slow
