@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorafair.data.files import ImageFiles, check_files
+from lorafair.data.files import ImageFiles, inspect_files
 from lorafair.data.images import DataError, ImagesInMemory, Split, StoredImages
 
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp"}
@@ -85,13 +85,13 @@ def test_a_selection_of_a_selection_reads_the_right_images() -> None:
 
 
 def test_good_files_pass_and_their_sizes_are_returned(good: list[Path]) -> None:
-    assert check_files(good) == [file.stat().st_size for file in good]
+    assert [file.size for file in inspect_files(good)] == [file.stat().st_size for file in good]
 
 
 def test_a_suffix_may_lie_and_bytes_may_follow_the_end(tmp_path: Path) -> None:
     (tmp_path / "png.jpg").write_bytes(encode("PNG"))
     (tmp_path / "padded.jpg").write_bytes(encode("JPEG") + b"\0" * 10)
-    check_files([tmp_path / "png.jpg", tmp_path / "padded.jpg"])
+    inspect_files([tmp_path / "png.jpg", tmp_path / "padded.jpg"])
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -101,7 +101,7 @@ def test_a_truncated_file_is_found(tmp_path: Path, format_: str, kept: float) ->
     whole = encode(format_)
     file.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(DataError, match=r"1 of 1 image files cannot be used: 1 truncated or damaged \(.*cut"):
-        check_files([file])
+        inspect_files([file])
 
 
 def test_all_damages_are_counted_and_the_first_of_each_kind_are_named_in_one_line(
@@ -114,7 +114,7 @@ def test_all_damages_are_counted_and_the_first_of_each_kind_are_named_in_one_lin
     (tmp_path / "folder.jpg").mkdir()
     bad = [tmp_path / "absent.jpg", *empty, tmp_path / "page.jpg", tmp_path / "folder.jpg"]
     with pytest.raises(DataError) as caught:
-        check_files([*good, *bad])
+        inspect_files([*good, *bad])
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("8 of 12 image files cannot be used: ")
@@ -153,7 +153,7 @@ def test_headers_that_promise_too_much_or_nothing_are_found_beforehand(tmp_path:
     (tmp_path / "bomb.jpg").write_bytes(jpeg)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff and then nothing of the kind\xff\xd9")
     with pytest.raises(DataError) as caught:
-        check_files([tmp_path / name for name in ("bomb.png", "bomb.jpg", "broken.jpg")])
+        inspect_files([tmp_path / name for name in ("bomb.png", "bomb.jpg", "broken.jpg")])
     assert "2 of more pixels than can be decoded" in str(caught.value)
     assert "1 not an image" in str(caught.value)
 
