@@ -6,11 +6,12 @@ the command and `lorafair.run` switch printing on with `printing`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ EVERY_RANK = {"every_rank": True}  # for `extra` of a line that more processes t
 
 _TERMINAL_SECONDS = 0.2  # between two states of a progress line on a terminal
 _LOG_SECONDS = 60.0  # the same in a log, which keeps all of them
+_NAMED = 3  # things of one kind that a message names
 ERASE_LINE = "\r\x1b[K"
 
 
@@ -183,6 +185,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def format_count(count: int, one: str, many: str = "") -> str:
     """A number with its noun: 1 round, 2 rounds; `many` where that is not `one` with an s."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
+def some(names: Collection[object]) -> str:
+    """The first few of them, for a message."""
+    first = ", ".join(str(name) for name in itertools.islice(names, _NAMED))
+    return first + (", …" if len(names) > _NAMED else "")
 
 
 def format_value(value: Any) -> str:

@@ -19,6 +19,7 @@ from lorafair.console import (
     log,
     markdown_table,
     printing,
+    some,
 )
 
 
@@ -114,6 +115,12 @@ def test_numbers_as_a_reader_wants_them() -> None:
     assert [duration_text(seconds) for seconds in (8, 150)] == ["8 seconds", "2.5 minutes"]
     assert [format_count(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
     assert format_count(1200, "image") == "1,200 images"
+
+
+def test_of_many_things_the_first_are_named() -> None:
+    assert some([]) == ""
+    assert some({"b": 0, 1: 1, "a": 2}) == "b, 1, a"
+    assert some(range(4)) == "0, 1, 2, …"
 
 
 def test_a_bar_in_a_cell_does_not_end_it() -> None:

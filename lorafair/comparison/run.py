@@ -20,7 +20,7 @@ from lorafair.comparison.listing import options_text
 from lorafair.comparison.plan import FAILED, Comparison, Run, check_folders, failure_of
 from lorafair.comparison.report import write_report
 from lorafair.config.schema import Config
-from lorafair.console import format_count, log
+from lorafair.console import format_count, log, some
 from lorafair.errors import LorafairError, one_line
 from lorafair.federation import limited, run_federation
 from lorafair.files.writing import write_atomically
@@ -199,7 +199,7 @@ def record_failure(run: Run, failure: str) -> None:
 def report_runs(comparison: Comparison, elsewhere: Sequence[Run]) -> None:
     """Write the report, one process at a time. Raises LorafairError where no run is done, nor in progress elsewhere."""
     if elsewhere:
-        names = ", ".join(run.name for run in elsewhere[:3]) + (", ..." if len(elsewhere) > 3 else "")
+        names = some([run.name for run in elsewhere])
         log.info(f"\n{format_count(len(elsewhere), 'run')} left to other processes, which report at their end: {names}")
         if not any(comparison.state(run)[0] == "done" for run in comparison.final_runs):
             return

@@ -26,9 +26,9 @@ import numpy as np
 
 from lorafair.config.identity import differences, identity_settings
 from lorafair.config.schema import DataConfig
-from lorafair.console import format_count, log
+from lorafair.console import format_count, log, some
 from lorafair.data.files import ImageFiles, inspect_files
-from lorafair.data.images import DataError, ImageData, ImageReader, Split, Subset, some
+from lorafair.data.images import DataError, ImageData, ImageReader, Split, Subset
 from lorafair.data.partition import Client
 from lorafair.data.resizing import WithoutAntialias
 from lorafair.errors import first_line

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorafair.console import format_count, log
-from lorafair.data.images import DataError, ImageCollection, some
+from lorafair.console import format_count, log, some
+from lorafair.data.images import DataError, ImageCollection
 
 
 def check_collection(collection: ImageCollection, source: str) -> None:

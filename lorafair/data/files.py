@@ -15,8 +15,8 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lorafair.console import EVERY_RANK, format_count, log
-from lorafair.data.images import DataError, resize, some
+from lorafair.console import EVERY_RANK, format_count, log, some
+from lorafair.data.images import DataError, resize
 from lorafair.data.pixels import is_deep, to_rgb
 from lorafair.errors import first_line
 

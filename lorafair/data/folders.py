@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafair.config.schema import DataConfig
-from lorafair.console import format_count, log
-from lorafair.data.images import DataError, ImageCollection, Source, some
+from lorafair.console import format_count, log, some
+from lorafair.data.images import DataError, ImageCollection, Source
 from lorafair.data.listing import SPLITS, Row, check_spelling, collection, existing_root, is_of_system
 from lorafair.errors import first_line
 from lorafair.seeding import seeded_numpy

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -21,18 +20,11 @@ from lorafair.config.schema import DataConfig
 from lorafair.data.pixels import to_rgb
 from lorafair.errors import LorafairError
 
-_NAMED = 3  # things of one kind that a message names
 _BLOCK = 64  # images taken out of an array at a time
 
 
 class DataError(LorafairError):
     """The data are not there, not usable or not enough; the message names the file or the key."""
-
-
-def some(names: Collection[object]) -> str:
-    """The first few of them, for a message."""
-    first = ", ".join(str(name) for name in itertools.islice(names, _NAMED))
-    return first + (", …" if len(names) > _NAMED else "")
 
 
 class ImageReader(Protocol):

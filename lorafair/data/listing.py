@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from lorafair.config.schema import DataConfig
+from lorafair.console import some
 from lorafair.data.files import ImageFiles
-from lorafair.data.images import DataError, ImageCollection, some
+from lorafair.data.images import DataError, ImageCollection
 
 SPLITS = ("train", "test")
 

@@ -139,9 +139,7 @@ def test_any_other_change_is_still_one(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [{"train_images": 4}, {"antialias": False}, {"domains": ("art",)}])
-def test_the_options_of_the_continued_run_choose_its_images(
-    root: Path, tmp_path: Path, option: dict[str, Any]
-) -> None:
+def test_the_options_of_the_continued_run_choose_its_images(root: Path, tmp_path: Path, option: dict[str, Any]) -> None:
     before = begin(root, tmp_path)
     assert images_begun_with(tmp_path, config(root, **option), 0) is None
     assert images_begun_with(tmp_path, config(root), 1) is None, "the split is drawn with the seed"

@@ -419,7 +419,8 @@ def written(content: bytes) -> Callable[[Path], Path]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: saved(folder, {"state_dict": STATE, "x": RunsCode()}), "tensors: posix.system, whose code"),
+        (lambda folder: saved(folder, {"state_dict": STATE, "x": RunsCode()}),
+         "tensors: posix.system, whose code would run; nothing was run; save the state dict alone where it was made"),
         (lambda folder: saved(folder, nn.Linear(2, 2)), "tensors: torch.nn.modules.linear.Linear, whose"),
         (scripted, "is a TorchScript program"),
         (pickled, "is damaged, or pickled in another way than torch.save does"),

@@ -196,8 +196,8 @@ def _refused(path: Path, text: str) -> WeightsError:
         name = found[1] or found[2]
         name = name if "." in name else f"builtins.{name}"
         return WeightsError(
-            f"model.weights={path} holds more than tensors: {name}, whose code would run; nothing was run. "
-            f"Please {_STATE_DICT_ALONE}"
+            f"model.weights={path} holds more than tensors: {name}, whose code would run; nothing was run; "
+            f"{_STATE_DICT_ALONE}"
         )
     if "must be imported" in text:
         return WeightsError(f"model.weights={path} holds tensors that were spread over processes; {_STATE_DICT_ALONE}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafair.console import format_count
+from lorafair.console import format_count, some
 from lorafair.errors import first_line
 from lorafair.model.weights.files import WeightsError, check_file, is_npz, read_file
 from lorafair.model.weights.selection import Selected, Shapes, select
@@ -114,7 +114,7 @@ def _check_finite(tensors: Mapping[str, Tensor], origin: str, more: str = "") ->
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise WeightsError(
-            f"model.weights={origin} holds NaN or infinity in {format_count(len(bad), 'tensor')}: {_some(bad)}"
+            f"model.weights={origin} holds NaN or infinity in {format_count(len(bad), 'tensor')}: {some(bad)}"
             f"{more and f' ({more})'}; take a checkpoint from before the training diverged, or fetch the file again"
         )
 
@@ -171,10 +171,10 @@ def _load_strictly(backbone: nn.Module, head: str, weights: Mapping[str, Tensor]
             why = _other_tokens(weights, backbone) or _other_grid(weights, backbone) or first_line(error)
             raise WeightsError(f"model.weights={origin} does not fit this backbone: {why}") from error
         missing, unknown = list(mine.keys() - weights.keys()), list(weights.keys() - mine.keys())
-        first = ", ".join(f"{name} {tuple(weights[name].shape)} instead of {mine[name]}" for name in other[:_SHOWN])
+        shapes = [f"{name} {tuple(weights[name].shape)} instead of {mine[name]}" for name in other]
         raise WeightsError(
             f"model.weights={origin} does not fit this backbone: {format_count(len(other), 'tensor')} of another shape "
-            f"({first}{', ...' if len(other) > _SHOWN else ''}), {len(missing)} missing, {len(unknown)} unknown"
+            f"({some(shapes)}), {len(missing)} missing, {len(unknown)} unknown"
             f"{_depths(weights, mine)}"
         ) from error
     missing = [name for name in missing if not name.startswith(f"{head}.")]
@@ -208,9 +208,5 @@ def _check_blocks_of_npz(backbone: nn.Module, path: Path, name: str) -> None:
 def _refitted(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
     """What timm has resampled or cut so that it fits."""
     changed = [n for n, t in after.items() if n in before and before[n].numel() != t.numel()]
-    text = ", ".join(f"{n} from {tuple(before[n].shape)} to {tuple(after[n].shape)}" for n in changed[:_SHOWN])
-    return [f"made to fit: {text}{', ...' if len(changed) > _SHOWN else ''}"] if changed else []
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    sizes = [f"{n} from {tuple(before[n].shape)} to {tuple(after[n].shape)}" for n in changed]
+    return [f"made to fit: {some(sizes)}"] if changed else []
