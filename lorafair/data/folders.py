@@ -23,7 +23,6 @@ _SUFFIXES = (
 )
 # Folders of this name are a split of the images, and no domain unless data.domains says so.
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
-_EXPECTED = "domain/class/image, nor below train and test"
 
 
 @dataclass
@@ -33,6 +32,7 @@ class _LeftOut:
     of_systems: list[Path] = field(default_factory=list)
     with_other_endings: list[Path] = field(default_factory=list)
     too_deep: list[Path] = field(default_factory=list)  # folders below those of classes, with images
+    unsorted: list[Path] = field(default_factory=list)  # images beside the folders of domains
     too_high: list[Path] = field(default_factory=list)  # images beside class folders
 
     def warn(self) -> None:
@@ -44,15 +44,14 @@ class _LeftOut:
             endings = Counter(file.suffix or "no ending" for file in self.with_other_endings)
             kinds = [f"{count:,} {ending}" for ending, count in endings.most_common()]
             log.warning(
-                f"{format_count(len(self.with_other_endings), 'file')} left out, which are no images by their names "
-                f"({some(kinds)}), such as {self.with_other_endings[0]}"
+                f"{format_count(len(self.with_other_endings), 'file')} left out, whose endings are not read "
+                f"({some(kinds)}): {some(self.with_other_endings)}"
             )
         if self.too_deep:
             count = format_count(len(self.too_deep), "folder")
             log.warning(f"{count} of images left out, which lie deeper than domain/class: {some(self.too_deep)}")
-        if self.too_high:
-            count = format_count(len(self.too_high), "image")
-            log.warning(f"{count} left out, in the folder of a domain and in none of a class: {some(self.too_high)}")
+        if higher := [*self.unsorted, *self.too_high]:
+            log.warning(f"{format_count(len(higher), 'image')} left out, in no folder of a class: {some(higher)}")
 
 
 def load_folder(config: DataConfig, seed: int) -> ImageCollection:
@@ -81,7 +80,7 @@ def _load(root: Path, config: DataConfig, seed: int) -> ImageCollection:
     used = set(config.domains or domains)
     check_spelling("domains", {place: used.intersection(names) for place, names in domains_in.items()})
     rows: list[Row] = []
-    left_out = _LeftOut()
+    left_out = _LeftOut(unsorted=[file for base in sorted({"", *bases}) for file in _images_beside(root / base)])
     classes_in: dict[str, set[str]] = defaultdict(set)
     for base, (d, domain) in itertools.product(bases, enumerate(domains)):
         for name, files in _classes_in(root / base / domain, left_out):
@@ -91,7 +90,10 @@ def _load(root: Path, config: DataConfig, seed: int) -> ImageCollection:
                 held_out = _hold_out(len(files), config, seed, domain, name)
             rows += [(str(Path(base, domain, name, file)), name, d, h) for file, h in zip(files, held_out, strict=True)]
     if not rows:
-        raise DataError(f"data.root={root} holds no images as {_EXPECTED}; {_what_it_holds(root, left_out)}")
+        raise DataError(
+            f"data.root={root} holds no images as domain/class/image, also not below train and test; "
+            f"{_what_it_holds(root, left_out)}"
+        )
     left_out.warn()
     check_spelling("classes", {domain: names for domain, names in classes_in.items() if domain in used})
     _check_classes({row[1] for row in rows}, root)
@@ -127,6 +129,13 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_of_system(entry.name))
 
 
+def _images_beside(folder: Path) -> list[Path]:
+    """Images beside the folders of `folder`, where no image is expected."""
+    return sorted(
+        path for path in folder.iterdir() if _is_image(path.name) and not is_of_system(path.name) and not path.is_dir()
+    )
+
+
 def _is_image(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES)
 
@@ -135,12 +144,9 @@ def _classes_in(domain: Path, left_out: _LeftOut) -> Iterator[tuple[str, list[st
     """(class, sorted file names) for every class folder of a domain; what is not used goes to `left_out`."""
     if not domain.is_dir():
         return
-    for name in sorted(os.listdir(domain)):
-        path = domain / name
-        if not path.is_dir():
-            left_out.too_high += [path] if _is_image(name) and not is_of_system(name) else []
-        elif not is_of_system(name):
-            yield name, _images_in(path, left_out)
+    left_out.too_high += _images_beside(domain)
+    for name in _subfolders(domain):
+        yield name, _images_in(domain / name, left_out)
 
 
 def _images_in(folder: Path, left_out: _LeftOut) -> list[str]:
@@ -172,6 +178,11 @@ def _what_it_holds(root: Path, left_out: _LeftOut) -> str:
         return (
             f"there are some higher, such as {image}: put the folders of classes into one of a domain, such as "
             f"{image.parent.with_name('all') / image.parent.name}"
+        )
+    if left_out.unsorted:
+        return (
+            f"there are some in no folder of a class, such as {left_out.unsorted[0]}: put each into the folder of its "
+            "class, and that into one of a domain, such as all"
         )
     if left_out.with_other_endings:
         return f"there are other files, such as {left_out.with_other_endings[0]}; images end in {' '.join(_SUFFIXES)}"

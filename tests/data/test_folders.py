@@ -266,8 +266,10 @@ def test_an_empty_domain_is_an_error_unless_it_is_left_out(photos: Path) -> None
 
 
 def test_a_folder_without_images_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no images as domain/class/image.*it holds nothing; .*\.jpg"):
+        load_folder(tmp_path)
     write_image(tmp_path / "too-high-up.png")
-    with pytest.raises(DataError, match=r"holds no images as domain/class/image.*\.jpg"):
+    with pytest.raises(DataError, match=r"some in no folder of a class, such as .*/too-high-up\.png: put each into"):
         load_folder(tmp_path)
 
 
@@ -284,7 +286,8 @@ def test_images_of_every_usual_ending_count_and_others_are_counted_by_ending(
     data = load_folder(photos)
     assert len(data.train) + len(data.test) == before + 5
     said = capsys.readouterr().out
-    assert "warning: 4 files left out, which are no images by their names (2 .txt, 1 no ending, 1 .heic)" in said
+    assert "warning: 4 files left out, whose endings are not read (2 .txt, 1 no ending, 1 .heic): " in said
+    assert str(photos / "day" / "cat" / "raw.heic") in said
 
 
 def test_images_that_lie_deeper_or_higher_are_counted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +298,24 @@ def test_images_that_lie_deeper_or_higher_are_counted(photos: Path, capsys: pyte
     assert names(load_folder(photos).train) == before
     said = capsys.readouterr().out
     assert f"1 folder of images left out, which lie deeper than domain/class: {photos / 'day/cat/more'}" in said
-    assert f"1 image left out, in the folder of a domain and in none of a class: {photos / 'day/high.png'}" in said
+    assert f"1 image left out, in no folder of a class: {photos / 'day/high.png'}" in said
+
+
+def test_images_beside_the_folders_of_domains_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            write_image(tmp_path / split / "day" / name / "0.png")
+    before = load_folder(tmp_path)
+    beside = [tmp_path / name for name in ("0.png", "test/0.png", "train/0.png")]
+    for file in (*beside, tmp_path / ".0.png"):
+        write_image(file)
+    (tmp_path / "train" / "folder.png").mkdir()
+    (tmp_path / "test" / "notes.txt").touch()
+    capsys.readouterr()
+    after = load_folder(tmp_path, domains=("day",))
+    assert after.fingerprint == before.fingerprint
+    said = capsys.readouterr().out
+    assert f"warning: 3 images left out, in no folder of a class: {', '.join(map(str, beside))}\n" in said
 
 
 @pytest.mark.parametrize(
@@ -313,7 +333,9 @@ def test_a_folder_of_another_depth_says_what_to_give(tmp_path: Path, image: str,
     Image.new("RGB", (8, 8)).save(file, "PNG")
     if image.startswith("train"):
         write_image(tmp_path / "test" / "cat" / "1.png")
-    with pytest.raises(DataError, match=rf"holds no images as domain/class/image, nor below train and test; .*{hint}"):
+    with pytest.raises(
+        DataError, match=rf"holds no images as domain/class/image, also not below train and test; .*{hint}"
+    ):
         load_folder(tmp_path)
 
 
