@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import unicodedata
 from collections import defaultdict
@@ -38,22 +39,22 @@ def is_of_system(name: str) -> bool:
     return name.startswith(".") or name in _OF_SYSTEMS
 
 
-def check_spelling(what: str, places: Mapping[str, Iterable[str]]) -> None:
+def check_spelling(what: str, places: Mapping[str, Iterable[str]], label_of: Mapping[str, int] | None = None) -> None:
     """Raise DataError for names that are one by meaning and two by spelling: in case, Unicode form or blanks around.
 
     Args:
         what: The names are names of this: classes or domains.
         places: The names in each place. Two names that differ in case are two where one place has both: letters.
+        label_of: The labels of the names, where these make the classes: names of one label are one class.
     """
     spellings: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for place, names in places.items():
         for name in names:
             spellings[_plain(name).casefold()][name].add(place)
     for of_name in spellings.values():
-        if len(of_name) < 2:
-            continue
-        first, *others = sorted(of_name)
-        for other in others:
+        for first, other in itertools.combinations(sorted(of_name), 2):
+            if label_of is not None and label_of[first] == label_of[other]:
+                continue
             if _plain(first) == _plain(other) or not of_name[first] & of_name[other]:
                 raise DataError(
                     f"{what} {_seen(first)} ({some(sorted(of_name[first]))}) and {_seen(other)} "

@@ -35,6 +35,7 @@ def load_lists(config: DataConfig, seed: int) -> ImageCollection:
     """
     root = existing_root(config)
     lists, domains = _find_lists(root, config.domains or ())
+    used = set(config.domains or domains)
     rows: list[Row] = []
     label_of: dict[str, int] = {}
     classes_in: dict[str, set[str]] = {}
@@ -42,15 +43,16 @@ def load_lists(config: DataConfig, seed: int) -> ImageCollection:
     for (d, domain), split in itertools.product(enumerate(domains), SPLITS):
         file = lists / f"{domain}_{split}.txt"
         entries = list(_read_list(file, label_of))
-        classes_in[file.name] = {name for _, name in entries}
+        if domain in used:
+            classes_in[file.name] = {name for _, name in entries}
         way = _where_entries_are(root, lists, entries)
         shortened += [f"{way(entries[0][0])} for {entries[0][0]}"] if way.dropped else []
         rows += [(way(entry), name, d, split == "test") for entry, name in entries]
     if shortened:
         log.info(f"lists: paths are read without their first folders: {shortened[0]}")
-    check_spelling("classes", classes_in)
+    check_spelling("classes", classes_in, label_of)
     _warn_of_shared_labels(label_of)
-    _check_repeated([row for row in rows if domains[row[2]] in (config.domains or domains)], lists)
+    _check_repeated([row for row in rows if domains[row[2]] in used], lists)
     return collection(root, rows, domains, label_of, f"{config.source}: real images of data.root, split by its lists")
 
 

@@ -286,8 +286,8 @@ def test_images_of_every_usual_ending_count_and_others_are_counted_by_ending(
     data = load_folder(photos)
     assert len(data.train) + len(data.test) == before + 5
     said = capsys.readouterr().out
-    assert "warning: 4 files left out, whose endings are not read (2 .txt, 1 no ending, 1 .heic): " in said
-    assert str(photos / "day" / "cat" / "raw.heic") in said
+    assert "warning: 4 files left out, whose endings are not read " in said
+    assert f"(2 .txt, 1 no ending, 1 .heic): {photos / 'day/cat/list.txt'}, " in said
 
 
 def test_images_that_lie_deeper_or_higher_are_counted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,6 +387,16 @@ def test_letters_that_differ_in_case_are_classes_where_a_domain_has_both(tmp_pat
             for n in range(3):
                 write_image(tmp_path / domain / letter / f"{n}.png")
     assert load_folder(tmp_path).classes == ("A", "a")
+
+
+def test_all_spellings_are_compared_and_not_with_the_first_alone(tmp_path: Path) -> None:
+    """DOG and Dog are beside each other, and so are DOG and dog; Dog and dog are not."""
+    for domain, names_there in (("day", ("DOG", "Dog")), ("night", ("DOG", "dog"))):
+        for name in names_there:
+            for n in range(3):
+                write_image(tmp_path / domain / name / f"{n}.png")
+    with pytest.raises(DataError, match=r"^classes 'Dog' \(day\) and 'dog' \(night\) .* only in case"):
+        load_folder(tmp_path)
 
 
 def test_a_domain_of_two_spellings_is_refused(tmp_path: Path) -> None:
@@ -511,3 +521,15 @@ def test_a_class_of_two_spellings_in_lists_is_refused(domainnet: Path) -> None:
         rewrite(domainnet / f"sketch_{split}.txt", lambda line: line.replace("/bee/", "/Bee/").replace("g 1", "g 7"))
     with pytest.raises(DataError, match=r"^classes 'Bee' \(sketch_.*\) and 'bee' \(clipart_.*\) .* only in case"):
         load(domainnet)
+    assert load(domainnet, domains=("clipart",)).domains == ("clipart",), "another domain's spelling does not matter"
+
+
+def test_two_spellings_of_one_label_are_one_class(domainnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = load(domainnet)
+    (domainnet / "sketch/bee").rename(domainnet / "sketch/Bee")
+    for split in ("train", "test"):
+        rewrite(domainnet / f"sketch_{split}.txt", lambda line: line.replace("/bee/", "/Bee/"))
+    data = load(domainnet)
+    assert data.classes == CLASSES, "named as in the first list"
+    assert data.train.labels.tolist() == expected.train.labels.tolist()
+    assert "label 1 of bee, Bee" in capsys.readouterr().out
