@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # JPEG's segments with the size of the image: baseline, extended, progressive
 _BEGINNING = 2048  # bytes at the beginning of a file that are looked at
 _END = 32  # bytes at the end of a file that are looked at
-_COMPARED = 2000  # files whose content is read to find copies: most images differ at their ends
+_COMPARED = 2000  # files of a split whose content is read to find copies: most images differ at their ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +105,30 @@ class ImageFiles:
     def _warn_of_copies(
         self, train: np.ndarray, test: np.ndarray, of_train: Sequence[Inspected], of_test: Sequence[Inspected]
     ) -> None:
-        ends = {file.end: int(index) for index, file in zip(train, of_train, strict=True)}
-        alike = [(int(i), ends[file.end]) for i, file in zip(test, of_test, strict=True) if file.end in ends]
-        copies = [pair for pair in alike[:_COMPARED] if _content(self.path(pair[0])) == _content(self.path(pair[1]))]
+        many = Counter(file.end for file in (*of_train, *of_test))
+        shared = {file.end for file in of_train} & {file.end for file in of_test}
+        # First those whose end few images share: where many do, it is the border of a format without compression.
+        of_both = [
+            sorted(
+                (many[file.end], file.end, int(i)) for i, file in zip(indices, files, strict=True) if file.end in shared
+            )
+            for indices, files in ((train, of_train), (test, of_test))
+        ]
+        trained, tested = (self._contents([i for _, _, i in alike[:_COMPARED]]) for alike in of_both)
+        image_of = {content: i for i, content in reversed(trained.items())}
+        copies = sorted((i, image_of[content]) for i, content in tested.items() if content in image_of)
         if copies:
-            least = "at least " if len(alike) > _COMPARED else ""
+            least = "at least " if any(len(alike) > _COMPARED for alike in of_both) else ""
             test_image, train_image = map(self.path, copies[0])
             log.warning(
                 f"{least}{format_count(len(copies), 'test image is a copy', 'test images are copies')} of a training "
                 f"image, such as {test_image} of {train_image}: results may be too good"
             )
+
+    def _contents(self, indices: Sequence[int]) -> dict[int, bytes]:
+        """A sum of each file's content."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(indices, pool.map(lambda i: _content(self.path(i)), indices), strict=True))
 
     def version(self, indices: np.ndarray) -> bytes:
         """As `CheckedReader.version`, from the paths, the sizes and the times of the last change of the files."""

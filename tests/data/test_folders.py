@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lorafair.config.schema import DataConfig
+from lorafair.data import files as files_module
 from lorafair.data.images import DataError, ImageData, Split
 from lorafair.data.sources import load_images
 
@@ -430,6 +432,34 @@ def test_a_copy_of_a_training_image_in_the_test_is_said(tmp_path: Path, capsys: 
     copy.write_bytes((tmp_path / "train/day/cat/0.png").read_bytes())
     load_folder(tmp_path)
     assert f"warning: 1 test image is a copy of a training image, such as {copy} of " in capsys.readouterr().out
+
+
+def test_a_copy_is_found_among_images_of_one_border(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files without compression end in their upper border: size and end are those of all."""
+    read: list[Path] = []
+    content = files_module._content
+    monkeypatch.setattr(files_module, "_content", lambda path: (read.append(path), content(path))[1])
+    random = np.random.default_rng(0)
+    for split, name, n in itertools.product(("train", "test"), ("cat", "dog"), range(3)):
+        file = tmp_path / split / "day" / name / f"{n}.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((16, 16, 3), 255, np.uint8)
+        pixels[2:14, 2:14] = random.integers(0, 256, (12, 12, 3))
+        Image.fromarray(pixels).save(file)
+    image, copy = tmp_path / "train/day/cat/1.bmp", tmp_path / "test/day/dog/2.bmp"
+    copy.write_bytes(image.read_bytes())
+    load_folder(tmp_path)
+    said = f"1 test image is a copy of a training image, such as {copy} of {image}: "
+    assert f"warning: {said}" in capsys.readouterr().out
+    assert len(read) == len(set(read)) == 12, "each once"
+    monkeypatch.setattr(files_module, "_COMPARED", 4)
+    copy.write_bytes((tmp_path / "train/day/cat/0.bmp").read_bytes())
+    (tmp_path / "test/day/cat/0.bmp").write_bytes(copy.read_bytes())
+    load_folder(tmp_path)
+    assert "warning: at least 1 test image is a copy" in capsys.readouterr().out
+    assert len(read) == 12 + 4 + 4
 
 
 def test_a_folder_that_cannot_be_read_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
