@@ -65,6 +65,10 @@ class ImageFiles:
             with Image.open(path) as image:
                 return use(image)
         except _UNDECODABLE as error:
+            if _is_of_system(error):
+                raise DataError(
+                    f"{path} cannot be read now ({first_line(error)}); when it can be, the same command continues"
+                ) from error
             self._write_note(index)
             raise DataError(f"{path} cannot be decoded ({error}); repair it or leave it out of data.root") from error
 
@@ -193,8 +197,13 @@ def _inspect(path: Path) -> Inspected:
         return Inspected("of more pixels than can be decoded")
     except UnidentifiedImageError:
         return Inspected("not an image")
-    except _UNDECODABLE as error:  # one with a number is of the disk or the network
-        return Inspected("unreadable" if getattr(error, "errno", None) else "truncated or damaged")
+    except _UNDECODABLE as error:
+        return Inspected("unreadable" if _is_of_system(error) else "truncated or damaged")
+
+
+def _is_of_system(error: Exception) -> bool:
+    """Whether it comes from the disk or the network: such errors have a number. Else it is of the file's content."""
+    return getattr(error, "errno", None) is not None
 
 
 def _inspect_open(file: BinaryIO) -> Inspected:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import pickle
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from lorafair.data.files import ImageFiles, inspect_files
 from lorafair.data.images import DataError, ImagesInMemory, Split, StoredImages
@@ -60,6 +64,31 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff and then nothing of the kind\xff\xd9")
     with pytest.raises(DataError, match=r"broken\.jpg cannot be decoded .*data\.root"):
         reader(tmp_path / "broken.jpg").read(0, 16)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read_now_is_not_noted_as_damaged(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Image.Image, *arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    file = tmp_path / "image.png"
+    file.write_bytes(encode("PNG"))
+    files = replace(reader(file), note=tmp_path / "run" / "damaged.txt")
+    if number == errno.ENOENT:
+        file.unlink()
+    else:
+        monkeypatch.setattr(PngImageFile, "load", fail)
+    for read in (lambda: files.read(0, 8), lambda: files.picture(0)):
+        with pytest.raises(DataError, match=rf"image\.png cannot be read now \(.*{os.strerror(number)}.*continues$"):
+            read()
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    file.write_bytes(encode("PNG")[:-60] + bytes(60))
+    with pytest.raises(DataError, match=r"image\.png cannot be decoded"):
+        files.read(0, 8)
+    assert (tmp_path / "run" / "damaged.txt").read_text() == "image.png\n"
 
 
 def test_readers_travel_to_worker_processes_small(tmp_path: Path) -> None:
