@@ -139,7 +139,8 @@ def _read(record: Path) -> dict[str, Any] | None:
     try:
         with np.load(record) as opened:
             arrays: dict[str, Any] = {name: opened[name] for name in opened.files}
-        return arrays | json.loads(str(arrays["names"]))
+        names: dict[str, Any] = json.loads(str(arrays["names"]))
+        return arrays | names
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, BadZipFile) as error:
