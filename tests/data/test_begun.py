@@ -183,17 +183,20 @@ def test_a_run_that_begins_anew_forgets_and_one_that_continues_another_takes_ove
     assert images_begun_with(other, config(root), 0) is None, "a damaged record is not used"
 
 
+def options_of(root: Path) -> list[str]:
+    """A test image is damaged, and the first evaluation comes with round 3."""
+    return [
+        "data.source=folder", f"data.root={root}", "data.cache=never", "model.prefix_cache=never", "rounds=4",
+        "client.batch_size=2", "client.steps=1", "evaluation.every=3", "data.test_fraction=0.3",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mend", ["repaired", "left out"])
 def test_the_same_command_continues(
     tiny: Callable[..., Config], root: Path, mend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A test image is damaged, and the first evaluation comes with round 3."""
-    options = [
-        "data.source=folder", f"data.root={root}", "data.cache=never", "model.prefix_cache=never", "rounds=4",
-        "client.batch_size=2", "client.steps=1", "evaluation.every=3", "data.test_fraction=0.3",
-    ]  # fmt: skip
-    settings = tiny(*options)
+    settings = tiny(*options_of(root))
     fabric = make_fabric(settings.fabric)
     fabric.launch()
     with pytest.raises(LorafairError, match=rf"{BROKEN} cannot be decoded"):
@@ -209,3 +212,24 @@ def test_the_same_command_continues(
     (root / BROKEN).unlink(missing_ok=True)
     run_federation(fabric, settings)
     assert "this run was finished before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_another_option_of_the_images_is_refused_or_accepted_and_used(
+    tiny: Callable[..., Config], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = options_of(root)
+    settings = tiny(*options)
+    fabric = make_fabric(settings.fabric)
+    fabric.launch()
+    with pytest.raises(LorafairError, match=rf"{BROKEN} cannot be decoded"):
+        run_federation(fabric, settings)
+    save_image(root / BROKEN, seed=99, side=30)
+    options += ["data.train_images=4"]
+    with pytest.raises(LorafairError, match=r"data\.train_images is None there and 4 here; images is"):
+        run_federation(fabric, tiny(*options))
+    capsys.readouterr()
+    run_federation(fabric, tiny(*options, "accept=[data.train_images,images]"))
+    said = capsys.readouterr().out
+    assert "8 for training" in said
+    assert "continuing after round 2 of 4" in said
