@@ -13,7 +13,8 @@ from lorafair.checkpointing.folder import FOLDER
 from lorafair.cluster.placement import Placement
 from lorafair.cluster.slurm import slurm_job
 from lorafair.comparison.plan import Comparison
-from lorafair.config.schema import Config
+from lorafair.config.schema import FOLDER_SOURCES, Config
+from lorafair.data.listing import existing_root
 from lorafair.data.partition import clients_known_before
 from lorafair.errors import ConfigError
 from lorafair.experiment import check_client_ranks
@@ -44,6 +45,13 @@ def check_comparison(comparison: Comparison) -> None:
         except ConfigError as error:
             where = f"compare.methods.{method}" + (f" with compare.settings.{setting}" if setting != "default" else "")
             raise ConfigError(f"{where}: {error}") from error
+
+
+def check_data(*configs: Config) -> None:
+    """Raise DataError for a data.root that is no folder here. `lorafair slurm` leaves that to the nodes of the job."""
+    for config in configs:
+        if config.data.source in FOLDER_SOURCES and config.data.root is not None:
+            existing_root(config.data)
 
 
 def check_devices(config: Config, placement: Placement) -> None:

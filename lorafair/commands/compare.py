@@ -115,10 +115,11 @@ def compare_command(comparison: Comparison, part: Part) -> int:
     config = next(iter(comparison.configs.values()))
     placement = resolve_placement(config.fabric)
 
-    from lorafair.commands.checks import check_comparison, check_devices
+    from lorafair.commands.checks import check_comparison, check_data, check_devices
     from lorafair.comparison.run import run_comparison
 
     check_devices(config, placement)
+    check_data(*comparison.configs.values())
     check_comparison(comparison)
     what = (
         format_count(len(comparison.runs), "run")
@@ -135,9 +136,10 @@ def compare_command(comparison: Comparison, part: Part) -> int:
 
 
 def _compare_in_place(comparison: Comparison) -> None:
-    from lorafair.commands.checks import check_comparison
+    from lorafair.commands.checks import check_comparison, check_data
     from lorafair.comparison.run import run_comparison
 
+    check_data(*comparison.configs.values())
     check_comparison(comparison)
     config = next(iter(comparison.configs.values())).fabric
     with handling_signals(starting=True):

@@ -142,9 +142,10 @@ def run_command(config: Config) -> int:
     note_resume(config.resume)
     placement = resolve_placement(config.fabric)
 
-    from lorafair.commands.checks import check_devices, check_run
+    from lorafair.commands.checks import check_data, check_devices, check_run
 
     check_devices(config, placement)
+    check_data(config)
     check_run(config)
     check_free(config.folder)
 
@@ -244,8 +245,9 @@ def _check_callbacks(callbacks: Any) -> None:
 
 
 def _run_in_place(config: Config, callbacks: Sequence[Callback]) -> None:
-    from lorafair.commands.checks import check_run
+    from lorafair.commands.checks import check_data, check_run
 
+    check_data(config)
     check_run(config)
 
     from lorafair.federation import run_federation

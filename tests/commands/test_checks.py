@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import lorafair
 from lorafair.checkpointing.checkpoint import mark_begun
 from lorafair.cluster.placement import detect
 from lorafair.cluster.slurm import Job
-from lorafair.commands.checks import check_devices, check_run
+from lorafair.commands.checks import check_data, check_devices, check_run
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
+from lorafair.data.images import DataError
 from lorafair.errors import ConfigError
 from lorafair.federation import run_federation
 from tests.conftest import launched
@@ -50,3 +52,16 @@ def test_a_requeued_job_needs_the_checkpoint_that_it_began_from_no_more(
         check_run(config)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     check_run(config)
+
+
+def test_a_folder_of_images_that_is_not_there_is_found_before_processes_start(tmp_path: Path) -> None:
+    missing = load_config(["data.source=folder", f"data.root={tmp_path / 'images'}"])
+    there = load_config(["data.source=folder", f"data.root={tmp_path}"])
+    check_data(there, load_config([]))
+    with pytest.raises(
+        DataError, match=r"^data\.root=.*/images is not a folder that exists; data\.source=folder reads"
+    ):
+        check_data(there, missing)
+    with pytest.raises(DataError, match=r"is not a folder that exists"):
+        lorafair.run(["data.source=folder", f"data.root={tmp_path / 'images'}", f"run_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists(), "nothing is begun"
