@@ -47,7 +47,7 @@ def export_run(run_dir: Path, out: Path, *, peft: bool) -> str:
     trained = _load_run(run_dir)
     if peft and trained.folded:
         raise ConfigError(
-            f"{run_dir} merged updates into the frozen weights, which an adapter cannot hold; leave --peft"
+            f"{run_dir} merged updates into the frozen weights, which an adapter cannot hold; leave out --peft"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def _check_same_logits(model: AdaptedModel, wrapped: nn.Module) -> None:
     if not torch.allclose(given, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
         raise ConfigError(
             "as a PEFT adapter this model would give other logits: PEFT has no effect on layers whose weight the "
-            "backbone reads instead of calling them (attn.qkv of BEiT, EVA-02 and Swin V2); leave --peft"
+            "backbone reads instead of calling them (attn.qkv of BEiT, EVA-02 and Swin V2); leave out --peft"
         )
 
 
@@ -204,7 +204,8 @@ def _pooling(backbone: nn.Module) -> str:
     """How tokens are pooled, where it is not the default of the class: weights of a file may ask for that (fc_norm)."""
     pooling = inspect.signature(type(backbone).__init__).parameters.get("global_pool")
     mine = getattr(backbone, "global_pool", None)
-    return "" if pooling is None or mine in (None, pooling.default) else f', global_pool="{mine}"'
+    given = pooling is not None and isinstance(mine, str) and mine != pooling.default  # a module is the class's own
+    return f', global_pool="{mine}"' if given else ""
 
 
 def _short(values: list[float]) -> str:
