@@ -348,7 +348,7 @@ def test_npz_is_loaded_by_timm_and_whole(tmp_path: Path, capsys: pytest.CaptureF
     np.savez(file, **more)  # type: ignore[arg-type]
     assert "does not fit test_vit: it has 7 blocks, the model 6" in complaint(file)
     np.savez(file, **{name: array for name, array in arrays.items() if "block_5" not in name})  # type: ignore[arg-type]
-    assert "does not fit test_vit" in complaint(file)
+    assert "does not fit test_vit: it has 5 blocks, the model 6" in complaint(file)
     assert "timm has no loader of .npz files for mixer_s16_224" in complaint(file, replace(VIT, name="mixer_s16_224"))
     np.savez(file, **arrays | {"cls": np.full((1, 1, 64), np.nan)})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="holds NaN or infinity in 1 tensor: cls_token"):
@@ -392,6 +392,18 @@ def half_of(folder: Path, name: str, content: object) -> Path:
     return file
 
 
+def damaged_npz(folder: Path, damage: Callable[[bytes], bytes], *, compressed: bool = False) -> Path:
+    file = folder / "vit.npz"
+    (np.savez_compressed if compressed else np.savez)(file, **jax_arrays(STATE))  # type: ignore[arg-type]
+    file.write_bytes(damage(file.read_bytes()))
+    return file
+
+
+def overwritten(content: bytes) -> bytes:
+    """In the data of an array; the names of the archive, at its end, stay."""
+    return content[:2000] + b"\xff" * 200 + content[2200:]
+
+
 def zipped(folder: Path) -> Path:
     with zipfile.ZipFile(folder / "all.zip", "w") as archive:
         archive.writestr("weights.pth", b"...")
@@ -429,6 +441,10 @@ def written(content: bytes) -> Callable[[Path], Path]:
         (lambda folder: saved(folder, [1, 2]), "holds no state dict (names and tensors), but one list"),
         (lambda folder: saved(folder, {"accuracy": 0.9}), "holds no state dict"),
         (lambda folder: folder, "is a folder; name a file"),
+        (lambda folder: damaged_npz(folder, lambda content: content[: len(content) // 2]), "is damaged or cut short ("),
+        (lambda folder: damaged_npz(folder, lambda all: all[:-40] + all[-22:]), "is damaged or cut short ("),
+        (lambda folder: damaged_npz(folder, overwritten), "is damaged or cut short ("),
+        (lambda folder: damaged_npz(folder, overwritten, compressed=True), "is damaged or cut short ("),
         (zipped, "is a zip archive of weights.pth"),
         (written(b""), "is empty"),
         (written(b"\n<!DOCTYPE html><html>"), "is a web page instead of weights"),
@@ -444,6 +460,49 @@ def test_what_holds_no_weights_is_named_in_one_line(
 ) -> None:
     assert message in complaint(make(tmp_path))
     assert "this code ran" not in capfd.readouterr().out
+
+
+WEIGHT = "blocks.1.mlp.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda t: t.to(torch.int8), "int8"),
+        (lambda t: t.long(), "int64"),
+        (lambda t: t.to(torch.complex64), "complex64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda t: t.to_sparse(), "sparse_coo"),
+        (lambda t: t.to("meta"), "meta, without values"),
+    ],
+)
+def test_tensors_that_a_copy_would_change_are_named(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], kind: str
+) -> None:
+    content = {"model": prefixed("module.", STATE | {WEIGHT: change(STATE[WEIGHT])})}
+    file = saved(tmp_path, content)
+    text = complaint(file)
+    assert f"holds 1 tensor that cannot be taken as they are: {WEIGHT} ({kind}); save" in text
+    with pytest.raises(ConfigError, match=re.escape(text)):  # with memory, too
+        create_backbone(replace(VIT, weights=str(file)), 5, 0)
+
+
+def test_names_that_timm_converts_are_looked_at_as_well(tmp_path: Path) -> None:
+    official = {n.replace("ls1.gamma", "gamma_1"): t for n, t in state_of("deit3_small_patch16_224").items()}
+    official |= {n: t.to(torch.int8) for n, t in official.items() if n.endswith("gamma_1")}
+    text = complaint(saved(tmp_path, official), replace(VIT, name="deit3_small_patch16_224"))
+    assert "holds 12 tensors that cannot be taken as they are: blocks.0.ls1.gamma (int8), " in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_numbers_are_taken_and_counts_stay(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = timm.create_model("test_efficientnet").state_dict()
+    state = {name: t.to(dtype) if t.is_floating_point() else t + 5 for name, t in state.items()}
+    assert state["bn1.num_batches_tracked"].dtype == torch.int64
+    file, same = saved(tmp_path, state), timm.create_model("test_efficientnet", num_classes=5)
+    backbone = create_backbone(replace(VIT, name="test_efficientnet", image_size=None, weights=str(file)), 5, 0)
+    same.load_state_dict({n: t for n, t in state.items() if not n.startswith("classifier.")}, strict=False)
+    assert_holds(backbone, {n: t for n, t in same.state_dict().items() if not n.startswith("classifier.")})
 
 
 def test_nan_is_named_at_load(tmp_path: Path) -> None:

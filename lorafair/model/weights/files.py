@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lorafair.errors import ConfigError, first_line
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz", ".json")  # that weights usually have
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz", ".index.json")  # that weights usually have
 _BYTES_TOLD_BY = 512  # how much of a file's beginning is looked at
 _LONGEST_HEADER = 2**32  # bytes of JSON in a safetensors file; eight letters of a text read as a number are more
 _STATE_DICT_ALONE = "save the state dict alone where it was made: torch.save(model.state_dict(), 'weights.pth')"
@@ -84,7 +84,7 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 def check_file(path: Path) -> None:
     """Raise WeightsError where there is no file of this name to read from."""
     if path.is_dir():
-        inside = sorted(file.name for file in path.iterdir() if file.name.endswith((*SUFFIXES[:-1], ".index.json")))
+        inside = sorted(file.name for file in path.iterdir() if file.name.endswith(_ENDINGS))
         raise WeightsError(
             f"model.weights={path} is a folder; name a file" + (f" in it: {', '.join(inside[:5])}" if inside else "")
         )
@@ -95,11 +95,15 @@ def check_file(path: Path) -> None:
 
 
 def is_npz(path: Path) -> bool:
-    """Whether the file is an archive of NumPy arrays, which timm's own loaders read."""
-    if not zipfile.is_zipfile(path):
+    """Whether the file is an archive of NumPy arrays, which timm's own loaders read.
+
+    Not for what cannot be opened: `read_file` then says what it is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
@@ -153,7 +157,7 @@ def _read_safetensors(path: Path) -> object:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
 
 
 def _read_zip(path: Path) -> object:
@@ -161,7 +165,7 @@ def _read_zip(path: Path) -> object:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise WeightsError(f"model.weights={path} is a TorchScript program, not weights alone; {_STATE_DICT_ALONE}")
     if not any(name.endswith("/data.pkl") for name in names):
@@ -186,7 +190,7 @@ def _read_pickle(path: Path, *, mmap: bool = False) -> object:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle makes the reader fail in any way
-        raise _damaged(path) from error
+        raise damaged(path) from error
 
 
 def _refused(path: Path, text: str) -> WeightsError:
@@ -205,7 +209,7 @@ def _refused(path: Path, text: str) -> WeightsError:
         return WeightsError(
             f"model.weights={path} is damaged, or pickled in another way than torch.save does; {_STATE_DICT_ALONE}"
         )
-    return _damaged(path)
+    return damaged(path)
 
 
 def _read_index(path: Path) -> object:
@@ -229,7 +233,8 @@ def _read_index(path: Path) -> object:
     return tensors
 
 
-def _damaged(path: Path) -> WeightsError:
+def damaged(path: Path) -> WeightsError:
+    """For a file that is one of weights by its beginning, and cannot be read to its end."""
     size = path.stat().st_size
     return WeightsError(
         f"model.weights={path} is damaged or cut short ({size:,} bytes); copy or fetch it again, and compare the sizes"

@@ -10,6 +10,8 @@ import math
 import re
 import sys
 import warnings
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafair.console import format_count, some
 from lorafair.errors import first_line
-from lorafair.model.weights.files import WeightsError, check_file, is_npz, read_file
+from lorafair.model.weights.files import WeightsError, damaged, is_npz, read_file
 from lorafair.model.weights.selection import Selected, Shapes, select
 
 # Parts that training has beside the model: they are left out, and counted, where the model has none of these names.
@@ -34,12 +36,12 @@ _PREFIX_TOKENS = {
     "reg_token": "reg_token", "register_tokens": "reg_token", "storage_tokens": "reg_token",
 }  # fmt: skip
 _FAILS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, ZeroDivisionError)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # whose values a copy keeps
 _SHOWN = 3  # names of each kind in an error
 
 
 def select_from_file(path: Path, section: str | None, backbone: nn.Module, head: str) -> Selected | None:
     """The tensors of a file that are this backbone's; None for an .npz, which `load_npz` reads. Raises WeightsError."""
-    check_file(path)
     if is_npz(path):
         if section is not None:
             raise WeightsError(
@@ -64,9 +66,11 @@ def load_selected(backbone: nn.Module, head: str, selected: Selected, origin: st
     tensors = {name: tensor for name, tensor in selected.tensors.items() if not name.startswith(f"{head}.")}
     left_out = Counter(selected.left_out)
     left_out.update({head: len(selected.tensors) - len(tensors)})
+    _check_kinds(tensors, backbone, origin)
     if not is_meta(backbone):
         _check_finite(tensors, origin)
     converted = _converted(backbone, tensors, origin)
+    _check_kinds({name: tensor for name, tensor in converted.items() if not tensor.is_meta}, backbone, origin)
     unknown = (converted.keys() | tensors.keys()) - _shapes(backbone, head).keys()
     beside = {name: match[1] for name in unknown if (match := _BESIDE_MODEL.fullmatch(name)) is not None}
     left_out.update(beside.values())
@@ -87,13 +91,15 @@ def load_npz(backbone: nn.Module, head: str, path: Path, name: str) -> str:
         )
     parameters = {n: p for n, p in backbone.named_parameters() if not n.startswith(f"{head}.")}
     try:
+        _check_blocks_of_npz(backbone, path, name)
         with torch.no_grad(), torch.device("cpu"):
             for parameter in parameters.values():
                 parameter.fill_(math.nan)  # tells afterwards what was not loaded
             load(str(path))
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise damaged(path) from error
     except (*_FAILS, OSError) as error:
         raise WeightsError(f"model.weights={path} does not fit {name}: {first_line(error)}") from error
-    _check_blocks_of_npz(backbone, path, name)
     if not is_meta(backbone):
         _check_finite(parameters, str(path), "or is not in the file")
     return f"{len(parameters)} tensors of {path.name}; by timm's loader of .npz files"
@@ -108,6 +114,24 @@ def _shapes(backbone: nn.Module, head: str) -> Shapes:
 def is_meta(backbone: nn.Module) -> bool:
     """Whether it has names and shapes alone, and no memory."""
     return any(parameter.is_meta for parameter in backbone.parameters())
+
+
+def _check_kinds(tensors: Mapping[str, Tensor], backbone: nn.Module, origin: str) -> None:
+    """Raise WeightsError for what a copy would change or cannot be copied: quantised, complex, sparse or no values."""
+    own, bad = backbone.state_dict(), dict[str, str]()
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            bad[name] = "meta, without values"
+        elif tensor.layout != torch.strided:
+            bad[name] = str(tensor.layout)
+        elif own.get(name, tensor).is_floating_point() and tensor.dtype not in _FLOATS:
+            bad[name] = str(tensor.dtype)
+    if bad:
+        shown = some([f"{name} ({kind.removeprefix('torch.')})" for name, kind in bad.items()])
+        raise WeightsError(
+            f"model.weights={origin} holds {format_count(len(bad), 'tensor')} that cannot be taken as they are: {shown}"
+            "; save them where they were made as dense floating-point tensors with their values"
+        )
 
 
 def _check_finite(tensors: Mapping[str, Tensor], origin: str, more: str = "") -> None:
