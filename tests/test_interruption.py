@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,10 +117,10 @@ def test_work_given_ahead_as_to_a_gpu_changes_nothing(
     run(fabric, [*SIX_CLIENTS, f"run_dir={tmp_path / 'whole'}"])
     monkeypatch.setattr(training, "_cohorts_ahead", lambda device: 2)
     options = [*SIX_CLIENTS, f"run_dir={tmp_path / 'ahead'}"]
-    end, trained = run(fabric, options, asking_rank=asking_rank, after=1)
+    end, trained = run(fabric, options, asking_rank=asking_rank, after=2)
     if asking_rank == 0:
         assert end.startswith(f"stopped by SIGUSR1 in round 1 of 2, with {len(trained)} of its 6 clients done")
-        assert len(trained) == 4  # one is done when the signal comes, and three are in training
+        assert len(trained) == 5  # two are done when the signal comes, and three are in training
         end, more = run(fabric, options)
         trained += more
     assert (end, sorted(trained)) == ("done", sorted([*range(6), *range(6)]))
@@ -214,6 +215,35 @@ def test_a_run_stops_before_the_limit_of_its_job(tmp_path: Path) -> None:
     assert all(end.startswith("stopped by the job's time limit in round ") for end in ends)
     assert 2 < time.monotonic() - began < 30
     assert list_checkpoints(tmp_path)
+
+
+def test_work_given_ahead_counts_as_what_is_left_before_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: training returns at once, and a cohort's 100 s pass while its numbers are waited for."""
+    clock, given = [0.0], list[int]()
+    train_cohort, rows = TRAINER.train, training._CohortInTraining.rows
+
+    def at_once(trainer: Any, cohort: tuple[int, ...], *arguments: Any) -> Any:
+        given.append(len(given))
+        return train_cohort(trainer, cohort, *arguments)
+
+    def waited_for(cohort: Any) -> torch.Tensor:
+        clock[0] += 100
+        return rows(cohort)
+
+    monkeypatch.setattr(training, "_cohorts_ahead", lambda device: 1)
+    monkeypatch.setattr(training._Stopwatch, "seconds", lambda self: 100.0)
+    monkeypatch.setattr(TRAINER, "train", at_once)
+    monkeypatch.setattr(training._CohortInTraining, "rows", waited_for)
+    monkeypatch.setattr("lorafair.cluster.signals.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with handling_signals():
+        set_time_limit(350)
+        with pytest.raises(Interrupted, match="time limit in round 1 of 2, with 3 of its 6 clients done"):
+            run_federation(launched(1), load_config([*SIX_CLIENTS, f"run_dir={tmp_path}"]))
+    # 100 s for the first. The next two end at 300 s; a fourth, with the margin, would not have ended at 350 s.
+    assert len(given) == 3
+    assert clock[0] == 300
 
 
 @pytest.mark.slow

@@ -60,16 +60,17 @@ def train_clients(
             while len(in_training) > most:
                 oldest = in_training.popleft()
                 rows.append(limited(oldest.cohort, oldest.rows))
+                trained_at = time.perf_counter()
                 partial.add(oldest.cohort, rows[-1])
                 progress.clients_done(len(oldest.cohort))
+                stop.record_duration("cohort", oldest.stopwatch.seconds() + time.perf_counter() - trained_at)
 
         for cohort, steps in work:
-            if stop.is_set("cohort"):
+            if stop.is_set("cohort", pending=len(in_training)):
                 break
-            with stop.timed("cohort"):
-                batches = _counted(stream, steps, progress)
-                in_training.append(limited(cohort, partial_call(trainer.train, cohort, steps, batches)))
-                complete(ahead)
+            batches = _counted(stream, steps, progress)
+            in_training.append(limited(cohort, partial_call(trainer.train, cohort, steps, batches)))
+            complete(ahead if stop.knows("cohort") else 0)  # the first of all tells how long one takes
         complete(0)
     stop.is_set("rest of the round")
     width = experiment.layout.length_of(trainer.training.parts) + 2
@@ -86,7 +87,7 @@ class _Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-        self._began = self._seconds = time.perf_counter()
+        self._began, self._seconds = time.perf_counter(), 0.0
         if self._events:
             self._events[0].record()
 

@@ -112,9 +112,9 @@ class StopRequest:
         self._seconds, self._checked_at = seconds_between_requests(fabric, self._SECONDS), 0.0
         self._longest: dict[str, float] = {}
 
-    def is_set(self, next_kind: str) -> bool:
-        """Whether this rank should stop instead of starting work of this kind."""
-        request_stop_before_time_limit(self._longest.get(next_kind, 0.0))
+    def is_set(self, next_kind: str, pending: int = 0) -> bool:
+        """Whether this rank should stop instead of starting work of this kind, after so much of it that is pending."""
+        request_stop_before_time_limit((1 + pending) * self._longest.get(next_kind, 0.0))
         if self._store is not None and stop_requested() != NO_REASON:
             self._store.set(self._KEY, "")
         elif self._store is not None and time.monotonic() - self._checked_at > self._seconds:
@@ -123,12 +123,9 @@ class StopRequest:
                 request_stop(ANOTHER_RANK)
         return stop_requested() != NO_REASON
 
-    @contextmanager
-    def timed(self, kind: str) -> Iterator[None]:
-        """Record how long the block takes."""
-        began = time.monotonic()
-        yield
-        self.record_duration(kind, time.monotonic() - began)
+    def knows(self, kind: str) -> bool:
+        """Whether a duration of this kind was recorded."""
+        return kind in self._longest
 
     def record_duration(self, kind: str, seconds: float) -> None:
         """Work of this kind has taken so long; the longest duration is kept."""
