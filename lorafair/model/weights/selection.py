@@ -70,7 +70,7 @@ def select(content: Mapping[str, Any], shapes: Shapes, wanted: str | None, path:
         if (chosen := _chosen(places, wanted, path)) is not None:
             others = tuple(place.rstrip(".") for place in places if place != chosen)
             return _selected(flat, groups, chosen, others, layout)
-    return _selected(tensors, groups, *_chosen_group(tensors, groups, wanted, best, path), "")
+    return _selected(tensors, groups, _chosen_group(tensors, groups, wanted, best, path), (), "")
 
 
 def _flat(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Counter[str]]:
@@ -142,7 +142,7 @@ def _several(places: list[str], path: Path) -> WeightsError:
 
 def _chosen_group(
     tensors: Mapping[str, Tensor], groups: Counter[str], wanted: str | None, places: list[str], path: Path
-) -> tuple[str, tuple[str, ...]]:
+) -> str:
     """The group whose names are left to timm's conversion, with the wrappers' prefixes that all of its names have."""
     named = [group for group in groups if wanted is None or f".{wanted}." in f".{group}"]
     if not named:
@@ -155,7 +155,7 @@ def _chosen_group(
         (w for w in _WRAPPERS if all(name.startswith(chosen + w) for name in tensors if name.startswith(chosen))), ""
     ):
         chosen += wrapper
-    return chosen, ()
+    return chosen
 
 
 def _selected(
