@@ -222,7 +222,7 @@ def synchronisations(action: Any) -> list[str]:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """The gpu.py sets CUBLAS_WORKSPACE_CONFIG, which this needs, for this part."""
+    """It needs CUBLAS_WORKSPACE_CONFIG, which gpu.py sets for this part."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

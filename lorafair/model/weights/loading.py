@@ -52,7 +52,7 @@ def select_from_file(path: Path, section: str | None, backbone: nn.Module, head:
 
 
 def averages_tokens(selected: Selected, backbone: nn.Module) -> bool:
-    """Whether the weights average their tokens and then normalise, as MAE's do after fine-tuning, and the model not."""
+    """Whether the weights average tokens, then normalise, as MAE's do after fine-tuning, where the model does not."""
     theirs, mine = selected.tensors, dict(backbone.named_parameters())
     after, before = "fc_norm.weight", "norm.weight"  # after and before the average
     return after in theirs and before not in theirs and before in mine and after not in mine
