@@ -85,8 +85,8 @@ class LoRALinear(nn.Module):
         A = self.A if self.client_scales is None else self.A * self.client_scales[:cohort]
         kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
         if x.is_cuda and not torch.compiler.is_compiling():  # compilers fuse by themselves
-            rows, left = (tensor.reshape(cohort, -1, x.shape[-1]) for tensor in (x, kept))  # (C, N..., I)
-            dropped = None if kept is x else left
+            rows = x.reshape(cohort, -1, x.shape[-1])  # (C, N..., I)
+            dropped = None if kept is x else kept.reshape(rows.shape)
             product = adapted_product(rows, self.base.weight, bias, A, self.B, self.scaling, dropped)
             return product.view(*x.shape[:-1], product.shape[-1])
         out = F.linear(x, self.base.weight, bias)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lorafair.model.adapted_product import adapted_product
 from lorafair.model.lora import LoRALinear
+from tests.torch_private import TorchDispatchMode
 
 C, N, R, IN, OUT = 3, 5, 2, 7, 4
 SCALING = 1.7
@@ -92,3 +93,22 @@ def test_a_layer_gives_the_same_either_way(autocast: bool) -> None:
     for mine, theirs in zip(gradients(product), gradients(expected), strict=True):
         assert (mine - theirs).float().norm() <= tolerance * theirs.float().norm()
         assert mine.dtype == theirs.dtype
+
+
+def test_what_enters_a_layer_is_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: an input that is a view of another layout is copied by one pass, and not by two."""
+    layer, copies = LoRALinear(nn.Linear(IN, OUT), R, alpha=1.0), list[torch.Size]()
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.clone.default:
+                copies.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(6, IN, N, generator=torch.Generator().manual_seed(0)).mT  # (images, rows, I)
+    expected = layer(x)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    with Copies():
+        found = layer(x)
+    torch.testing.assert_close(found, expected)
+    assert copies.count(x.shape) == 1
