@@ -138,6 +138,10 @@ def _check_client_ranks(config: DictConfig) -> None:
             f"model.lora.client_rank_probabilities={list(probabilities)} must be one probability for each of the "
             f"{len(ranks)} model.lora.client_ranks, and sum to 1"
         )
+    if lora.client_scaling == "own" and set(ranks) == {lora.rank}:
+        raise ConfigError(
+            f"model.lora.client_scaling=own has no effect: all model.lora.client_ranks are model.lora.rank={lora.rank}"
+        )
 
 
 def _is_distribution(probabilities: Sequence[float], count: int) -> bool:

@@ -95,6 +95,8 @@ def test_ranks_are_one_number_a_list_or_a_distribution(tmp_path: Path) -> None:
     assert ranks(str(file), "model.lora.rank=[1, 2]") == (2, (1, 2), None)
     with pytest.raises(ConfigError, match=r"model\.lora\.rank=8 would leave model\.lora\.client_ranks=\[4, 16, 8\]"):
         ranks(str(file), "model.lora.rank=8")
+    # s = alpha / 2 of all clients, instead of alpha / 4
+    assert ranks("model.lora.rank=4", "model.lora.client_ranks=[2, 2]", "model.lora.client_scaling=own")[1] == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,10 @@ def test_ranks_are_one_number_a_list_or_a_distribution(tmp_path: Path) -> None:
     [
         (["model.lora.rank=[4, x]"], r"model\.lora\.rank=.* must be a whole number, a list of them, or a distribution"),
         (["model.lora.rank=[4, 2]", "model.lora.client_ranks=[1]"], r"gives the ranks of clients already"),
+        (
+            ["model.lora.rank=[4, 4]", "model.lora.client_scaling=own"],
+            r"model\.lora\.client_scaling=own has no effect: all model\.lora\.client_ranks are model\.lora\.rank=4$",
+        ),
         (["client.optimizr=sgd"], r"no option client\.optimizr; did you mean client\.optimizer\?"),
         (["clint.optimizer=sgd"], r"no option clint; did you mean client\? options: seed, rounds"),
         (["client.optimizer=lion"], r"client\.optimizer=lion is not possible; possible: sgd, adamw$"),
