@@ -42,7 +42,7 @@ from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluator
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
-from lorafair.model.backbone import build_model, image_size_of
+from lorafair.model.backbone import build_model
 from lorafair.registry import METHODS
 from lorafair.schedule import Scheduler
 from lorafair.seeding import seeded
@@ -305,7 +305,7 @@ def cohort_size(config: Config, clients: tuple[Client, ...], model: AdaptedModel
     if most <= 1:
         return 1
     batch = min(config.client.batch_size, max(len(client.indices) for client in clients))
-    numbers = batch * model.numbers_per_image(image_size_of(config.model))
+    numbers = batch * model.numbers_per_image()
     return max(1, min(most, int(NUMBERS_OF_STEP[kind] / numbers)))
 
 

@@ -443,7 +443,7 @@ def test_clients_side_by_side_as_many_as_pay_whatever_the_ranks(tiny: Tiny, tmp_
     assert [size(clients) for clients in (6, 31, 32, 100)] == [1, 1, 2, 6]  # 16 cohorts at least
     assert size(100, "federation.clients_per_round=40") == 2
     assert size(100, "client.cohort=9") == 9
-    per_image = build_model(tiny().model, classes=4, seed=0).numbers_per_image(32)
+    per_image = build_model(tiny().model, classes=4, seed=0).numbers_per_image()
     assert size(100_000) == int(NUMBERS_OF_STEP["cpu"] / (16 * per_image))
 
     rows = []

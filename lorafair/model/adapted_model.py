@@ -92,12 +92,12 @@ class AdaptedModel(nn.Module):
         return x
 
     @torch.inference_mode()
-    def numbers_per_image(self, size: int) -> float:
-        """How many numbers of an image (side `size`) enter an adapted layer, on average over these layers."""
+    def numbers_per_image(self) -> float:
+        """How many numbers of an image enter an adapted layer, on average over these layers."""
         entering: list[int] = []
         layers = [module for module in self.backbone.modules() if isinstance(module, LoRALinear)]
         hooks = [m.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0].numel())) for m in layers]
-        self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.mean.device))
+        self(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.mean.device))
         for hook in hooks:
             hook.remove()
         return sum(entering) / len(entering)

@@ -213,7 +213,7 @@ def test_weights_that_are_not_finite_are_not_blamed_on_the_adapters() -> None:
 
 
 def test_what_enters_a_layer_whose_weight_is_read_is_counted() -> None:
-    assert model("tiny_beit", "attn.qkv").numbers_per_image(32) == (1 + 2 * 2) * 16
+    assert model("tiny_beit", "attn.qkv").numbers_per_image() == (1 + 2 * 2) * 16
 
 
 def test_only_a_linear_product_can_be_given_the_weight_of_an_adapted_layer() -> None:
