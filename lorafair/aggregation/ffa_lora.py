@@ -26,5 +26,8 @@ class FFALoRA(Aggregator):
         return ("B", "head")
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
-        """(A0, B̄); clients hold A0, or its first rows where LoRA ranks differ."""
+        """(A0, B̄); clients hold A0, or its first rows where LoRA ranks differ.
+
+        A0 is found from them for calls without `start`; with it, `aggregate` keeps the A that was sent.
+        """
         return LayerUpdate(LoRAFactors(A=shared_a(clients, weights), B=weighted_mean(clients.B, weights)))
