@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lorafair import third_party
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
+from lorafair.data.loading import number_of_batches
 from lorafair.data.partition import Client
 from lorafair.experiment import cohort_size
 from lorafair.model.adapted_model import AdaptedModel
@@ -97,9 +97,11 @@ def training(case: Federation, parts: Parts, gpus: int) -> tuple[RoundPlan, list
     )  # fmt: skip
 
     def seconds(members: tuple[int, ...]) -> float:
-        images = [(local.epochs or 1) * case.sizes[client] for client in members]
-        steps = sum(math.ceil(max(case.sizes[c] for c in members) / local.batch_size) for _ in range(local.epochs or 1))
-        return max(steps * parts.step, sum(images) / parts.images_per_second) + parts.cohort
+        sizes = [case.sizes[client] for client in members]
+        steps = [number_of_batches(size, local) for size in sizes]
+        # The last batch of every pass over a client's images may be smaller than the others.
+        images = sum(size * n / math.ceil(size / local.batch_size) for size, n in zip(sizes, steps, strict=True))
+        return max(max(steps) * parts.step, images / parts.images_per_second) + parts.cohort
 
     alone = scheduler.plan(0, {})
     taken = {
@@ -211,7 +213,6 @@ def parts_of(given: argparse.Namespace) -> Parts:
 def main() -> None:
     given = options()
     parts, config = parts_of(given), load_config([CONFIG, "data.root=/not/read"])
-    third_party.make_torchvision_importable()
     with torch.device("meta"):
         model = build_model(dataclasses.replace(config.model, weights="random"), CLASSES, seed=0).attach("meta")
     print(f"PREDICTION, not measured: {CONFIG}, {model.adapters.layout.length:,} numbers a client")

@@ -25,7 +25,7 @@ FREE = Parts(
 
 @pytest.fixture
 def case() -> Federation:
-    model: Any = SimpleNamespace(adapters=SimpleNamespace(layout=LAYOUT), numbers_per_image=lambda size: 10**6)
+    model: Any = SimpleNamespace(adapters=SimpleNamespace(layout=LAYOUT), numbers_per_image=lambda: 10**6)
     return federation(load_config(["data.source=synthetic", "client.batch_size=32"]), model, 40, sigma=1.0)
 
 
@@ -70,3 +70,11 @@ def test_a_step_takes_its_shortest_time_however_few_images_it_has(case: Federati
     _, loads = training(case, slow, 1)
     steps = sum(math.ceil(size / 32) for size in case.sizes)
     assert loads[0] == pytest.approx(10 * steps + len(case.sizes))
+
+
+def test_clients_of_so_many_steps_train_as_many_however_large_they_are(case: Federation) -> None:
+    fixed = replace(case, config=load_config(["data.source=synthetic", "client.batch_size=32", "client.steps=7"]))
+    _, loads = training(fixed, replace(FREE, step=10.0, images_per_second=math.inf), 1)
+    assert loads[0] == pytest.approx(10 * 7 * len(case.sizes))
+    _, loads = training(fixed, FREE, 1)
+    assert loads[0] == pytest.approx(sum(7 * size / math.ceil(size / 32) for size in case.sizes) / 100)

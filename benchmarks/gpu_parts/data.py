@@ -11,6 +11,7 @@ from bare_loop import open_experiment
 from loading import write_images
 
 from lorafair.config import FabricConfig, load_config
+from lorafair.data.loading import on_device
 from lorafair.experiment import Experiment
 from lorafair.launch import in_place
 
@@ -70,11 +71,11 @@ def way(part: Part, table: Any, name: str, options: Sequence[str]) -> None:
 
 
 def loader(experiment: Experiment, batch: int) -> Callable[[], None]:
-    """All clients' images once, to the device."""
+    """All clients' images once, to the device as training gets them."""
     parts = [c.indices[i : i + batch] for c in experiment.clients for i in range(0, len(c.indices), batch)]
 
     def load() -> None:
-        for inputs in experiment.inputs.train.batches(parts):
-            inputs.to(experiment.fabric.device, non_blocking=True)
+        for _ in on_device(experiment.inputs.train.batches(parts), experiment.fabric.device):
+            pass
 
     return load

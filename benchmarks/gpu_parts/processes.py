@@ -29,7 +29,6 @@ KILLED, GROUPED, SHARING = "killed", "one process, a group of its own", "two pro
 class Children:
     """The processes by what they show, and where their output goes."""
 
-    options: tuple[str, ...]
     running: dict[str, list[subprocess.Popen[bytes]]] = field(default_factory=dict)
     folder: Path = Path()
     done_when_killed: int = 0  # clients of round 2; 0 if the run had ended before
@@ -130,7 +129,7 @@ class Children:
 @contextlib.contextmanager
 def started(part: Part, options: tuple[str, ...]) -> Iterator[Children]:
     """The children at work; none is left behind."""
-    children = Children(options, folder=part.scratch / "processes")
+    children = Children(folder=part.scratch / "processes")
     children.folder.mkdir(parents=True, exist_ok=True)
     given = [*options, f"fabric.accelerator={part.accelerator}", "method.name=lora_fair"]
     python = sys.executable

@@ -1,4 +1,4 @@
-"""From the command to the end of the first step of local training, with and without compilation."""
+"""Part g: from the command to the end of the first step of local training, with and without compilation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ CODE = """
 import os, sys, time
 out, *arguments = sys.argv[1:]
 from lorafair import cli
-def hook():
-    import torch
-    from lorafair.client.cohort import LocalTraining
-    step = LocalTraining.step
-    def first(self, *given, **options):
-        step(self, *given, **options)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        open(out, "w").write(str(time.time()))
-        os._exit(0)
-    LocalTraining.step = first
-hook()
+import torch
+from lorafair.client.cohort import LocalTraining
+step = LocalTraining.step
+def first(self, *given, **options):
+    step(self, *given, **options)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    open(out, "w").write(str(time.time()))
+    os._exit(0)
+LocalTraining.step = first
 sys.exit(cli.main(arguments))
 """
 
@@ -39,7 +37,7 @@ def run(part: Part) -> None:
         "compiled, the cache is warm": compiled,
     }
     if part.tiny:
-        settings: dict[str, tuple[str, ...]] = {"not compiled": ()}
+        settings = {"not compiled": ()}
     taken: dict[str, float] = {}
     for name, options in settings.items():
 

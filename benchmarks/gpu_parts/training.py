@@ -17,7 +17,7 @@ OTHERS = ("mixer_b16_224", "vit_large_patch16_224")
 
 
 def size_of(part: Part, model: str = "vit_base_patch16_224", dropout: float = 0.0) -> Size:
-    """The work of the issue's goals, or a tiny one."""
+    """The work that the goals are set for, or a tiny one."""
     if part.tiny:
         return Size("test_vit", 32, 4, batch=8, steps=2, dropout=dropout)
     return Size(model, 224, 16, batch=128, steps=8 if "large" not in model else 4, dropout=dropout)
@@ -53,7 +53,7 @@ def base(part: Part) -> None:
     part.attempt("bf16, compiled", lambda: compiled(part, compare, size, half, repeats))
     if part.on_gpu:
         part.attempt("bf16 as a CUDA graph", lambda: compare.ways(
-            {"bf16, step as a CUDA graph": work.as_graph(torch.bfloat16)}, work, repeats))  # fmt: skip
+            {"bf16, step as a CUDA graph": work.as_graph()}, work, repeats))  # fmt: skip
         part.attempt("bf16, compiled with CUDA graphs", lambda: reduced(part, compare, size, half, repeats))
     part.attempt("bf16, dropout", lambda: compare(
         "bf16, dropout 0.1", Work(size_of(part, dropout=0.1), part.device), half, repeats))  # fmt: skip
@@ -161,7 +161,7 @@ def _compile(part: Part, work: Work, compare: _Comparison, autocast: Any, repeat
 
 
 def goals(part: Part, compare: _Comparison) -> None:
-    """Beside the issue's: the best bf16 that a run can have, against the best bare loop."""
+    """The best bf16 that a run can have, against the best bare loop."""
     bf16 = {name: rate for name, rate in compare.rates.items() if name.startswith("bf16") and "dropout" not in name}
     bare = [rate for name, rate in bf16.items() if "bare" in name]
     possible = ("bf16", "bf16, compiled", "bf16, compiled, CUDA graphs")  # by the options of a run

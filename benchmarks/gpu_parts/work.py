@@ -58,10 +58,10 @@ def build(size: Size) -> AdaptedModel:
 class Work:
     """The same images and start for all ways of training on them."""
 
-    def __init__(self, size: Size, device: torch.device, model: AdaptedModel | None = None, widest: int = 1) -> None:
+    def __init__(self, size: Size, device: torch.device, widest: int = 1) -> None:
         """`widest` is the largest cohort."""
         self.size, self.device = size, device
-        self.model = model or build(size)
+        self.model = build(size)
         self.flop = flop_of_an_image(self.model, size.pixels)
         self.plain = copy.deepcopy(self.model.backbone)
         self.model.attach(device, widest)
@@ -137,8 +137,8 @@ class Work:
 
         return train
 
-    def as_graph(self, dtype: torch.dtype | None) -> Callable[[], None]:
-        """The package's step of one client, captured once as a CUDA graph and replayed; autocast to `dtype`.
+    def as_graph(self) -> Callable[[], None]:
+        """The package's step of one client, in bf16, captured once as a CUDA graph and replayed.
 
         As https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs asks: steps on a side stream first, inputs
         that stay where they are, no cache of autocast, SGD, which needs no `capturable`.
@@ -153,7 +153,7 @@ class Work:
 
         def step() -> None:
             gradient.zero_()
-            with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+            with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
                 logits = self.model(self.images)
             client_losses(logits, self.labels.unsqueeze(0), weights).sum().backward()
             rule.apply(gradient, adapters.flat.data)
