@@ -482,7 +482,7 @@ def test_tensors_that_a_copy_would_change_are_named(
     content = {"model": prefixed("module.", STATE | {WEIGHT: change(STATE[WEIGHT])})}
     file = saved(tmp_path, content)
     text = complaint(file)
-    assert f"holds 1 tensor that cannot be taken as they are: {WEIGHT} ({kind}); save" in text
+    assert f"holds 1 tensor of another kind of numbers: {WEIGHT} ({kind}); save" in text
     with pytest.raises(ConfigError, match=re.escape(text)):  # with memory, too
         create_backbone(replace(VIT, weights=str(file)), 5, 0)
 
@@ -491,7 +491,7 @@ def test_names_that_timm_converts_are_looked_at_as_well(tmp_path: Path) -> None:
     official = {n.replace("ls1.gamma", "gamma_1"): t for n, t in state_of("deit3_small_patch16_224").items()}
     official |= {n: t.to(torch.int8) for n, t in official.items() if n.endswith("gamma_1")}
     text = complaint(saved(tmp_path, official), replace(VIT, name="deit3_small_patch16_224"))
-    assert "holds 12 tensors that cannot be taken as they are: blocks.0.ls1.gamma (int8), " in text
+    assert "holds 12 tensors of another kind of numbers: blocks.0.ls1.gamma (int8), " in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -129,7 +129,7 @@ def _check_kinds(tensors: Mapping[str, Tensor], backbone: nn.Module, origin: str
     if bad:
         shown = some([f"{name} ({kind.removeprefix('torch.')})" for name, kind in bad.items()])
         raise WeightsError(
-            f"model.weights={origin} holds {format_count(len(bad), 'tensor')} that cannot be taken as they are: {shown}"
+            f"model.weights={origin} holds {format_count(len(bad), 'tensor')} of another kind of numbers: {shown}"
             "; save them where they were made as dense floating-point tensors with their values"
         )
 
