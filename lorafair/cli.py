@@ -114,13 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The process of the command: `main`, and its exit status."""
+    console.open_missing_outputs()
     status = main()
     for name in SCHEDULER_SIGNALS:  # a signal while Python shuts down must not fail a completed run
         signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
+    console.flush_outputs()
     # A collective that a lost process has left open, or a worker process that hangs, keeps Python from ending.
     if status in (FAILED, INTERRUPTED):
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 log = logging.getLogger("lorafair")
@@ -44,19 +44,49 @@ class _Console(logging.Handler):
         self.progress_shown = not stays
 
 
-def write_text(stream: TextIO, text: str) -> None:
+def write_text(stream: TextIO | None, text: str) -> OSError | None:
     """Write and flush. What the stream's encoding lacks, or a file name has that is no text, becomes \\x.., \\u....
 
-    Never an error: a run goes on when its reader is gone.
+    Raises nothing, because a run goes on when nobody can read it. Returns what has failed, if no reader has just left.
     """
+    if stream is None:  # the process was started without it
+        return None
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except ValueError:  # it was closed
-        return
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return None
+    except OSError as error:  # the reader, such as `head`, or the terminal is gone, or the disk is full
+        _send_to_nowhere(stream)
+        return None if isinstance(error, BrokenPipeError) else error
+    return None
+
+
+def _send_to_nowhere(stream: TextIO) -> None:
+    """What is written from now on, and what the stream still holds, which Python would write again at its end."""
+    with suppress(OSError):  # it has no number
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+        finally:
+            os.close(nowhere)
+
+
+def open_missing_outputs() -> None:
+    """Give this process a stdout and a stderr that lead nowhere, where it was started without: `>&-`, `2>&-`."""
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def flush_outputs() -> None:
+    """Write what stdout and stderr hold, of libraries too, where that is possible."""
+    write_text(sys.stdout, "")
+    write_text(sys.stderr, "")
 
 
 def write_error(text: str) -> None:
@@ -119,7 +149,7 @@ class Progress:
     @property
     def is_due(self) -> bool:
         """Whether `show` would print now: ask before counting takes time."""
-        pause = _TERMINAL_SECONDS if sys.stdout.isatty() else _LOG_SECONDS
+        pause = _TERMINAL_SECONDS if _is_on_terminal() else _LOG_SECONDS
         return _console.rank == 0 and _console in log.handlers and time.monotonic() - self._shown >= pause
 
     def show(self, done: int, more: str = "") -> None:
@@ -133,7 +163,7 @@ class Progress:
             f"{self._what}: {more}{done:,} of {self._total:,} {self._unit}, {done / passed:,.0f}/s, "
             f"{clock_text(left)} left"
         )
-        if sys.stdout.isatty():
+        if _is_on_terminal():
             _console.write(ERASE_LINE + line[: _columns() - 1], stays=False)
         else:
             _console.write(f"{line}\n")
@@ -142,6 +172,13 @@ class Progress:
         """Take the line off the terminal."""
         if _console.progress_shown:
             _console.write("")
+
+
+def _is_on_terminal() -> bool:
+    try:
+        return sys.stdout.isatty()
+    except (AttributeError, ValueError):  # there is none, or it was closed
+        return False
 
 
 def _columns() -> int:

@@ -369,7 +369,7 @@ def report_failure(error: Exception) -> int:
             lost += f"; {places}" if places else ""
         what = f"{lost} ({what[:200]})"
     else:
-        traceback.print_exception(error)
+        console.write_error("".join(traceback.format_exception(error)).rstrip())
     console.write_error(f"error: {process_name()}: {what}{outlook()}")
     stop_watchdog(failed=True)
     return FAILED

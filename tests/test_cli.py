@@ -72,6 +72,32 @@ def test_a_reader_that_is_gone_is_no_error(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """A line of shell, with the command as $LORAFAIR."""
+    environment = {**os.environ, "LORAFAIR": f"{sys.executable} train.py"}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
+    )
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "&-"])
+def test_an_output_that_cannot_be_written_is_no_error(output: str) -> None:
+    """/dev/full is as a full disk, &- as a service that was started without; a terminal that is gone gives EIO."""
+    done = shell(f"$LORAFAIR --version >{output}")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = shell(f"$LORAFAIR run rounds=none 2>{output}")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.slow
+def test_a_batch_script_that_cannot_be_written_to_stdout_is_an_error() -> None:
+    done = shell("$LORAFAIR slurm synthetic.yaml >/dev/full")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the script cannot be written to stdout (No space left on device); --out=FILE names a file\n"
+    )
+
+
 @pytest.mark.parametrize("key", ["run_dir", "data.root"])
 def test_a_name_that_is_not_utf_8_is_one_line(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "synthetic.yaml", f"{key}=caf\udce9"]) == 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -108,6 +111,38 @@ def test_a_log_gets_a_line_a_minute(
         "evaluation: 4,800 of 10,000 images, 40/s, 2:10 left",
         "evaluation: 7,200 of 10,000 images, 40/s, 1:10 left",
     ]
+
+
+def test_progress_goes_on_without_a_stdout(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stdout in (None, closed):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        progress = Progress("evaluation", 10, "images")
+        clock.append(clock[-1] + 100)
+        progress.show(5)
+        assert not progress.is_due, "it has shown something"
+        progress.close()
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def terminal_that_is_gone() -> int:
+    user, process = os.openpty()
+    os.close(user)
+    return process
+
+
+@pytest.mark.parametrize(("output", "why"), [(full_disk, errno.ENOSPC), (terminal_that_is_gone, errno.EIO)])
+def test_an_output_that_fails_leads_nowhere_from_then_on(output: Callable[[], int], why: int) -> None:
+    """Also what the stream still holds: else closing it is an error, and Python's exit status 120."""
+    with open(output(), "w") as stream:
+        error = console.write_text(stream, "a line\n")
+        assert error is not None
+        assert error.errno == why
+        assert console.write_text(stream, "a line\n") is None
 
 
 def test_numbers_as_a_reader_wants_them() -> None:

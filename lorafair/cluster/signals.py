@@ -12,9 +12,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+
+from lorafair.cluster.backstop import stderr_number
+from lorafair.console import ERASE_LINE
 
 # Reasons, in rising priority; the ranks agree on the largest.
 NO_REASON, ANOTHER_RANK, TIME_LIMIT = 0, 1, 100
@@ -174,7 +177,12 @@ def _handle(number: int, _frame: FrameType | None) -> None:
             _state.at_once = time.monotonic()
             raise KeyboardInterrupt
         _state.ctrl_c = True
-        if os.isatty(2):
-            os.write(2, b"\r\x1b[K")  # in place of a progress line
-        os.write(2, b"stopping once the clients in training are done; press Ctrl-C again to stop at once\n")
+        _tell("stopping once the clients in training are done; press Ctrl-C again to stop at once")
     request_stop(number)
+
+
+def _tell(line: str) -> None:
+    """Print from a handler, which may have interrupted a print; nothing where stderr cannot be written."""
+    start = ERASE_LINE if os.isatty(stderr_number()) else ""  # in place of a progress line
+    with suppress(OSError):
+        os.write(stderr_number(), f"{start}{line}\n".encode())

@@ -73,7 +73,8 @@ def slurm_command(arguments: Sequence[str], options: Options) -> None:
     file = options.out or (batch.logs / "job.sbatch" if options.submit else None)
     script = batch_script(batch, options, beside=file.parent if file else Path())
     if file is None:
-        write_text(sys.stdout, script)
+        if error := write_text(sys.stdout, script):
+            raise SubmissionError(f"the script cannot be written to stdout ({error.strerror}); --out=FILE names a file")
         write_error("this is a dry run; --out=FILE writes the script, --submit hands it to sbatch")
         return
     write_script(script, file)

@@ -128,6 +128,13 @@ def test_ctrl_c_ends_a_start_at_once_and_lets_clients_finish_afterwards() -> Non
         assert stop_requested() == signal.SIGINT
 
 
+def test_a_first_ctrl_c_is_heard_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "wb") as full, handling_signals():
+        monkeypatch.setattr(signals, "stderr_number", full.fileno)
+        send(signal.SIGINT)
+        assert stop_requested() == signal.SIGINT
+
+
 def test_what_a_stop_has_still_to_do_is_not_interrupted_by_a_first_ctrl_c() -> None:
     with handling_signals(starting=True):
         with pytest.raises(RuntimeError), finishing_clients():

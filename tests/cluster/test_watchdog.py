@@ -23,10 +23,11 @@ from tests.conftest import TINY
 ROOT = Path(__file__).parents[2]
 
 
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, which the watchdog may end."""
+def python(code: str, *arguments: str, outputs: str = "") -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which the watchdog may end; `outputs` as a shell has them: 2>/dev/full."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    command = ["bash", "-c", f'exec "$@" {outputs}', "bash", *command]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
 
 
@@ -48,6 +49,21 @@ def test_what_gets_no_further_ends_the_process_after_saving() -> None:
     assert "error: process 0: client photo has got no further for 0.2 seconds; what is saved stays" in ended.stderr
     assert "time.sleep" not in ended.stderr
     assert "<string>" in ended.stderr  # where it hangs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outputs", ["2>/dev/full", "2>&-"])
+def test_a_process_that_hangs_is_ended_where_nobody_can_be_told(outputs: str) -> None:
+    ended = python(
+        """
+        import threading
+        from lorafair.cluster.watchdog import start_watchdog
+        with start_watchdog("process 0").deadline("client photo", 0.2):
+            threading.Event().wait(20)
+        """,
+        outputs=outputs,
+    )
+    assert ended.returncode == 1
 
 
 @pytest.mark.slow
@@ -233,6 +249,16 @@ def test_a_lost_process_is_one_line_and_any_other_failure_has_its_traceback(
     assert line.count("\n") == 1
     assert "Traceback" in fail(ZeroDivisionError(text))
     assert not is_peer_loss(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_failure_whose_traceback_nobody_can_read_has_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert cli.main([]) == 1
 
 
 @pytest.mark.slow
