@@ -18,6 +18,7 @@ from types import FrameType
 
 from lorafair.cluster.backstop import stderr_number
 from lorafair.console import ERASE_LINE
+from lorafair.errors import LorafairError
 
 # Reasons, in rising priority; the ranks agree on the largest.
 NO_REASON, ANOTHER_RANK, TIME_LIMIT = 0, 1, 100
@@ -83,10 +84,20 @@ def handling_signals(*, starting: bool = False) -> Iterator[None]:
 
 @contextmanager
 def finishing_clients() -> Iterator[None]:
-    """In the block, a first Ctrl-C lets the clients in training finish; a second one ends the process at once."""
+    """In the block, a first Ctrl-C lets the clients in training finish; a second one ends the process at once.
+
+    After it, too, where a stop has been asked for or an error is to be reported: that is not interrupted.
+    """
     before, _state.starting = _state.starting, False
-    yield
-    _state.starting = before and _state.requested == NO_REASON  # what ends the run is not interrupted
+    is_over = True  # the next run of a comparison may start
+    try:
+        yield
+    except BaseException as error:
+        is_over = isinstance(error, LorafairError | SystemExit)  # of this run alone
+        raise
+    finally:
+        if is_over:
+            _state.starting = before and _state.requested == NO_REASON
 
 
 def ctrl_c_ends_at_once() -> bool:

@@ -21,6 +21,7 @@ from lorafair.cluster.signals import (
     set_time_limit,
     stop_requested,
 )
+from lorafair.errors import LorafairError
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,21 @@ def test_ctrl_c_ends_a_start_at_once_and_lets_clients_finish_afterwards() -> Non
     with handling_signals():
         send(signal.SIGINT)
         assert stop_requested() == signal.SIGINT
+
+
+@pytest.mark.parametrize("failure", [LorafairError("the disk is full"), SystemExit(2)])
+def test_ctrl_c_ends_the_start_that_follows_a_failed_run_at_once(failure: BaseException) -> None:
+    """A comparison goes on with its next run."""
+    with handling_signals(starting=True):
+        with pytest.raises(type(failure)), finishing_clients():
+            raise failure
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        signals.reset()
+        with pytest.raises(type(failure)), finishing_clients():
+            send(signal.SIGINT)
+            raise failure
+        assert not signals.ctrl_c_ends_at_once(), "the stop that was asked for is under way"
 
 
 def test_a_first_ctrl_c_is_heard_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
