@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import ClassVar
 
 from lorafair.cluster.backstop import stderr_number
 from lorafair.console import ERASE_LINE
@@ -152,11 +153,16 @@ class SignalNumbers:
     Python's own handlers wait until the main thread runs Python again.
     """
 
+    _in_use: ClassVar[set[int]] = set()  # the pipes into which this process writes
+    _forks_are_known: ClassVar[bool] = False
+
     def __init__(self) -> None:
         self._reader = self._writer = -1
         if threading.current_thread() is threading.main_thread():
+            self._leave_out_forks()
             self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            self._in_use.add(self._writer)
 
     def read(self) -> bytes:
         """Those that have come since the last time."""
@@ -169,9 +175,17 @@ class SignalNumbers:
         """Give back what was set."""
         if self._reader >= 0 and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._before)
+            self._in_use.discard(self._writer)
             for number in (self._reader, self._writer):
                 os.close(number)
             self._reader = self._writer = -1
+
+    @classmethod
+    def _leave_out_forks(cls) -> None:
+        """Processes forked from this one, such as data workers, would write into its pipe: Ctrl-C goes to all."""
+        if not cls._forks_are_known:  # what is registered stays for the life of the process
+            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) if cls._in_use else None)
+            cls._forks_are_known = True
 
 
 def _number(name: str) -> int:

@@ -13,6 +13,7 @@ from lorafair.cluster.signals import (
     ANOTHER_RANK,
     NO_REASON,
     TIME_LIMIT,
+    SignalNumbers,
     finishing_clients,
     handle_only,
     handling_signals,
@@ -76,6 +77,23 @@ def test_a_forked_process_does_not_act_on_a_signal() -> None:
             send(signal.SIGTERM)
             os._exit(stop_requested())
         assert os.waitpid(child, 0)[1] == 0
+
+
+def test_signals_of_a_forked_process_are_not_counted_as_those_of_this_one() -> None:
+    """Ctrl-C goes to all processes of a terminal, and the second one ends a run at once."""
+    numbers = SignalNumbers()
+    try:
+        with handling_signals():
+            child = os.fork()
+            if child == 0:
+                send(signal.SIGUSR1)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert signal.SIGUSR1 not in numbers.read()  # SIGCHLD may be, where torch's DataLoader listens to it
+            send(signal.SIGUSR1)
+            assert signal.SIGUSR1 in numbers.read()
+    finally:
+        numbers.close()
 
 
 def test_what_would_not_end_before_the_jobs_limit_asks_to_stop() -> None:
