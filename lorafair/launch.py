@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -112,14 +112,13 @@ def in_place(config: FabricConfig) -> Iterator[Fabric]:
     fabric = make_fabric(config, Placement("local", "this process alone", devices=1, num_nodes=1))
     threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     set_threads(fabric, config.threads)
-    before = set_matmul_precision(config.matmul_precision)
+    set_precision_back = set_matmul_precision(config.matmul_precision)
     fabric.launch()
     third_party.let_lightning_log()
     try:
         yield fabric
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        set_precision_back()
         torch.set_num_threads(threads)
         if variable is None:
             os.environ.pop("OMP_NUM_THREADS", None)
@@ -252,18 +251,41 @@ def set_threads(fabric: Fabric, threads: int | None) -> int:
     return threads
 
 
-def set_matmul_precision(precision: str) -> tuple[str, bool]:
-    """How exact float32 products on a GPU are, of matrices and in convolutions; returns what was set before.
+def set_matmul_precision(precision: str) -> Callable[[], None]:
+    """Set how exact float32 products on a GPU are, of matrices and in convolutions; what is returned sets it back.
 
-    PyTorch's own default is float32 for the first and TF32 for the second.
+    PyTorch's own default is float32 for the first and TF32 for the second. It has two ways to say this, the second
+    since 2.9, and reading by the first is an error where somebody has chosen by the second.
     """
     import torch
 
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    if torch.cuda.is_available():  # on a CPU the same setting would choose bfloat16 for some products
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = precision != "highest"
-    return before
+    if not torch.cuda.is_available():  # on a CPU the same setting would choose bfloat16 for some products
+        return lambda: None
+    of_matrices, in_convolutions = "highest", True
+    with suppress(RuntimeError):
+        of_matrices = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        in_convolutions = torch.backends.cudnn.allow_tf32
+    kinds = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    convolutions = [getattr(torch.backends.cudnn, name, None) for name in ("conv", "rnn")]
+    before = [(kind, kind.fp32_precision) for kind in (*kinds, *convolutions) if hasattr(kind, "fp32_precision")]
+
+    def set_all(of_matrices: str, in_convolutions: bool) -> None:
+        torch.set_float32_matmul_precision(of_matrices)
+        torch.backends.cudnn.allow_tf32 = in_convolutions
+
+    def set_back() -> None:
+        set_all(of_matrices, in_convolutions)
+        for kind, value in before:
+            for choice in ("none", value):  # none follows the setting for everything, if there is one
+                if kind.fp32_precision != value:
+                    kind.fp32_precision = choice
+
+    set_all(precision, precision != "highest")
+    for kind, _ in before:
+        if kind in convolutions and precision == "highest":
+            kind.fp32_precision = "ieee"  # allow_tf32=False leaves it to torch.backends.fp32_precision
+    return set_back
 
 
 def keep_freed_memory() -> bool:

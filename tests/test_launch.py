@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -91,16 +92,56 @@ def test_products_on_a_gpu_are_as_exact_as_asked_and_a_notebooks_setting_comes_b
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
     before = setting()
-    assert launch.set_matmul_precision("medium") == before == setting()  # no GPU: it would concern the CPU
+    launch.set_matmul_precision("medium")()
+    assert setting() == before  # no GPU: it would concern the CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    set_back = launch.set_matmul_precision("highest")
     try:
-        assert launch.set_matmul_precision("highest") == before
         assert setting() == ("highest", False)  # PyTorch's default has TF32 in convolutions
         launch.set_matmul_precision("high")
         assert setting() == ("high", True)
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        set_back()
+    assert setting() == before
+
+
+def precision_of_products() -> list[str]:
+    """As the present API of PyTorch shows it, for products of matrices, on a CPU too, and for convolutions."""
+    backends = torch.backends
+    kinds = backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    return [kind.fp32_precision for kind in kinds]
+
+
+@pytest.fixture
+def chosen_by_the_present_api(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Somebody has chosen TF32, for products of matrices or for everything."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch has it since 2.9")
+    place = torch.backends if request.param == "everything" else torch.backends.cuda.matmul
+    before, all_before = place.fp32_precision, precision_of_products()
+    place.fp32_precision = "tf32"
+    try:
+        yield request.param
+    finally:
+        place.fp32_precision = before
+    assert precision_of_products() == all_before, "what followed the choice follows it still"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("chosen_by_the_present_api", ["products", "everything"], indirect=True)
+@pytest.mark.parametrize(("precision", "on_gpu"), [("highest", "ieee"), ("high", "tf32")])
+def test_a_setting_by_pytorchs_present_api_comes_back_too(
+    chosen_by_the_present_api: str, precision: str, on_gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = precision_of_products()
+    launch.set_matmul_precision(precision)()
+    assert precision_of_products() == before  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    set_back = launch.set_matmul_precision(precision)
+    assert precision_of_products() == [on_gpu] * 4
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (precision, on_gpu == "tf32")
+    set_back()
+    assert precision_of_products() == before
 
 
 LIMIT = TimeLimit(limit=120.0, left=55.0, preempted=False, lead=60.0)
