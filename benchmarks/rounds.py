@@ -210,7 +210,8 @@ def start(_: argparse.Namespace) -> None:
         return time.perf_counter() - began
 
     print("s from the command to round 1 | of an empty Python | importing torch, timm | importing the package")
-    package = "import lorafair.federation, lightning.fabric"  # what a run has imported when its processes are started
+    # What a run has imported when its processes are started.
+    package = "import lorafair.federation; from lorafair import third_party; third_party.import_fabric()"
     parts = [min(imports(what) for _ in range(3)) for what in ("pass", "import torch, timm", package)]
     print(" | ".join(f"{value:.2f}" for value in (min(runs), *parts)))
 

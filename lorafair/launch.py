@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafair import __version__, console, third_party
 from lorafair.cluster.leftovers import without_leftovers
@@ -107,23 +107,23 @@ def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
 @contextmanager
 def in_place(config: FabricConfig) -> Iterator[Fabric]:
     """A Fabric of this process alone, for a notebook or script: no process group, no watchdog, nothing left behind."""
-    import torch
+    with third_party.lightning_logging():
+        import torch
 
-    fabric = make_fabric(config, Placement("local", "this process alone", devices=1, num_nodes=1))
-    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    set_threads(fabric, config.threads)
-    set_precision_back = set_matmul_precision(config.matmul_precision)
-    fabric.launch()
-    third_party.let_lightning_log()
-    try:
-        yield fabric
-    finally:
-        set_precision_back()
-        torch.set_num_threads(threads)
-        if variable is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-        else:
-            os.environ["OMP_NUM_THREADS"] = variable
+        fabric = make_fabric(config, Placement("local", "this process alone", devices=1, num_nodes=1))
+        threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+        set_threads(fabric, config.threads)
+        set_precision_back = set_matmul_precision(config.matmul_precision)
+        try:
+            fabric.launch()
+            yield fabric
+        finally:
+            set_precision_back()
+            torch.set_num_threads(threads)
+            if variable is None:
+                os.environ.pop("OMP_NUM_THREADS", None)
+            else:
+                os.environ["OMP_NUM_THREADS"] = variable
 
 
 def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fabric:
@@ -266,9 +266,9 @@ def set_matmul_precision(precision: str) -> Callable[[], None]:
         of_matrices = torch.get_float32_matmul_precision()
     with suppress(RuntimeError):
         in_convolutions = torch.backends.cudnn.allow_tf32
-    kinds = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     convolutions = [getattr(torch.backends.cudnn, name, None) for name in ("conv", "rnn")]
-    before = [(kind, kind.fp32_precision) for kind in (*kinds, *convolutions) if hasattr(kind, "fp32_precision")]
+    kinds: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None), *convolutions]
+    before = [(kind, kind.fp32_precision) for kind in kinds if hasattr(kind, "fp32_precision")]
 
     def set_all(of_matrices: str, in_convolutions: bool) -> None:
         torch.set_float32_matmul_precision(of_matrices)

@@ -142,14 +142,21 @@ def quiet_ddp_strategy(timeout: timedelta) -> DDPStrategy:
     return Strategy(timeout=timeout)
 
 
-def let_lightning_log() -> None:
-    """Let Lightning's loggers write here: a RANK that is left over in the environment makes them silent.
+@contextmanager
+def lightning_logging() -> Iterator[None]:
+    """In the block Lightning's loggers write here: a RANK that is left over in the environment makes them silent.
 
     They ask `rank_zero_only.rank`, which is read from the environment at import. Seen with lightning 2.6.6.
     """
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
+    import_fabric()
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
 
+    before = rank_zero_only.rank  # type: ignore[attr-defined]
     rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        rank_zero_only.rank = before  # type: ignore[attr-defined]
 
 
 def child_processes(strategy: Any) -> Sequence[Any]:

@@ -166,7 +166,7 @@ def test_a_run_imports_neither_torchmetrics_nor_the_rest_of_lightning() -> None:
         "import sys\n"
         "from lorafair import launch\n"
         "from lorafair.config import load_config\n"
-        "fabric = launch.make_fabric(load_config(['fabric.accelerator=cpu']).fabric)\n"
+        "with launch.in_place(load_config(['fabric.accelerator=cpu']).fabric): pass\n"
         "import lorafair.commands.compare, lorafair.commands.run, lorafair.federation\n"
         "heavy = 'torchmetrics', 'lightning', 'pytorch_lightning', 'scipy', 'matplotlib', 'transformers', 'pandas'\n"
         "print([name for name in heavy if name in sys.modules])\n"
@@ -225,6 +225,21 @@ def test_child_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert before is third_party.child_processes(strategy), "lorafair holds a list that is not filled any more"
         assert list(before) == ["a process"]
     assert third_party.child_processes(SimpleNamespace(launcher=None)) == ()  # one process has no launcher
+
+
+def test_lightning_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rank_zero_only.rank`, which is the same object under both names of the package: lightning 2.6.6."""
+    with seen_with(lightning="2.6.6"):
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        monkeypatch.setattr(rank_zero_only, "rank", 3)  # whatever was left in the environment
+        written: list[int] = []
+        rank_zero_only(written.append)(1)
+        with third_party.lightning_logging():
+            rank_zero_only(written.append)(2)
+        rank_zero_only(written.append)(3)
+        assert written == [2]
+        assert rank_zero_only.rank == 3
 
 
 # torch
@@ -302,15 +317,3 @@ def test_vit_tokens(name: str) -> None:
         with torch.no_grad():
             backbone.forward_features(images)
             assert torch.equal(third_party.vit_tokens(backbone, images), entered[0])
-
-
-def test_lightnings_loggers_write_whatever_rank_was_left_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-    monkeypatch.setattr(rank_zero_only, "rank", 3)
-    written: list[int] = []
-    rank_zero_only(written.append)(1)
-    assert written == []
-    third_party.let_lightning_log()
-    rank_zero_only(written.append)(2)
-    assert written == [2]

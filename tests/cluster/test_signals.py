@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -156,7 +157,7 @@ def test_ctrl_c_ends_the_start_that_follows_a_failed_run_at_once(failure: BaseEx
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
         signals.reset()
-        with pytest.raises(type(failure)), finishing_clients():
+        with suppress(type(failure)), finishing_clients():
             send(signal.SIGINT)
             raise failure
         assert not signals.ctrl_c_ends_at_once(), "the stop that was asked for is under way"
