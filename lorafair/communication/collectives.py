@@ -207,7 +207,7 @@ def broadcast_update(
     the other processes do not know them.
     """
     device = fabric.device
-    forms = torch.zeros(len(layout.factors), 2, dtype=torch.int64, device=device)  # (L, LoRA rank and what is sent)
+    rows = [(0, _BOTH)] * len(layout.factors)  # (L, LoRA rank and what is sent)
     numbers: list[Tensor] = []
     if update is not None:
         numbers.append(layout.select(layout.pack(AdapterState(factors=update.factors, head=update.head)), parts))
@@ -215,9 +215,9 @@ def broadcast_update(
             if path in update.folded:
                 factors = update.folded[path]
                 sent = _factors_to_send(factors)
-                forms[index] = torch.tensor([factors.rank, sent])
-                numbers += [factors.A.flatten()] if sent != _ONLY_B else []
-                numbers += [factors.B.flatten()] if sent != _ONLY_A else []
+                rows[index] = factors.rank, sent
+                numbers += [factor.flatten() for factor in _sent(factors, sent)]
+    forms = torch.tensor(rows, dtype=torch.int64).view(-1, 2).to(device)
     if folds and fabric.world_size > 1:
         dist.broadcast(forms, src=0)
     shapes = {
@@ -244,6 +244,15 @@ def _factors_to_send(factors: LoRAFactors) -> int:
     if is_identity(factors.B):
         return _ONLY_A
     return _ONLY_B if is_identity(factors.A) else _BOTH
+
+
+def _sent(factors: LoRAFactors, sent: int) -> list[Tensor]:
+    return [factors.A] * (sent != _ONLY_B) + [factors.B] * (sent != _ONLY_A)
+
+
+def numbers_to_send(factors: LoRAFactors) -> int:
+    """How many numbers of a folded product `broadcast_update` sends."""
+    return sum(factor.numel() for factor in _sent(factors, _factors_to_send(factors)))
 
 
 def _received_factors(

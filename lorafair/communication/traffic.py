@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafair.aggregation.base import Aggregator, ServerUpdate
+from lorafair.communication.collectives import numbers_to_send
 from lorafair.model.adapter import AdapterLayout, Part
 
 BYTES_PER_NUMBER = 4  # adapters travel in float32
@@ -38,11 +39,11 @@ def round_traffic(
     """What the clients of a round, of these LoRA ranks, send and receive; nothing where data is pooled.
 
     A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send. A
-    folded part is sent as factors, or as a matrix (O, I) where that is smaller.
+    folded part counts as it is sent between processes: as factors, or as a matrix (O, I) where the server keeps that.
     """
     if aggregator.pools_data:
         return Traffic()
-    folded = sum(min(f.A.numel() + f.B.numel(), f.A.shape[1] * f.B.shape[0]) for f in update.folded.values())
+    folded = sum(map(numbers_to_send, update.folded.values()))
     sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
     up = down = 0
     for lora_rank, clients in Counter(lora_ranks).items():

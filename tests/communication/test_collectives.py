@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lorafair.aggregation.base import ServerUpdate
+from lorafair.aggregation.flora import FLoRA
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import (
     ClientResults,
@@ -23,6 +25,7 @@ from lorafair.communication.collectives import (
     gather_clients,
     sum_over_ranks,
 )
+from lorafair.communication.traffic import BYTES_PER_NUMBER, round_traffic
 from lorafair.config.loading import load_config
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.launch import keep_freed_memory, make_fabric
@@ -226,6 +229,32 @@ def received_of_many(fabric: Any) -> tuple[int, list[list[list[float]]]]:
         sent = update_of_many() if fabric.is_global_zero else None
         _, folded = broadcast_update(fabric, sent, LAYOUT, parts=(), folds=True)
     return sizes[-1], [tensor.tolist() for f in folded.values() for tensor in (f.A, f.B)]
+
+
+@pytest.mark.parametrize(
+    ("factors", "numbers"),
+    [
+        (update_of_many().folded["a"], 5 * 3),  # a matrix, and an identity
+        (update_of_many().folded["b"], 2 * (4 + 5)),
+        # Larger than the matrix, which would have to be computed, and round differently, on every number of processes.
+        (LoRAFactors(A=torch.ones(64, 4), B=torch.ones(5, 64)), 64 * (4 + 5)),
+    ],
+)
+def test_what_is_reported_is_what_is_broadcast(
+    factors: LoRAFactors, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "a" if factors.A.shape[1] == 3 else "b"
+    made = ServerUpdate(factors=update().factors, folded={path: factors}, head=update().head, sent_lora_rank={})
+    sizes: list[int] = []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: sizes.append(tensor.numel()))
+    of_two: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    _, folded = broadcast_update(of_two, made, LAYOUT, parts=FLoRA().receives(0), folds=True)
+    traffic = round_traffic(LAYOUT, FLoRA(), made, 0, (2, 2, 2))
+    forms, message = sizes
+    assert forms == 2 * len(LAYOUT.factors)
+    assert traffic.down == 3 * BYTES_PER_NUMBER * message
+    assert message == numbers + LAYOUT.length_of(FLoRA().receives(0))
+    assert torch.equal(folded[path].A, factors.A)
 
 
 @pytest.mark.slow
