@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _SECONDS_FOR_SLURM = 30
-# Of jobs without processes. A job that is PENDING is about to start again.
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 # A signal of `sbatch --signal` that comes so long before the time limit, or less, is one for it.
 _LEAD_UNKNOWN, _LEAD_TOLERANCE = 300.0, 60.0  # Slurm looks at limits twice a minute
 _HALTED = {"SUSPENDED", "STOPPED"}
 _WITH_PROCESSES = _HALTED | {"RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "SIGNALING", "STAGE_OUT"}
+# Of a job that is about to start, perhaps again.
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "POWER_UP_NODE"}
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def state_of_job(job: Job) -> tuple[str, str]:
 
 
 def has_ended(job: Job) -> bool:
-    """Whether Slurm says that the job has no processes any more; False where it says nothing."""
-    status, output = _slurm("squeue", "-h", "-t", "all", "-j", job.name, "-o", "%T")
-    return output.strip() in _ENDED if status == 0 else "Invalid job id" in output
+    """Whether Slurm says that the job has no processes any more, and gets none; False where it says nothing."""
+    states, message = _states_of(job.name)
+    return not states & (_WITH_PROCESSES | _WAITING) if states else "Invalid job id" in message
 
 
 def time_limit_of(job: Job) -> TimeLimit:
@@ -107,9 +107,8 @@ def step_has_ended(name: str, step: str) -> bool | None:
 
     A `step` that is no number, such as batch, ends with the job at the latest.
     """
-    status, output = _slurm("squeue", "-h", "-t", "all", "-j", name, "-o", "%T")
-    states = set(output.split())
-    if status or not states:
+    states, _ = _states_of(name)
+    if not states:
         return None
     if not states & _WITH_PROCESSES:
         return True
@@ -119,6 +118,12 @@ def step_has_ended(name: str, step: str) -> bool | None:
         return None
     status, output = _slurm("squeue", "-h", "-s", "-j", name, "-o", "%i")
     return None if status else not any(line.strip().endswith(f".{step}") for line in output.splitlines())
+
+
+def _states_of(name: str) -> tuple[set[str], str]:
+    """The states of a job, or of the tasks of an array; none, and what is said instead, where Slurm does not say."""
+    status, output = _slurm("squeue", "-h", "-t", "all", "-j", name, "-o", "%T")
+    return (set(), output) if status else (set(output.split()), "")
 
 
 def requeue(job: Job) -> str:
