@@ -160,8 +160,8 @@ def check_called_once(command: str) -> None:
     processes = processes_started(os.environ)
     if processes > 1:
         raise ConfigError(
-            f"lorafair.{command} is called by each of {processes} processes that srun or torchrun has started, and "
-            "each would do all of it; call it in one process, or have the command started: "
+            f"lorafair.{command} is called by each of {processes} processes that srun, torchrun or mpirun has started, "
+            "and each would do all of it; call it in one process, or have the command started: "
             f"srun lorafair {command} FILE.yaml"
         )
 

@@ -352,7 +352,9 @@ def test_two_processes_give_the_same_bits_and_their_lines_are_shown(
 def test_a_call_by_each_of_several_processes_is_refused(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(lorafair.ConfigError, match=r"called by each of 4 processes that srun or torchrun has started"):
+    with pytest.raises(
+        lorafair.ConfigError, match=r"called by each of 4 processes that srun, torchrun or mpirun has started"
+    ):
         call("synthetic.yaml")
 
 
