@@ -220,7 +220,7 @@ def rendezvous(fabric: Fabric, config: FabricConfig) -> None:
     watchdog.seconds_for_others = 60 * (config.timeout_minutes + 1)  # the collective's own error comes first
     seconds = 60 * min(RENDEZVOUS_MINUTES, config.timeout_minutes)
     outside = slurm_job(os.environ) is None  # a job that is stopped now starts, and is then requeued
-    what, key = "the start of all processes of the run", "fabric.timeout_minutes, at most 10"
+    what, key = "the start of all processes of the run", f"fabric.timeout_minutes, at most {RENDEZVOUS_MINUTES:g}"
     with watchdog.deadline(what, seconds, key=key, stoppable=outside):
         fabric.launch()  # it names the device, so NCCL's communicator, which takes seconds on many nodes, is made here
     if fabric.world_size > 1:

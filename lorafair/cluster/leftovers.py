@@ -36,9 +36,11 @@ def without_leftovers(environ: Mapping[str, str], config: FabricConfig, command:
     if _is_of_torchrun(rest):
         return rest
     found = [name for name in sorted(rest) if is_of_a_launch(name)]
-    if (config.num_nodes or 1) > 1 and {"NODE_RANK", "GROUP_RANK"} & rest.keys():  # a command on each node
-        _check_node(rest, config.num_nodes or 1, command)
+    nodes = config.num_nodes or 1
+    if nodes > 1 and {"NODE_RANK", "GROUP_RANK"} & rest.keys():  # a command on each node
+        _check_node(rest, nodes, command)
         found = [name for name in found if name not in (*_ADDRESS, "NODE_RANK", "GROUP_RANK")]
+    # A dead torchrun's variables in a step of srun: Slurm's are used.
     elif _is_alone(rest, config) or in_step_of_several(rest):
         return {name: value for name, value in rest.items() if name not in found}
     if found:

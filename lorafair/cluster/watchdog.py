@@ -58,8 +58,9 @@ class _Task:
 class Watchdog:
     """The threads that watch a process; call `stop` before it ends normally."""
 
-    def __init__(self, process: str, children: Sequence[Popen[Any]] = (), *, is_child: bool = False) -> None:
-        self.process, self.children = process, children
+    def __init__(self, process: str, *, is_child: bool = False) -> None:
+        self._process = process
+        self.children: Sequence[Popen[Any]] = ()  # the processes that this one has started
         # From the environment: a parent that is gone by now is not os.getppid() any more.
         self._parent = int(os.environ.get(PARENT, os.getppid())) if is_child else None
         os.environ[PARENT] = str(os.getpid())
@@ -217,7 +218,7 @@ class Watchdog:
         start = ERASE_LINE if os.isatty(stderr_number()) else ""  # in place of a progress line
         if self._save is not None:
             self._save_in_time(self._save)
-        write_error(f"{start}error: {self.process}: {why}{outlook()}")
+        write_error(f"{start}error: {self._process}: {why}{outlook()}")
         # This process may wait where Python does not handle Ctrl-C.
         status = INTERRUPTED if any(child.poll() == INTERRUPTED for child in self.children) else status
         self.kill_children()
@@ -228,7 +229,7 @@ class Watchdog:
             try:
                 save()
             except LorafairError as error:
-                write_error(f"warning: {self.process}: {error}")
+                write_error(f"warning: {self._process}: {error}")
 
         saver = threading.Thread(target=try_to_save, daemon=True)
         saver.start()
@@ -245,7 +246,7 @@ class _Peers(threading.Thread):
         world_size: int,
         seconds: float,
         stopped: threading.Event,
-        place: Callable[[], str] = lambda: "",
+        place: Callable[[], str],
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._store, self._rank, self._seconds, self._stopped = store.clone(), rank, seconds, stopped
@@ -303,10 +304,10 @@ class _Peers(threading.Thread):
 _watchdog: Watchdog | None = None
 
 
-def start_watchdog(process: str, children: Sequence[Popen[Any]] = (), *, is_child: bool = False) -> Watchdog:
+def start_watchdog(process: str, *, is_child: bool = False) -> Watchdog:
     """Start the watchdog of this process."""
     global _watchdog
-    _watchdog = Watchdog(process, children, is_child=is_child)
+    _watchdog = Watchdog(process, is_child=is_child)
     return _watchdog
 
 

@@ -107,8 +107,8 @@ def test_a_started_process_that_fails_ends_its_starter_and_an_orphan_ends_itself
     ended = python("""
         import subprocess, sys, time
         from lorafair.cluster.watchdog import start_watchdog
-        children = [subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])]
-        start_watchdog("process 0", children)
+        dog = start_watchdog("process 0")
+        dog.children = [subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])]
         time.sleep(60)
     """)
     assert ended.returncode == 1
@@ -117,7 +117,8 @@ def test_a_started_process_that_fails_ends_its_starter_and_an_orphan_ends_itself
     ended = python("""
         import subprocess, sys, time
         from lorafair.cluster.watchdog import start_watchdog
-        start_watchdog("process 0", [subprocess.Popen([sys.executable, "-c", "raise SystemExit(130)"])])
+        dog = start_watchdog("process 0")
+        dog.children = [subprocess.Popen([sys.executable, "-c", "raise SystemExit(130)"])]
         time.sleep(60)
     """)
     assert ended.returncode == 130
@@ -141,7 +142,7 @@ def test_a_silent_rank_is_taken_for_lost_and_one_that_has_left_is_not(monkeypatc
     monkeypatch.setattr(watchdog, "_HEARTBEAT_SECONDS", 0.05)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
     stopped = [threading.Event() for _ in range(3)]
-    ranks = [watchdog._Peers(store, rank, 3, 0.5, event) for rank, event in enumerate(stopped)]
+    ranks = [watchdog._Peers(store, rank, 3, 0.5, event, lambda: "") for rank, event in enumerate(stopped)]
     time.sleep(1.5)
     assert [peers.lost() for peers in ranks] == ["", "", ""]
 
