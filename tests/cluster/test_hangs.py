@@ -15,6 +15,7 @@ from lorafair.checkpointing.partial_round import list_unfinished
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "slurm" / "README.md"
 
 # Each place in a fork of one process: importing torch takes longer than all of the runs.
 RUNS = """
@@ -134,6 +135,19 @@ def test_c_code_that_holds_the_interpreters_lock_ends_and_shows_where(runs: Path
     assert "Timeout (0:00:0" in log
     assert re.search(frame, log, re.MULTILINE), log
     assert "error: " not in log
+
+
+@pytest.mark.slow
+def test_the_traceback_of_the_documentation_is_what_is_printed(runs: Path) -> None:
+    frames = re.findall(
+        r'File "\.\.\.(/lorafair/.*)", line \.\.\. in (.*?)(?:  .*)?$', README.read_text(), re.MULTILINE
+    )
+    assert [name for _, name in frames] == ["round 1: client noisy", "train", "run_rounds", "run_federation"]
+    block = (runs / "client, locked.log").read_text().split("Thread ")[-1]  # of the main thread
+    printed = re.findall(r'File ".*(/lorafair/.*)", line \d+ in (.*)', block)
+    mine = [(file, re.sub("client .*", "client noisy", name)) for file, name in printed]
+    assert [frame for frame in mine if frame in frames] == frames, block
+    assert mine[mine.index(frames[1]) :][: len(frames) - 1] == frames[1:], "nothing in between"
 
 
 @pytest.mark.slow
