@@ -18,7 +18,7 @@ from types import FrameType
 from typing import ClassVar
 
 from lorafair.cluster.backstop import stderr_number
-from lorafair.console import ERASE_LINE
+from lorafair.console import ERASE_LINE, is_rank_0
 from lorafair.errors import LorafairError
 
 # Reasons, in rising priority; the ranks agree on the largest.
@@ -202,7 +202,8 @@ def _handle(number: int, _frame: FrameType | None) -> None:
             _state.at_once = time.monotonic()
             raise KeyboardInterrupt
         _state.ctrl_c = True
-        _tell("stopping once the clients in training are done; press Ctrl-C again to stop at once")
+        if is_rank_0():  # a terminal interrupts all processes of the node
+            _tell("stopping once the clients in training are done; press Ctrl-C again to stop at once")
     request_stop(number)
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 
+from lorafair import console
 from lorafair.cluster import signals
 from lorafair.cluster.signals import (
     ANOTHER_RANK,
@@ -168,6 +169,18 @@ def test_a_first_ctrl_c_is_heard_where_nobody_can_be_told(monkeypatch: pytest.Mo
         monkeypatch.setattr(signals, "stderr_number", full.fileno)
         send(signal.SIGINT)
         assert stop_requested() == signal.SIGINT
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_tells_of_a_ctrl_c_that_all_get(rank: int, capfd: pytest.CaptureFixture[str]) -> None:
+    console.set_rank(rank)
+    try:
+        with handling_signals():
+            send(signal.SIGINT)
+            assert stop_requested() == signal.SIGINT
+    finally:
+        console.set_rank(0)
+    assert capfd.readouterr().err.count("stopping once the clients in training are done") == (rank == 0)
 
 
 def test_what_a_stop_has_still_to_do_is_not_interrupted_by_a_first_ctrl_c() -> None:
