@@ -31,7 +31,7 @@ BEAT_SECONDS = 15.0
 STALE_SECONDS = 180.0  # without a sign of life, a holder that nothing else is known of counts as ended
 _CHECK_SECONDS = 1.0  # between two looks of the holder at its own file
 _SECONDS_FOR_THREAD = 2.0  # to end in; a file server that does not answer holds it up
-_TRIES = 20  # of a file that others create and remove meanwhile
+_TRIES, _SECONDS_BETWEEN_TRIES = 20, 0.05  # of a file that others create and remove meanwhile
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -151,13 +151,18 @@ def acquire(run_dir: Path) -> RunLock:
                 return RunLock(file, mine)
             text = _read(file)
         if text is None:  # just released
-            time.sleep(0.05)
+            time.sleep(_SECONDS_BETWEEN_TRIES)
             continue
         holder = Holder.from_text(text)
         if not _has_ended(file, holder, mine):
             raise RunDirInUse(file, holder)
-        if _remove(file, text):
+        with naming(file):
+            removed = _remove(file, text, mine)
+        if removed:
             log.info(f"{holder or 'a process'} has left {file} and has ended; this process takes the run over")
+    mark = _mark_of_removal(file)
+    if (text := _read(mark)) is not None:
+        raise RunDirInUse(mark, Holder.from_text(text))
     raise LorafairError(f"{file} is made and removed by other processes all the time; choose another run_dir")
 
 
@@ -178,8 +183,7 @@ def in_progress(run_dir: Path) -> str:
         if text is None:
             return ""
         holder = Holder.from_text(text)
-        ended = _process_has_ended(holder, Holder.this_process()) if holder else None
-        ended = _age(run_dir / LOCK) > STALE_SECONDS if ended is None else ended
+        ended = _has_ended(run_dir / LOCK, holder, Holder.this_process(), ask_slurm=False)
     except OSError:
         return ""
     return "" if ended else str(holder or "another process")
@@ -203,7 +207,7 @@ def move_aside(run_dir: Path, aside: Path) -> None:
 def _create(file: Path, holder: Holder) -> bool:
     """Make the file if there is none; whether it was made. Its content is whole from the first moment."""
     content = json.dumps(dataclasses.asdict(holder), indent=1) + "\n"
-    own = file.with_name(f".{file.name}.{holder.token}")
+    own = file.with_name(f".{LOCK}.{holder.token}")
     try:
         own.write_text(content, encoding="utf-8")
         try:
@@ -234,22 +238,30 @@ def _create_exclusively(file: Path, content: str) -> bool:
     return True
 
 
-def _remove(file: Path, text: str) -> bool:
-    """Remove a file that an ended process has left; whether it was this one.
+def _remove(file: Path, text: str, mine: Holder) -> bool:
+    """Remove a file that an ended process has left; whether this process did.
 
-    Renamed first, which one process alone succeeds with: another one may have done so, and hold the new file.
+    One process at a time, so that none removes the file of the one that has just taken over.
     """
-    removed = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
-        file.rename(removed)
-    except FileNotFoundError:
+    mark = _mark_of_removal(file)
+    if not _create(mark, mine):
+        left = _read(mark)
+        if left is not None and _has_ended(mark, Holder.from_text(left), mine) and _read(mark) == left:
+            mark.unlink(missing_ok=True)  # of a process that was killed here
+        time.sleep(_SECONDS_BETWEEN_TRIES)
         return False
-    was_left = _read(removed) == text
-    if not was_left:
-        with contextlib.suppress(OSError):  # else its holder makes it again (`confirm`)
-            os.link(removed, file)
-    removed.unlink()
-    return was_left
+    try:
+        was_left = _read(file) == text
+        if was_left:
+            file.unlink()
+        return was_left
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _mark_of_removal(file: Path) -> Path:
+    """There while one process removes the file."""
+    return file.with_name(f".{LOCK}.removing")
 
 
 def _read(file: Path) -> str | None:
@@ -262,15 +274,15 @@ def _read(file: Path) -> str | None:
 def _age(file: Path) -> float:
     """Seconds since the last sign of life, both times by the clock of the file's disk, which may be another node's."""
     with contextlib.suppress(FileNotFoundError):
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as new:
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{LOCK}.") as new:
             now = os.fstat(new.fileno()).st_mtime
         return max(0.0, now - file.stat().st_mtime)
     return 0.0
 
 
-def _has_ended(file: Path, holder: Holder | None, mine: Holder) -> bool:
+def _has_ended(file: Path, holder: Holder | None, mine: Holder, *, ask_slurm: bool = True) -> bool:
     ended = None if holder is None else _process_has_ended(holder, mine)
-    if ended is None and holder is not None and holder.job:
+    if ask_slurm and ended is None and holder is not None and holder.job:
         ended = _job_has_ended(holder, mine)
     return _age(file) > STALE_SECONDS if ended is None else ended
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -160,7 +161,14 @@ def test_slurm_says_whether_the_job_of_another_node_has_ended(
     assert is_taken(run_dir) == can_be_had
 
 
-def test_of_many_that_find_a_file_left_behind_one_takes_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("turn", range(8))
+def test_of_many_that_find_a_file_left_behind_one_takes_over(
+    turn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a network disk, where each look at a file takes its own time
+    delays = random.Random(turn)
+    for name in ("_read", "_create", "_age"):
+        monkeypatch.setattr(lock_module, name, delayed(getattr(lock_module, name), delays))
     left_by(tmp_path, age=9999, **THERE)
     outcomes: list[object] = []
     together = threading.Barrier(8)
@@ -181,6 +189,28 @@ def test_of_many_that_find_a_file_left_behind_one_takes_over(tmp_path: Path) -> 
     assert json.loads((tmp_path / LOCK).read_text())["token"] == held.holder.token
     held.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def delayed(call: Callable[..., Any], delays: random.Random) -> Callable[..., Any]:
+    def then_wait(*arguments: object) -> Any:
+        result = call(*arguments)
+        time.sleep(0.01 * delays.random())
+        return result
+
+    return then_wait
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_process_that_was_killed_while_it_took_over_leaves_nothing_stuck(ended: bool, tmp_path: Path) -> None:
+    taking_over = left_by(tmp_path, age=9999 if ended else 0, **THERE, token="of another")
+    (tmp_path / LOCK).rename(tmp_path / f".{LOCK}.removing")
+    left_by(tmp_path, age=9999, **THERE)
+    if ended:
+        assert is_taken(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    else:
+        with pytest.raises(RunDirInUse, match=f"is in use by {taking_over}; "):
+            acquire(tmp_path)
 
 
 def failing(code: int) -> Callable[..., None]:
