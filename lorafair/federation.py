@@ -260,20 +260,18 @@ def traffic_of(experiment: Experiment, state: ServerState, plan: RoundPlan, resu
 
 
 def save(experiment: Experiment, state: ServerState, *, always: bool = False) -> None:
-    """Write a checkpoint on rank 0, where it is due."""
+    """Write a checkpoint on rank 0, where it is due and not there yet. The state notes it on every rank."""
     config, every = experiment.config, experiment.config.checkpoint.every
     if every == "auto":
         due = time.monotonic() - state.saved_at >= SHORTEST_INTERVAL
     else:
         due = state.completed_rounds % every == 0
     due |= state.completed_rounds == config.rounds
-    if not (due or always):
+    if not (due or always) or state.completed_rounds == state.saved_rounds:
         return
-    if not experiment.fabric.is_global_zero:
-        note_saved()
-        return
-    save_checkpoint(config.folder, checkpoint_of(experiment, state), config.checkpoint.keep)
-    drop_unfinished(config.folder, state.completed_rounds)
+    if experiment.fabric.is_global_zero:
+        save_checkpoint(config.folder, checkpoint_of(experiment, state), config.checkpoint.keep)
+        drop_unfinished(config.folder, state.completed_rounds)
     state.saved_rounds, state.saved_at = state.completed_rounds, time.monotonic()
     note_saved()
 
@@ -303,8 +301,7 @@ def interrupt(experiment: Experiment, state: ServerState, this: Round, done: int
     what = "the saving of what is done"
     with same_error_on_all_ranks(fabric), limited(config, what):
         this.partial.write()
-        if state.completed_rounds != state.saved_rounds:
-            save(experiment, state, always=True)
+        save(experiment, state, always=True)
     total = int(sum_over_ranks(fabric, torch.tensor(done, device=fabric.device)))
     raise Interrupted(
         reason,
@@ -316,10 +313,10 @@ def interrupt(experiment: Experiment, state: ServerState, this: Round, done: int
 def abort_all_diverged(experiment: Experiment, state: ServerState) -> NoReturn:
     """End the run, with the last good state saved, when no client returned finite numbers. Call on every rank."""
     save(experiment, state, always=True)
-    local = experiment.config.client
+    local, completed = experiment.config.client, state.completed_rounds
     abort_on_all_ranks(
         experiment.fabric,
-        f"round {state.completed_rounds + 1}: every client returned NaN or infinite adapters; lower "
-        f"client.learning_rate ({local.learning_rate:g}) or set client.clip_norm ({local.clip_norm}). "
-        f"The state after round {state.completed_rounds} is kept in {experiment.config.folder}",
+        f"round {completed + 1}: every client returned NaN or infinite adapters; lower "
+        f"client.learning_rate ({local.learning_rate:g}) or set client.clip_norm ({local.clip_norm})"
+        + (f". The state after round {completed} is kept" if completed else ""),
     )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from lorafair.launch import make_fabric
 from lorafair.model.adapter import LoRAFactors
 from lorafair.model.backbone import build_model
 from lorafair.registry import METHODS
+from lorafair.server.state import ServerState
 from tests.conftest import damaged_folder, launched, run_ranks
 
 Tiny = Callable[..., Config]
@@ -347,13 +349,44 @@ def test_a_client_with_nan_is_left_out_of_the_round(
 
 
 @pytest.mark.slow
-def test_when_every_client_fails_the_last_good_state_is_kept(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_federation(launched(1), tiny("rounds=1", "checkpoint.every=5"))
+@pytest.mark.parametrize("every", [1, 5])
+def test_when_every_client_fails_the_last_good_state_is_kept(
+    every: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_federation(launched(1), tiny("rounds=1", f"checkpoint.every={every}"))
     good = adapter_of(tiny().folder)
     with_nan_from(monkeypatch, 0, 1, 2)
-    with pytest.raises(LorafairError, match=r"round 2: every client returned NaN .* lower client\.learning_rate"):
-        run_federation(launched(1), tiny("rounds=3"))
-    assert_same_bits(adapter_of(tiny().folder), good)
+    for _ in range(2):
+        with pytest.raises(LorafairError, match=r"round 2: every client returned NaN .* lower client\.learning_rate"):
+            run_federation(launched(1), tiny("rounds=3", f"checkpoint.every={every}"))
+        assert_same_bits(adapter_of(tiny().folder), good)
+        assert in_checkpoints(tiny().folder) == ["round_000001", "unfinished_000002"]
+
+
+def in_checkpoints(folder: Path) -> list[str]:
+    """All that is there of checkpoints, whatever it is; not the record of the images."""
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
+
+
+@pytest.mark.slow
+def test_when_every_client_fails_in_the_first_round_the_next_start_may_change_what_it_was_told(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as diverging:
+        with_nan_from(diverging, 0, 1, 2)
+        with pytest.raises(LorafairError, match=r"round 1: every client returned NaN .* or set client\.clip_norm \(10\.0\)$"):
+            run_federation(launched(1), tiny())
+    assert list_checkpoints(tiny().folder) == []
+    run_federation(launched(1), tiny("client.learning_rate=0.001"))
+    assert in_checkpoints(tiny().folder) == ["round_000001", "round_000002"]
+
+
+def test_every_rank_knows_what_is_saved_and_rank_0_writes_it(tiny: Tiny) -> None:
+    config, state = tiny(), ServerState(completed_rounds=2, adapter=torch.zeros(3))
+    rank_1: Any = SimpleNamespace(config=config, fabric=SimpleNamespace(is_global_zero=False))
+    federation_module.save(rank_1, state)
+    assert state.saved_rounds == 2
+    assert not config.folder.exists()
 
 
 @pytest.mark.slow
