@@ -60,7 +60,8 @@ def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], accept: Coll
     """`key is x there and y here` for the settings that differ, three of them in full; empty if none does.
 
     Both as `run_identity` gives them, theirs perhaps read from a file of an older version: an option that was not there
-    yet counts as its default, and one that had another name is the same option. Keys in `accept` may differ.
+    yet counts as its default, and one that had another name is the same option. Keys in `accept`, and those of groups
+    in it, may differ.
     """
     found = [_difference(key, there, here) for key, (there, here) in _differing(theirs, mine, accept).items()]
     return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
@@ -84,8 +85,13 @@ def _differing(
     return {
         key: (there.get(key, _NOT_SET), here.get(key, _NOT_SET))
         for key in sorted(there.keys() | here.keys(), key=lambda key: (key in _FOLLOWS, key))
-        if key not in accept and there.get(key, defaults.get(key)) != here.get(key, defaults.get(key))
+        if not _is_in(key, accept) and there.get(key, defaults.get(key)) != here.get(key, defaults.get(key))
     }
+
+
+def _is_in(key: str, names: Collection[str]) -> bool:
+    """Whether a key is one of these names, or in a group that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _difference(key: str, there: object, here: object) -> str:
@@ -99,9 +105,9 @@ def _difference(key: str, there: object, here: object) -> str:
 
 def check_accepted(keys: Collection[str]) -> None:
     """Raise ConfigError for a key in which two runs cannot differ."""
-    known = [*_FOLLOWS, *(key for key, declared in all_options(Config) if option_of(declared).identity)]
+    known = [*_FOLLOWS, _PLUGINS, _CORRECTED, *(key for key, declared in all_options(Config) if option_of(declared).identity)]
     for key in keys:
-        if not any(key == name or key.startswith(f"{name}.") for name in (*known, _PLUGINS)):
+        if not _is_in(key, known):
             hint = did_you_mean(key, known)
             raise ConfigError(
                 f"accept: {key} is not possible; {hint}it takes {', '.join(_FOLLOWS)} and options that change numbers, "

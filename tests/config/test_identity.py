@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafair.config.identity import differences, flatten, identity_settings, run_identity
+from lorafair.config.identity import differences, differing_keys, flatten, identity_settings, run_identity
 from lorafair.config.loading import load_config
 from lorafair.errors import ConfigError
 
@@ -106,6 +106,19 @@ def test_a_run_from_before_a_correction_of_its_method_is_another_one(pairs: list
     said = differences(before, now)
     assert ("where clients differ in LoRA rank was corrected in lorafair 0.2" in said) == is_corrected
     assert not differences(now, now)
+
+
+def test_what_an_error_proposes_to_accept_can_be_accepted_and_a_group_with_all_in_it() -> None:
+    now = run_identity(load_config("method.name=fedsvd", "model.lora.client_ranks=[4,2,1]"))
+    before = {key: value for key, value in now.items() if key != "mixed_lora_ranks"}
+    before |= {"method": {"name": "fedit"}, "images": "others", "plugins": {"method mine": "a sum"}}
+    keys = differing_keys(before, now)
+    assert keys == ["method.name", "mixed_lora_ranks", "plugins.method mine", "images"]
+    accepted = load_config(f"accept=[{','.join(keys)}]").accept
+    assert not differences(before, now, accepted)
+    groups = load_config("accept=[method, mixed_lora_ranks, plugins]").accept
+    assert differing_keys(before, now, groups) == ["images"]
+    assert differing_keys({"methods": {"name": "a"}}, {}, groups) == ["methods.name"], "another key that begins so"
 
 
 def test_what_may_be_accepted_is_checked() -> None:
