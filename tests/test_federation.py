@@ -269,6 +269,22 @@ def test_another_configuration_does_not_continue_a_run(tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_continues_from_another_directory_has_no_numbers_of_before_and_no_damage(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_federation(launched(1), tiny("rounds=1"))
+    there = tmp_path / "there"
+    capsys.readouterr()
+    run_federation(launched(1), tiny("rounds=2", f"run_dir={there}", f"resume={tiny().folder}"))
+    printed = capsys.readouterr().out
+    assert f"\n{there} has no numbers of rounds before round 2\n" in printed
+    assert "warning" not in printed
+    rounds = {line.split(",")[0] for line in (there / "metrics.csv").read_text().splitlines()}
+    assert rounds == {"round", "2"}
+    assert in_checkpoints(there) == ["round_000002"]
+
+
+@pytest.mark.slow
 def test_a_run_directory_in_use_is_refused_and_not_moved(tiny: Tiny) -> None:
     config = tiny("rounds=1")
     run_federation(launched(1), config)

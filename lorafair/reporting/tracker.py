@@ -130,7 +130,10 @@ def _reopen_csv(path: Path, completed_rounds: int) -> tuple[TextIO, Any]:
 
 def _rows_of(path: Path, completed_rounds: int) -> list[list[str]]:
     """The lines of the rounds that are done. Where some are lost, that is said, and the file as it was is kept."""
-    content = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+    if not path.exists():  # as where it continues from the checkpoint of another directory
+        log.info(f"{path.parent} has no numbers of rounds before round {completed_rounds + 1}")
+        return []
+    content = path.read_bytes().decode("utf-8", errors="replace")
     *lines, cut = content.split("\n")
     rows = [_row_of(line) for line in lines[1:]]
     kept = [row for row in rows if row and int(row[0]) <= completed_rounds]
@@ -143,9 +146,8 @@ def _rows_of(path: Path, completed_rounds: int) -> list[list[str]]:
         what = [f"{format_count(unreadable, 'line')} cannot be read"] if unreadable else []
         what += [f"nothing is left of {format_count(len(lost), 'round')}, the first is {lost[0]}"] if lost else []
         aside = free_name(path, "damaged")
-        if path.exists():
-            shutil.copyfile(path, aside)
-            what.append(f"the file as it was is kept as {aside.name}")
+        shutil.copyfile(path, aside)
+        what.append(f"the file as it was is kept as {aside.name}")
         log.warning(f"{path} is damaged: {'; '.join(what)}; the run goes on, and TensorBoard may still have the values")
     return kept
 
