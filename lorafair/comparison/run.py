@@ -17,7 +17,7 @@ from lorafair.cluster.saved import note_saved
 from lorafair.cluster.signals import Interrupted
 from lorafair.communication.agreement import abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.comparison.listing import options_text
-from lorafair.comparison.plan import FAILED, Comparison, Run, check_folders, failure_of
+from lorafair.comparison.plan import FAILED, Comparison, Run, check_folders, failure_of, state_of
 from lorafair.comparison.report import write_report
 from lorafair.config.schema import Config
 from lorafair.console import format_count, log, some
@@ -35,7 +35,7 @@ SECONDS_FOR_THE_REPORT = 60.0  # of another process that writes it
 class Decision:
     """What rank 0 has decided about one run."""
 
-    candidate: int  # which of the tuned options a final run takes
+    candidate: int | None = None  # which of the tuned options the run takes, where that is known
     skip: bool = False  # it is done
     elsewhere: str = ""  # another process does it, or what it waits for: which one
     failure: str = ""  # why it cannot be tried
@@ -46,8 +46,8 @@ def run_comparison(
 ) -> None:
     """Do the runs that are not done yet, and report unless a part was asked for. Call on every rank.
 
-    A run that another process does at the moment is left to it; the last process to end reports all of them. A run
-    that fails is recorded in its folder, and the others go on. Raises LorafairError at the end if a final run failed,
+    A run that another process does at the moment is left to it; a process that does all runs reports those that are
+    done. A run that fails is recorded in its folder, and the others go on. Raises LorafairError at the end if a final run failed,
     or the one run of `index`, or all tuning runs of a method with `only_tuning`; at once if a folder holds another run.
     """
     runs = [run for run in comparison.runs if run.candidate is not None] if only_tuning else comparison.runs
@@ -89,7 +89,7 @@ def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str,
     """
     with claimed(fabric, comparison, run, alone=alone) as (decision, lock):
         config = comparison.config(run, decision.candidate)
-        chosen = comparison.candidates[run.candidate if run.candidate is not None else decision.candidate]
+        chosen = None if decision.candidate is None else comparison.candidates[decision.candidate]
         options = f" with {options_text(chosen)}" if chosen else ""
         left = f": left to {decision.elsewhere}" if decision.elsewhere else ""
         log.info(f"\n{progress} {run.name}{options}{': done before' if decision.skip else left}")
@@ -140,27 +140,26 @@ def decide(comparison: Comparison, run: Run, *, alone: bool) -> tuple[Decision, 
             waits_for = [comparison.runs[index] for index in comparison.waits_for(run)]
             holders = [holder for r in waits_for if (holder := in_progress(r.folder))]
             if holders and not alone:
-                return Decision(0, elsewhere=f"{holders[0]}, which is at its tuning"), None
+                return Decision(elsewhere=f"{holders[0]}, which is at its tuning"), None
             left = ", ".join(str(r.index) for r in waits_for)
             raise LorafairError(f"{run.name} waits for its tuning; run --index {left} first (or --tune)")
         if choice.best is None:
-            return Decision(0, failure=f"all of its tuning runs failed: {'; '.join(choice.failures)}"), None
+            return Decision(failure=f"all of its tuning runs failed: {'; '.join(choice.failures)}"), None
         candidate = choice.best
-    if comparison.state(run)[0] == "done":
+    config = comparison.config(run, candidate)
+    if state_of(run, config) == "done":
         return Decision(candidate, skip=True), None
     make_run_dir(run.folder)
     try:
         lock = acquire(run.folder)
     except RunDirInUse as error:
         return Decision(candidate, elsewhere=error.holder), None
-    try:
-        if comparison.state(run)[0] != "done":
-            return Decision(candidate), lock
-    except BaseException:
-        lock.release()
-        raise
-    lock.release()  # another process has just done it
-    return Decision(candidate, skip=True), None
+    with ExitStack() as stack:
+        stack.callback(lock.release)
+        if state_of(run, config) == "done":  # another process has just done it
+            return Decision(candidate, skip=True), None
+        stack.pop_all()
+    return Decision(candidate), lock
 
 
 @contextmanager
@@ -200,7 +199,10 @@ def report_runs(comparison: Comparison, elsewhere: Sequence[Run]) -> None:
     """Write the report, one process at a time. Raises LorafairError where no run is done, nor in progress elsewhere."""
     if elsewhere:
         names = some([run.name for run in elsewhere])
-        log.info(f"\n{format_count(len(elsewhere), 'run')} left to other processes, which report at their end: {names}")
+        log.info(
+            f"\n{format_count(len(elsewhere), 'run')} left to other processes: {names}; --report writes the report once "
+            f"{'it is' if len(elsewhere) == 1 else 'they are'} done"
+        )
         if not any(comparison.state(run)[0] == "done" for run in comparison.final_runs):
             return
     make_run_dir(comparison.folder)

@@ -325,7 +325,7 @@ def test_a_run_in_progress_elsewhere_is_left_to_the_other_process(
     run_comparison(launched(1), copied)
     printed = capsys.readouterr().out
     assert f"[3/4] {run.name}: left to process {held.holder.pid} on " in printed
-    assert f"1 run left to other processes, which report at their end: {run.name}" in printed
+    assert f"1 run left to other processes: {run.name}; --report writes the report once it is done\n" in printed
     run_comparison(launched(1), copied, index=2)
     assert "round " not in capsys.readouterr().out.replace("rounds", "")
     assert before == {file: file.stat().st_mtime_ns for file in run.folder.rglob("*") if file.is_file()}
@@ -362,7 +362,10 @@ def test_a_final_run_whose_tuning_is_in_progress_elsewhere_is_left_too(
             run.folder.mkdir(parents=True)
             held.append(acquire(run.folder))
     run_comparison(launched(1), comparison)
-    assert capsys.readouterr().out.count(", which is at its tuning") == 2
+    printed = capsys.readouterr().out
+    assert printed.count(", which is at its tuning") == 2
+    assert "[5/6] default / fedit-seed0: left to process " in printed  # which options it takes is not known yet
+    assert "[2/6] default / fedit-steps2 (tuning) with steps=2: left to process " in printed
     run_comparison(launched(1), comparison, only_tuning=True)
     assert "default / fedit: left to other processes" in capsys.readouterr().out
     with pytest.raises(LorafairError, match=r"waits for its tuning; run --index 0, 1 first"):
@@ -563,7 +566,9 @@ def test_tuning_chooses_by_held_out_images_and_the_report_says_what(
 
 
 @pytest.mark.slow
-def test_a_failed_tuning_run_cannot_win_and_a_failed_grid_is_named(tmp_path: Path) -> None:
+def test_a_failed_tuning_run_cannot_win_and_a_failed_grid_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     comparison = declared(tmp_path, TUNED.replace("[0.00001, 0.02]", "[1.0e+38, 0.02]"), "rounds=1")
     for run in comparison.runs[:3]:
         if run.index != 1:
@@ -581,6 +586,7 @@ def test_a_failed_tuning_run_cannot_win_and_a_failed_grid_is_named(tmp_path: Pat
     )
     with pytest.raises(LorafairError, match=message):
         run_comparison(launched(1), comparison, index=5)
+    assert "[1/1] default / ffa_lora-seed0\n" in capsys.readouterr().out, "none of the options was chosen"
     assert "all of its tuning runs failed" in list_runs(comparison)
 
 
