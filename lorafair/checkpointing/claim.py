@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafair.checkpointing.checkpoint import make_run_dir
-from lorafair.checkpointing.lock import RunLock, acquire
+from lorafair.checkpointing.lock import LOCK, RunLock, acquire
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.errors import ConfigError
 from lorafair.files.writing import naming
@@ -42,7 +43,7 @@ def holding(fabric: Fabric, run_dir: Path, lock: RunLock | None = None) -> Itera
 
 def check_shared(fabric: Fabric, run_dir: Path, lock: RunLock | None) -> None:
     """See that every rank sees the directory that rank 0 writes to. Raises LorafairError on all ranks."""
-    name: str = fabric.broadcast(f".seen_by_all.{lock.holder.token}" if lock else "")
+    name: str = fabric.broadcast(f".{LOCK}.seen_by_all.{lock.holder.token}" if lock else "")
     mark = run_dir / name
     try:
         with same_error_on_all_ranks(fabric):
@@ -67,6 +68,6 @@ def _is_seen(mark: Path) -> bool:
             return False
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         for folder in (mark.parent.parent, mark.parent):  # listing one has its content asked for again
-            if folder.is_dir():
+            with contextlib.suppress(OSError):  # it may be entered and not listed
                 os.listdir(folder)
     return True
