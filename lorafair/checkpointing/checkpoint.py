@@ -23,22 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafair.checkpointing.folder import FOLDER, ROUND, numbered, set_aside, tidy
+from lorafair.checkpointing.folder import FOLDER, ROUND, CheckpointError, numbered, set_aside, tidy, unreadable_now
 from lorafair.checkpointing.lock import LOCK, move_aside
 from lorafair.cluster.slurm import Job
 from lorafair.config.identity import differences, differing_keys
 from lorafair.console import log
-from lorafair.errors import ConfigError, LorafairError
+from lorafair.errors import ConfigError
 from lorafair.files.writing import fsync, write_atomically
 
 FORMAT = 1
 _RENAMED = {"own": "personal_adapters"}  # tensors, from what they were called in 0.1
 BASE = "base."  # before the path of a frozen weight that the federation has changed
 JOB = ".slurm_job"
-
-
-class CheckpointError(LorafairError):
-    """A checkpoint cannot be written, read, or does not belong to this run."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -132,13 +128,6 @@ def _load(path: Path) -> Checkpoint:
     )
 
 
-def unreadable_now(path: Path, why: str) -> CheckpointError:
-    """Of what may be right, so that nothing is taken in place of it."""
-    return CheckpointError(
-        f"{path} cannot be read now ({why}); nothing was changed, and the same command continues once it can"
-    )
-
-
 def check_tensors(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], origin: str) -> None:
     """Raise CheckpointError where a checkpoint has not exactly the tensors that a run needs, in shape and type.
 
@@ -194,7 +183,7 @@ def _from_path(run_dir: Path, resume: str, identity: Mapping[str, Any], accept: 
     found = list_checkpoints(Path(resume))  # of a run directory, the newest
     try:
         checkpoint = load_checkpoint(found[-1] if found else Path(resume))
-    except CheckpointError as error:
+    except DamagedCheckpoint as error:
         raise CheckpointError(
             f"resume={resume}: {error}; give a run directory or one of its {FOLDER}/round_<n>"
         ) from error

@@ -18,10 +18,14 @@ _SET_ASIDE = re.compile(rf"{ROUND}{_NUMBER}\.(damaged|later|replaced)(\.\d+)?")
 _LEFT_OVER = re.compile(rf"\.{ROUND}{_NUMBER}\.partial")
 
 
+class CheckpointError(LorafairError):
+    """A checkpoint cannot be written, read, or does not belong to this run."""
+
+
 def numbered(run_dir: Path, prefix: str) -> dict[int, Path]:
     """The folders with exactly the names that a run gives them, by the number in it, in its order."""
     pattern, found = re.compile(f"{prefix}{_NUMBER}"), {}
-    for entry in _entries(run_dir):
+    for entry in entries(run_dir / FOLDER):
         if (match := pattern.fullmatch(entry.name)) and (entry.is_symlink() or entry.is_dir()):
             found[int(match[1])] = entry
     return dict(sorted(found.items()))
@@ -44,7 +48,7 @@ def tidy(run_dir: Path) -> None:
     """Remove checkpoints that a killed run has not written to the end; name what looks like one of ours and is not."""
     ours = {*numbered(run_dir, ROUND).values(), *numbered(run_dir, UNFINISHED).values()}
     others = []
-    for entry in _entries(run_dir):
+    for entry in entries(run_dir / FOLDER):
         if _LEFT_OVER.fullmatch(entry.name):
             shutil.rmtree(entry, ignore_errors=True)
         elif entry not in ours and not _SET_ASIDE.fullmatch(entry.name) and entry.name.startswith((ROUND, UNFINISHED)):
@@ -54,15 +58,18 @@ def tidy(run_dir: Path) -> None:
         log.warning(f"{run_dir / FOLDER}: {shown}: not the name of a checkpoint, so neither read nor removed")
 
 
-def _entries(run_dir: Path) -> list[Path]:
-    """What the folder holds; unlike `glob`, an error where that cannot be known now. Raises LorafairError."""
-    folder = run_dir / FOLDER
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, in its order; unlike `glob`, a LorafairError where that cannot be known now."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise LorafairError(
-            f"{folder} cannot be read now ({error.strerror}); nothing was changed, and the same command continues "
-            "once it can"
-        ) from error
+        raise unreadable_now(folder, error.strerror or str(error)) from error
+
+
+def unreadable_now(path: Path, why: str) -> CheckpointError:
+    """Of what may be right, so that nothing is taken in place of it."""
+    return CheckpointError(
+        f"{path} cannot be read now ({why}); nothing was changed, and the same command continues once it can"
+    )

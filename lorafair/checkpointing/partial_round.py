@@ -26,8 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorafair.checkpointing.checkpoint import CheckpointError, unreadable_now
-from lorafair.checkpointing.folder import FOLDER, UNFINISHED, numbered
+from lorafair.checkpointing.folder import FOLDER, UNFINISHED, CheckpointError, entries, numbered, unreadable_now
 from lorafair.cluster.saved import note_saved
 from lorafair.console import EVERY_RANK, log
 from lorafair.files.writing import fsync, write_atomically
@@ -70,18 +69,15 @@ class PartialRound:
 
         Raises CheckpointError for one that cannot be read now.
         """
-        file = self._folder
-        try:
-            names = sorted(os.listdir(self._folder)) if self._folder.is_dir() else []
-            files = [self._folder / name for name in names if _OF_CLIENTS.fullmatch(name)]
-            start = self._start() if files else ""
-            for file in files:
-                try:
-                    self.found |= _read(file, start)
-                except (ValueError, KeyError, SafetensorError) as error:
-                    log.warning(f"{file} is not used: {error}; its clients are trained again")
-        except OSError as error:
-            raise unreadable_now(file, error.strerror or str(error)) from error
+        files = [file for file in entries(self._folder) if _OF_CLIENTS.fullmatch(file.name)]
+        start = self._start() if files else ""
+        for file in files:
+            try:
+                self.found |= _read(file, start)
+            except OSError as error:
+                raise unreadable_now(file, error.strerror or str(error)) from error
+            except (ValueError, KeyError, SafetensorError) as error:
+                log.warning(f"{file} is not used: {error}; its clients are trained again")
 
     def add(self, cohort: Cohort, rows: Tensor) -> None:
         """A cohort of this rank is done; write what is pending if the last write is long enough ago."""
@@ -130,7 +126,10 @@ def _write(file: Path, cohorts: Sequence[Cohort], rows: Tensor, start: str) -> N
 
 
 def _read(file: Path, start: str) -> dict[Cohort, Tensor]:
-    """The rows of the file's cohorts; ValueError, OSError or SafetensorError if they are damaged or of another run."""
+    """The rows of the file's cohorts; Raises what is wrong with them.
+
+    ValueError, KeyError or SafetensorError of damaged ones and those of another run, OSError where they cannot be read.
+    """
     with safe_open(file, framework="pt") as opened:
         described = dict(opened.metadata() or {})
         # Copied, because the file is mapped into memory and will be removed.

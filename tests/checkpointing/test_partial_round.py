@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorafair.checkpointing import partial_round
-from lorafair.checkpointing.checkpoint import CheckpointError
+from lorafair.checkpointing.folder import CheckpointError
 from lorafair.checkpointing.partial_round import PartialRound, drop_unfinished, list_unfinished
 
 
@@ -102,7 +102,8 @@ def test_clients_that_cannot_be_read_now_end_the_run(tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", fail)
-        with pytest.raises(CheckpointError, match=r"unfinished_000004 cannot be read now \(Input/output error\)"):
+        message = r"unfinished_000004 cannot be read now \(Input/output error\); nothing was changed, and the same command"
+        with pytest.raises(CheckpointError, match=message):
             found(tmp_path)
     monkeypatch.setattr(partial_round, "safe_open", fail)
     with pytest.raises(CheckpointError, match=r"clients_000004.safetensors cannot be read now \(Input/output error\)"):
