@@ -161,7 +161,8 @@ def build_experiment(
     Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
     """
     aggregator = method_of(config)
-    loaded = _load_in_turns(fabric, config, aggregator)
+    origin = _checkpoints_before(fabric, config)
+    loaded = _load_in_turns(fabric, config, aggregator, origin)
     model = loaded.model
     cohort = cohort_size(config, loaded.clients, model, fabric.device)
     with same_error_on_all_ranks(fabric):
@@ -193,24 +194,24 @@ def build_experiment(
     checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
-            origin, folder = _checkpoints_before(config), config.folder / CHECKPOINTS
+            folder = config.folder / CHECKPOINTS
             record_images(folder, loaded.data, loaded.images, config.data, config.seed, origin=origin)
     return experiment, checkpoint
 
 
-def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator) -> _Loaded:
+def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator, origin: Path | None) -> _Loaded:
     """The first rank of each node, then the others."""
     loaded: _Loaded | None = None
     for first in (True, False):
         with same_error_on_all_ranks(fabric):
             if first == (fabric.local_rank == 0):
-                loaded = _load(config, aggregator)
+                loaded = _load(config, aggregator, origin)
     assert loaded is not None
     return loaded
 
 
-def _load(config: Config, aggregator: Aggregator) -> _Loaded:
-    origin, local = _checkpoints_before(config), config.client
+def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loaded:
+    local = config.client
     begun = None if origin is None else images_begun_with(origin, config.data, config.seed)
     data = load_images(config.data, config.seed) if begun is None else begun.data
     images = data.fingerprint
@@ -246,8 +247,19 @@ def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[
     return fabric.broadcast(found)
 
 
-def _checkpoints_before(config: Config) -> Path | None:
-    """Where the checkpoints are of the run that is continued; None where this one begins."""
+def _checkpoints_before(fabric: Fabric, config: Config) -> Path | None:
+    """Where the checkpoints are of the run that is continued; None where this one begins.
+
+    On every rank, looked up by rank 0: once, before any of them is moved aside.
+    """
+    found = None
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero:
+            found = _find_checkpoints_before(config)
+    return fabric.broadcast(found)
+
+
+def _find_checkpoints_before(config: Config) -> Path | None:
     resume = resume_of_restarted(config.folder, config.resume, slurm_job(os.environ))
     if resume == "never":
         return None

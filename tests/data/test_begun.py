@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,27 @@ def test_the_same_command_continues(
     (root / BROKEN).unlink(missing_ok=True)
     run_federation(fabric, settings)
     assert "this run was finished before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_were_damaged_keeps_what_is_known_of_its_images(
+    tiny: Callable[..., Config], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny(*options_of(root))
+    fabric = make_fabric(settings.fabric)
+    fabric.launch()
+    with pytest.raises(LorafairError, match=rf"{BROKEN} cannot be decoded"):
+        run_federation(fabric, settings)
+    (root / BROKEN).unlink()
+    for path in (settings.folder / "checkpoints").glob("*_0*"):
+        if path.name.startswith("unfinished"):
+            shutil.rmtree(path)
+        else:
+            (path / "state.json").write_text("{")
+    run_federation(fabric, tiny(*options_of(root), "rounds=2"))
+    assert "starting anew" in capsys.readouterr().out
+    run_federation(fabric, settings)
+    assert "continuing after round 2 of 4" in capsys.readouterr().out
 
 
 @pytest.mark.slow
