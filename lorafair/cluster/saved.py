@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_ANEW = "nothing was saved yet, and the same command begins anew"
-
 
 @dataclass
 class _State:
@@ -54,14 +52,18 @@ def outlook() -> str:
     if not _state.is_run:
         return ""
     if _state.now or _state.before:
-        return f"; what is saved stays, and {_command()} continues from it"
-    return f"; {_ANEW}"
+        return f"; what is saved stays, and {_the_same('command')} continues from it"
+    return f"; {_anew('command')}"
 
 
-def continues() -> str:
-    """What the same command does after a stop."""
-    return f"{_command()} continues" if not _state.is_run or _state.now or _state.before else _ANEW
+def continues(what: str = "command") -> str:
+    """What the same command, or call, does after a stop."""
+    return f"{_the_same(what)} continues" if not _state.is_run or _state.now or _state.before else _anew(what)
 
 
-def _command() -> str:
-    return "the same command" if _state.resume == "auto" else "the same command with resume=auto"
+def _the_same(what: str) -> str:
+    return f"the same {what}" if _state.resume == "auto" else f"the same {what} with resume=auto"
+
+
+def _anew(what: str) -> str:
+    return f"nothing was saved yet, and the same {what} begins anew"

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lorafair.cluster.saved import begin_start, continues, note_resume
 from lorafair.cluster.signals import Interrupted, handle_only, handling_signals
 from lorafair.commands.run import RunResult, check_called_once, check_child_can_know, show_child
 from lorafair.comparison.plan import Comparison
@@ -142,10 +143,12 @@ def _compare_in_place(comparison: Comparison) -> None:
     check_data(*comparison.configs.values())
     check_comparison(comparison)
     config = next(iter(comparison.configs.values())).fabric
+    note_resume("auto")  # a comparison always continues
+    begin_start()
     with handling_signals(starting=True):
         handle_only(config.signals)
         try:
             with in_place(config) as fabric:
                 run_comparison(fabric, comparison)
         except Interrupted as stop:
-            raise KeyboardInterrupt(f"{stop}; the same call continues") from None
+            raise KeyboardInterrupt(f"{stop}; {continues('call')}") from None

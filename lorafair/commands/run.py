@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafair.checkpointing.lock import check_free
 from lorafair.cluster.placement import processes_started, without_launch
-from lorafair.cluster.saved import note_resume
+from lorafair.cluster.saved import begin_start, continues, note_resume
 from lorafair.cluster.signals import INTERRUPTED, Interrupted, handle_only, handling_signals
 from lorafair.cluster.watchdog import CALLER
 from lorafair.config.loading import load_config, settle, to_yaml
@@ -112,7 +112,7 @@ def run(
     Raises:
         ConfigError: One line that names the key, what was given and what is possible.
         LorafairError: The data, the weights or a checkpoint cannot be used.
-        KeyboardInterrupt: The run was interrupted; the same call continues it.
+        KeyboardInterrupt: The run was interrupted; the same call, with resume=auto, continues it.
 
     Example:
         >>> result = lorafair.run("conf/synthetic.yaml", "rounds=3")
@@ -252,13 +252,15 @@ def _run_in_place(config: Config, callbacks: Sequence[Callback]) -> None:
 
     from lorafair.federation import run_federation
 
+    note_resume(config.resume)
+    begin_start()
     with handling_signals(starting=True):
         handle_only(config.fabric.signals)
         try:
             with in_place(config.fabric) as fabric:
                 run_federation(fabric, config, callbacks)
         except Interrupted as stop:
-            raise KeyboardInterrupt(f"{stop}; the same call continues") from None
+            raise KeyboardInterrupt(f"{stop}; {continues('call')}") from None
 
 
 def check_child_can_know(config: Config) -> None:

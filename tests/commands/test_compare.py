@@ -10,6 +10,8 @@ import pytest
 import torch.distributed as dist
 
 import lorafair
+from lorafair.cluster.saved import note_resume, note_saved
+from lorafair.cluster.signals import Interrupted
 from lorafair.commands import compare as compare_module
 from lorafair.errors import ConfigError, LorafairError
 from tests.conftest import TINY
@@ -65,6 +67,19 @@ def test_more_processes_are_a_child_with_the_same_arguments(
     assert started == [["compare", *arguments, "fabric.devices=2"]]
     assert result.runs == {}, "nothing was done"
     assert re.match(r"ComparisonResult\(0 of 4 runs, ", repr(result))
+
+
+def test_an_interrupted_comparison_says_what_continues_it(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        note_saved()
+        raise Interrupted(signal.SIGINT, "before fedit")
+
+    note_resume("never")  # of a run before it
+    monkeypatch.setattr("lorafair.comparison.run.run_comparison", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="before fedit; the same call continues$"):
+        lorafair.compare(arguments)
 
 
 def test_without_a_section_it_is_a_single_run() -> None:

@@ -25,6 +25,8 @@ from torch.nn import functional as F
 import lorafair
 from lorafair.aggregation.fedit import FedIT
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
+from lorafair.cluster.saved import note_saved
+from lorafair.cluster.signals import Interrupted
 from lorafair.commands import run as run_module
 from lorafair.commands.run import RunResult
 from lorafair.config.loading import load_config
@@ -317,6 +319,27 @@ def test_an_interrupted_run_raises_keyboard_interrupt_and_the_same_call_continue
     assert "continuing after round 1 of 3" in capsys.readouterr().out
     assert torch.equal(adapter(result.run_dir), adapter(finished.run_dir))
     assert list(result.metrics["train/loss"]) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("resume", "is_saved", "outlook"),
+    [
+        ("auto", True, "the same call continues"),
+        ("never", True, "the same call with resume=auto continues"),
+        ("never", False, "nothing was saved yet, and the same call begins anew"),
+    ],
+)
+def test_an_interrupted_run_says_what_continues_it(
+    resume: str, is_saved: bool, outlook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        if is_saved:
+            note_saved()
+        raise Interrupted(signal.SIGINT, "in round 1")
+
+    monkeypatch.setattr("lorafair.federation.run_federation", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=f"in round 1; {outlook}$"):
+        lorafair.run(*TINY, f"resume={resume}", f"run_dir={tmp_path / 'run'}")
 
 
 # A child
