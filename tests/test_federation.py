@@ -334,7 +334,8 @@ def test_a_difference_can_be_accepted_and_tensors_that_do_not_fit_are_refused(
     found = load_checkpoint(path)
     save_checkpoint(config.folder, dataclasses.replace(found, tensors={"adapter": found.tensors["adapter"][:1]}), 9)
     monkeypatch.setattr(experiment, "open_inputs", lambda *_: pytest.fail("tokens are computed before"))
-    with pytest.raises(LorafairError, match=r"does not fit this run: adapter is float32 \(1,\) there and float32 \("):
+    message = r"^the checkpoint after round 2 that this run continues from does not fit this run: adapter is float32 \(1,"
+    with pytest.raises(LorafairError, match=rf"{message}\) there and float32 \("):
         run_federation(launched(1), tiny(*other[1:], "rounds=3"))
 
 

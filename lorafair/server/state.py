@@ -88,8 +88,8 @@ def check_fits(experiment: Experiment, checkpoint: Checkpoint) -> None:
     needed = _at_start(experiment, torch.empty(experiment.layout.length, device="meta")).tensors()
     needed |= {f"{BASE}{path}": weight for path, weight in experiment.model.adapters.base_weights().items()}
     with same_error_on_all_ranks(experiment.fabric):
-        after = f"the checkpoint after round {checkpoint.completed_rounds} in {experiment.config.folder}"
-        check_tensors(checkpoint.tensors, needed, after)
+        origin = f"the checkpoint after round {checkpoint.completed_rounds} that this run continues from"
+        check_tensors(checkpoint.tensors, needed, origin)
 
 
 def base_weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
