@@ -120,7 +120,7 @@ def round_in_progress(
     with limited(experiment.config, f"round {state.completed_rounds + 1}"):
         partial, plan = begin_round(experiment, state)
         this = Round(plan, partial, stop, report, Clock(experiment.fabric.device))
-        with partial.kept_on_failure(), saving(partial.write_or_warn):
+        with partial.kept_on_failure(), saving(partial.write):
             yield this
     stop.record_duration("rest of the round", time.monotonic() - this.trained_at)
 

@@ -102,15 +102,11 @@ class PartialRound:
         try:
             yield
         except BaseException:
-            self.write_or_warn()
+            try:
+                self.write()
+            except CheckpointError as error:  # the one that ends the block is the one to raise
+                log.warning(str(error), extra=EVERY_RANK)
             raise
-
-    def write_or_warn(self) -> None:
-        """`write` for what ends with another error."""
-        try:
-            self.write()
-        except CheckpointError as error:
-            log.warning(str(error), extra=EVERY_RANK)
 
 
 def _write(file: Path, cohorts: Sequence[Cohort], rows: Tensor, start: str) -> None:

@@ -48,11 +48,11 @@ def register_logger(name: str) -> Callable[[Callable[..., Logger]], Callable[...
 
 def open_loggers(config: Config) -> list[Logger]:
     """The loggers of a run. Raises LorafairError for one that cannot be made."""
-    loggers: list[Logger] = []
     if not config.loggers:
-        return loggers
+        return []
     from lightning.fabric.loggers.logger import Logger
 
+    loggers: list[Logger] = []
     for name, options in config.loggers.items():
         make = LOGGERS[name]
         try:

@@ -85,6 +85,17 @@ def test_clients_that_cannot_be_written_are_an_error_that_says_so(tmp_path: Path
         partial(tmp_path, seconds=0).add((4,), torch.ones(1, 2))
 
 
+def test_the_error_that_ends_a_round_is_raised_where_its_clients_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    of_round = partial(tmp_path, seconds=60)
+    of_round.add((4,), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="^the reason$"), of_round.kept_on_failure():
+        raise ValueError("the reason")
+    assert capsys.readouterr().out.startswith("warning: finished clients could not be saved as ")
+
+
 def test_copies_of_unfinished_rounds_are_neither_read_nor_removed(tmp_path: Path) -> None:
     for name in ("unfinished_000004", "unfinished_000004.bak", "unfinished_000004 (1)", "unfinished_old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
