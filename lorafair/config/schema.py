@@ -320,14 +320,15 @@ class ClientConfig:
     cohort: int | Literal["auto"] = option(
         "auto",
         """Clients trained side by side on one rank, sharing the frozen layers' matrix products. auto: as many as keep
-        the device busy, where a round has so many clients that every rank still gets several cohorts (16 a round at
-        least).""",
+        the device busy, where a round has so many clients that every rank still gets several cohorts (at least 16 a
+        round on a CPU, 8 on a GPU).""",
         at_least=1,
     )
     timeout_minutes: float | None = option(
         10.0,
-        """A client without a finished step in this time counts as hung, and the run ends with an error that names it;
-        so do tokens, server step, evaluation, report and checkpoint without progress. null: no limit.""",
+        """A client without a finished step in this time counts as hung, and the run ends with an error that names it.
+        So do server step, evaluation, report and checkpoint without progress; loading and tokens do after
+        fabric.timeout_minutes. null: no limit for any of them.""",
         above=0,
         identity=False,
     )
