@@ -15,13 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorafair.aggregation.registry import build_aggregator
-from lorafair.checkpointing.checkpoint import (
-    BASE,
-    CheckpointError,
-    check_tensors,
-    list_checkpoints,
-    load_checkpoint,
-)
+from lorafair.checkpointing.checkpoint import BASE, check_tensors, list_checkpoints, load_checkpoint
+from lorafair.checkpointing.folder import CheckpointError
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config, ModelConfig
 from lorafair.errors import ConfigError, LorafairError, one_line

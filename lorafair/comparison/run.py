@@ -47,8 +47,9 @@ def run_comparison(
     """Do the runs that are not done yet, and report unless a part was asked for. Call on every rank.
 
     A run that another process does at the moment is left to it; a process that does all runs reports those that are
-    done. A run that fails is recorded in its folder, and the others go on. Raises LorafairError at the end if a final run failed,
-    or the one run of `index`, or all tuning runs of a method with `only_tuning`; at once if a folder holds another run.
+    done. A run that fails is recorded in its folder, and the others go on. Raises LorafairError at the end if a final
+    run failed, or the one run of `index`, or all tuning runs of a method with `only_tuning`; at once if a folder holds
+    another run.
     """
     runs = [run for run in comparison.runs if run.candidate is not None] if only_tuning else comparison.runs
     runs = [comparison.runs[index]] if index is not None else runs
@@ -198,11 +199,9 @@ def record_failure(run: Run, failure: str) -> None:
 def report_runs(comparison: Comparison, elsewhere: Sequence[Run]) -> None:
     """Write the report, one process at a time. Raises LorafairError where no run is done, nor in progress elsewhere."""
     if elsewhere:
-        names = some([run.name for run in elsewhere])
-        log.info(
-            f"\n{format_count(len(elsewhere), 'run')} left to other processes: {names}; --report writes the report once "
-            f"{'it is' if len(elsewhere) == 1 else 'they are'} done"
-        )
+        count, names = format_count(len(elsewhere), "run"), some([run.name for run in elsewhere])
+        are = "it is" if len(elsewhere) == 1 else "they are"
+        log.info(f"\n{count} left to other processes: {names}; --report writes the report once {are} done")
         if not any(comparison.state(run)[0] == "done" for run in comparison.final_runs):
             return
     make_run_dir(comparison.folder)

@@ -105,7 +105,8 @@ def _difference(key: str, there: object, here: object) -> str:
 
 def check_accepted(keys: Collection[str]) -> None:
     """Raise ConfigError for a key in which two runs cannot differ."""
-    known = [*_FOLLOWS, _PLUGINS, _CORRECTED, *(key for key, declared in all_options(Config) if option_of(declared).identity)]
+    options = [key for key, declared in all_options(Config) if option_of(declared).identity]
+    known = [*_FOLLOWS, _PLUGINS, _CORRECTED, *options]
     for key in keys:
         if not _is_in(key, known):
             hint = did_you_mean(key, known)

@@ -27,7 +27,6 @@ from lorafair.checkpointing.checkpoint import (
 from lorafair.checkpointing.folder import CheckpointError
 from lorafair.checkpointing.lock import LOCK, acquire
 from lorafair.cluster.slurm import Job
-from lorafair.errors import LorafairError
 
 IDENTITY = {"seed": 0, "model": {"name": "test_vit", "lora": {"targets": ("a", "b")}}, "images": "abc"}
 
@@ -263,7 +262,8 @@ def test_what_cannot_be_read_now_ends_the_run_and_changes_nothing(
         name = {"folder": "iterdir", "state.json": "read_text", "state.safetensors": "open"}[what]
         original = getattr(Path, name)
         patch.setattr(Path, name, fail)
-        with pytest.raises(CheckpointError, match=rf"cannot be read now \({os.strerror(code)}\).*same command continues"):
+        said = rf"cannot be read now \({os.strerror(code)}\).*same command continues"
+        with pytest.raises(CheckpointError, match=said):
             find(tmp_path)
     assert names_in(tmp_path) == before
 
@@ -281,7 +281,8 @@ def test_a_checkpoint_of_a_newer_version_ends_the_run(tmp_path: Path, monkeypatc
         patch.setattr(checkpoint_module, "FORMAT", 2)
         save_checkpoint(tmp_path, checkpoint(5), keep=2)
     for resume in ("auto", str(tmp_path)):
-        with pytest.raises(CheckpointError, match=r"^[^;]* has checkpoint format 2, .* reads 1; install [^;]* run_dir$"):
+        said = r"^[^;]* has checkpoint format 2, .* reads 1; install the newer version [^;]* run_dir$"
+        with pytest.raises(CheckpointError, match=said):
             find(tmp_path, resume)
     assert names_in(tmp_path) == ["round_000004", "round_000005"]
 

@@ -91,7 +91,7 @@ def test_the_error_that_ends_a_round_is_raised_where_its_clients_cannot_be_writt
     (tmp_path / "checkpoints").write_text("in the way")
     of_round = partial(tmp_path, seconds=60)
     of_round.add((4,), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="^the reason$"), of_round.kept_on_failure():
+    with pytest.raises(ValueError, match=r"^the reason$"), of_round.kept_on_failure():
         raise ValueError("the reason")
     assert capsys.readouterr().out.startswith("warning: finished clients could not be saved as ")
 
@@ -113,8 +113,9 @@ def test_clients_that_cannot_be_read_now_end_the_run(tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", fail)
-        message = r"unfinished_000004 cannot be read now \(Input/output error\); nothing was changed, and the same command"
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(
+            CheckpointError, match=r"unfinished_000004 cannot be read now \(Input/output error\); nothing"
+        ):
             found(tmp_path)
     monkeypatch.setattr(partial_round, "safe_open", fail)
     with pytest.raises(CheckpointError, match=r"clients_000004.safetensors cannot be read now \(Input/output error\)"):

@@ -78,7 +78,7 @@ def test_an_interrupted_comparison_says_what_continues_it(
 
     note_resume("never")  # of a run before it
     monkeypatch.setattr("lorafair.comparison.run.run_comparison", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="before fedit; the same call continues$"):
+    with pytest.raises(KeyboardInterrupt, match=r"before fedit; the same call continues$"):
         lorafair.compare(arguments)
 
 
