@@ -115,6 +115,7 @@ def test_nothing_is_begun_after_the_time_of_a_part_and_memory_is_no_failure(part
     assert [note.partition(":")[0] for note in left["notes"]] == ["much", "left out, as the time of this part is over"]
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_or_hangs_is_recorded(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

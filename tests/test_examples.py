@@ -58,6 +58,7 @@ def test_python_gives_the_bits_of_the_command(shapes: Path, tmp_path: Path) -> N
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_bits_of_one(shapes: Path, tmp_path: Path) -> None:
     for ranks in (1, 2):
         run_ranks(ranks, _on_a_rank, str(shapes), [f"run_dir={tmp_path / str(ranks)}", "data.workers=2"])

@@ -93,6 +93,7 @@ def ranks_pack(fabric: Any, config: DataConfig, cache: str) -> tuple[np.ndarray,
     return pixels(data), len(decoded)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_node_share_the_work(pictures: Path) -> None:
     results = run_ranks(2, ranks_pack, config_of(pictures), os.environ["XDG_CACHE_HOME"])
     assert sorted(count for _, count in results) == [64, 96]  # of 160 in parts of 64

@@ -374,6 +374,7 @@ def test_a_final_run_whose_tuning_is_in_progress_elsewhere_is_left_too(
         lock.release()
 
 
+@pytest.mark.slow
 def test_half_finished_runs_continue(copied: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied.runs[2].folder
     expected = result_of(folder)
