@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 # into a core's cache, or fill a GPU.
 COHORTS_OF_ROUND = {"cpu": 16, "gpu": 8}
 NUMBERS_OF_STEP = {"cpu": 2**19, "gpu": 2**25}  # that enter an adapted layer
+_HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what linear layers compute in
 
 
 @dataclass
@@ -174,6 +175,9 @@ def build_experiment(
         mode = config.model.compile_mode
         model.compile(backend=config.model.compile, **({} if mode is None else {"mode": mode}))
     identity = _identity(config, loaded, model)
+    precision = str(fabric.strategy.precision.precision)
+    if precision in _HALVES:
+        model.hold_frozen_in(_HALVES[precision])
     _introduce(config, loaded, cohort, fabric.world_size)
     if len(set(loaded.lora_ranks)) > 1 and aggregator.note_on_mixed_lora_ranks:
         log.info(f"method: {aggregator.note_on_mixed_lora_ranks}")

@@ -28,6 +28,7 @@ from lorafair.errors import LorafairError
 from lorafair.experiment import NUMBERS_OF_STEP, build_experiment, cohort_size
 from lorafair.federation import run_federation
 from lorafair.launch import make_fabric
+from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import LoRAFactors
 from lorafair.model.backbone import build_model
 from lorafair.registry import METHODS
@@ -514,6 +515,33 @@ def test_mixed_precision_trains_too(tiny: Tiny, tmp_path: Path) -> None:
     run_federation(fabric, config)
     assert json.loads((tmp_path / "result.json").read_text())["mean_accuracy"] > 0.5
     assert adapter_of(tmp_path)["adapter"].dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora_fair", "fedex_lora"])
+def test_weights_held_in_half_precision_give_the_bits_of_weights_cast_at_every_step(
+    method: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the layers that are not adapted; a method may add to the others, which needs their float32."""
+    common = ("fabric.precision=bf16-mixed", f"method.name={method}", "rounds=2", "model.prefix_cache=never")
+    held: list[torch.dtype] = []
+    hold = AdaptedModel.hold_frozen_in
+
+    def hold_and_look(model: AdaptedModel, dtype: torch.dtype) -> None:
+        hold(model, dtype)
+        held.extend(parameter.dtype for parameter in model.parameters() if parameter.dtype == dtype)
+        assert all(weight.dtype == torch.float32 for weight in model.adapters.base_weights().values())
+
+    rows = []
+    for name, holding in (("held", hold_and_look), ("cast", lambda model, dtype: None)):
+        monkeypatch.setattr(AdaptedModel, "hold_frozen_in", holding)
+        config = tiny(*common, f"run_dir={tmp_path / name}")
+        fabric = make_fabric(config.fabric)
+        fabric.launch()
+        run_federation(fabric, config)
+        rows.append(adapter_of(tmp_path / name)["adapter"])
+    assert len(held) > 4
+    assert torch.equal(rows[0], rows[1])
 
 
 def outcome(fabric: Any, arguments: list[str]) -> str:

@@ -44,11 +44,11 @@ def base(part: Part) -> None:
     part.say(f"{size}")
     table = part.table(f"One client, {size.model} at {size.pixels} px, batch {size.batch}", *COLUMNS)
     compare = _Comparison(part, table)
-    work = Work(size, part.device)
+    work, in_full = Work(size, part.device), Work(size, part.device, half=False)
     part.say(f"{work.flop / 1e9:.1f} GFLOP an image (forward and backward, frozen weights)")
     full = autocast_of(part.device, "32-true")
     half = autocast_of(part.device, "bf16-mixed")
-    part.attempt("agreement with the bare loop", lambda: agreement(part, work, full))
+    part.attempt("agreement with the bare loop", lambda: agreement(part, in_full, full))
     part.attempt("bf16", lambda: compare("bf16", work, half, repeats, bare=True, peft=True))
     part.attempt("bf16, compiled", lambda: compiled(part, compare, size, half, repeats))
     if part.on_gpu:
@@ -61,7 +61,7 @@ def base(part: Part) -> None:
 
         def of_float32(name: str = name, tf32: bool = tf32) -> None:
             use_tf32(tf32)
-            compare(name, work, full, min(repeats, 3), bare=True, peft=not (tf32 or part.tiny))
+            compare(name, in_full, full, min(repeats, 3), bare=True, peft=not (tf32 or part.tiny))
 
         part.attempt(name, of_float32)
     use_tf32(False)

@@ -58,13 +58,15 @@ def build(size: Size) -> AdaptedModel:
 class Work:
     """The same images and start for all ways of training on them."""
 
-    def __init__(self, size: Size, device: torch.device, widest: int = 1) -> None:
-        """`widest` is the largest cohort."""
+    def __init__(self, size: Size, device: torch.device, widest: int = 1, *, half: bool = True) -> None:
+        """`widest` is the largest cohort; `half`: the model of a run in bf16-mixed, which trains in nothing else."""
         self.size, self.device = size, device
         self.model = build(size)
         self.flop = flop_of_an_image(self.model, size.pixels)
         self.plain = copy.deepcopy(self.model.backbone)
         self.model.attach(device, widest)
+        if half:
+            self.model.hold_frozen_in(torch.bfloat16)
         generator = seeded(0, "images", device=device)
         count = size.batch * widest
         shape = (count, 3, size.pixels, size.pixels)

@@ -94,12 +94,6 @@ def cached_tokens(
 
 
 def _array(name: str, model: AdaptedModel, config: ModelConfig, count: int) -> SharedArray:
-    shape = (count, *_token_shape(model, image_size_of(config))[1:])
+    shape = (count, *model.shape_of_tokens())
     kept = np.int16 if config.prefix_cache_dtype == "bfloat16" else np.float32
     return SharedArray(cache_folder("tokens", "model.prefix_cache=never") / f"{name}.npy", shape, kept, EMBED_BATCH)
-
-
-@torch.inference_mode()
-def _token_shape(model: AdaptedModel, image_size: int) -> torch.Size:
-    """(1, T, D)."""
-    return model.embed(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=model.mean.device)).shape

@@ -37,6 +37,7 @@ class AdaptedModel(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         self.gradient_checkpointing = False
         self._adapters: AdapterParameters | None = None
+        self._held_in: torch.dtype | None = None
 
     def checkpoint_gradients(self) -> None:
         """Keep only what enters each block for the backward pass. ConfigError for a backbone that cannot."""
@@ -67,6 +68,18 @@ class AdaptedModel(nn.Module):
         self._adapters = AdapterParameters(self.backbone, max_cohort)
         return self
 
+    def hold_frozen_in(self, dtype: torch.dtype) -> None:
+        """Keep the weights of linear layers that nothing trains in what autocast casts them to at every step.
+
+        The numbers are those of casting each time. Adapted layers stay as they are: methods may add to their weights.
+        From then on the model runs under autocast alone.
+        """
+        self._held_in = dtype
+        adapted = {layer.base for layer in self.backbone.modules() if isinstance(layer, LoRALinear)}
+        for layer in self.backbone.modules():
+            if type(layer) is nn.Linear and layer not in adapted:
+                layer.to(dtype)
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (..., 3, S, S) -> float32 with the checkpoint's mean and standard deviation."""
         return images.float().sub_(self.mean).div_(self.std)  # in place: fresh memory costs more than the arithmetic
@@ -92,15 +105,25 @@ class AdaptedModel(nn.Module):
         return x
 
     @torch.inference_mode()
+    def shape_of_tokens(self) -> torch.Size:
+        """(T, D) of the tokens that `embed` makes of an image."""
+        kind = self.mean.device.type
+        with torch.autocast(kind, self._held_in or torch.bfloat16, enabled=self._held_in is not None):
+            return self.embed(self._empty_image()).shape[1:]
+
+    @torch.inference_mode()
     def numbers_per_image(self) -> float:
         """How many numbers of an image enter an adapted layer, on average over these layers."""
         entering: list[int] = []
         layers = [module for module in self.backbone.modules() if isinstance(module, LoRALinear)]
         hooks = [m.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0].numel())) for m in layers]
-        self(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.mean.device))
+        self(self._empty_image())
         for hook in hooks:
             hook.remove()
         return sum(entering) / len(entering)
+
+    def _empty_image(self) -> Tensor:
+        return torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.mean.device)
 
     def fingerprint(self, *, of_embed: bool = False) -> str:
         """Names the frozen weights and the normalisation; `of_embed`: only those that `embed` uses."""
@@ -108,5 +131,6 @@ class AdaptedModel(nn.Module):
         frozen = {name: p for name, p in self.backbone.named_parameters() if not p.requires_grad}
         for name, tensor in {**frozen, **dict(self.named_buffers())}.items():
             if not of_embed or not name.startswith("blocks.") or block_of(name) < self.prefix_blocks:
-                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+                values = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy does not have it
+                digest.update(name.encode() + values.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
