@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer and make:
 #   make demo     environment, install, real images and weights, a federated run on two processes, the result table
-#   make test     environment, install, lint, types, all tests
+#   make test     environment, install, lint, types, the documentation, all tests
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint types tests results bench gpu clean
+.PHONY: help demo test quick lint types docs links tests results bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -17,7 +17,7 @@ demo: $(VENV)/.installed ## a federated run on real images with a pretrained ViT
 	cores=$$($(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)))'); \
 	$(BIN)/python train.py conf/demo.yaml $$([ $$cores -gt 1 ] || echo fabric.devices=1)
 
-test: lint types tests ## lint, types and all tests
+test: lint types docs tests ## lint, types, the documentation and all tests
 
 quick: $(VENV)/.installed ## the tests that take seconds, while you work
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal -m 'not slow and not slurm'
@@ -28,6 +28,16 @@ lint: $(VENV)/.installed ## ruff: rules and format
 
 types: $(VENV)/.installed ## mypy, strict
 	$(BIN)/mypy
+
+# Needs no network. Every page is read anew (-E), because its text may come from the code; what notebooks print comes from
+# the cache in build/docs as long as neither they nor the code have changed.
+docs: $(VENV)/.installed ## the documentation: build/docs/html/index.html; any warning is an error
+	rm -rf build/docs/html
+	$(BIN)/python -m sphinx -E -W --keep-going -q -j auto -d build/docs/doctrees -b html docs build/docs/html
+	@echo "open build/docs/html/index.html"
+
+links: $(VENV)/.installed ## ask every external link of the documentation; needs network, so it is no part of `make test`
+	$(BIN)/python -m sphinx -E --keep-going -q -j auto -D nb_execution_mode=off -d build/docs/doctrees-links -b linkcheck docs build/docs/links
 
 # A file of tests stays in one process, because what its tests share is made once; ranks of a run need cores, too. Jobs
 # of a real Slurm are timed by the cluster: they come last, on two clusters, one test at a time on each.
