@@ -20,6 +20,7 @@ from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.checkpointing import lock as lock_module
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from lorafair.checkpointing.lock import acquire
+from lorafair.client.cohort import LocalTraining
 from lorafair.communication import collectives
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
@@ -542,6 +543,34 @@ def test_weights_held_in_half_precision_give_the_bits_of_weights_cast_at_every_s
         rows.append(adapter_of(tmp_path / name)["adapter"])
     assert len(held) > 4
     assert torch.equal(rows[0], rows[1])
+
+
+def test_a_device_without_room_says_what_to_change_and_keeps_the_finished_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*TINY, "client.cohort=2", "rounds=1", f"run_dir={tmp_path / 'run'}"]
+    train, cohorts = LocalTraining.train, []
+
+    def train_the_first(self: LocalTraining, cohort: Any, inputs: Any) -> Any:
+        cohorts.append(cohort)
+        if len(cohorts) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+        return train(self, cohort, inputs)
+
+    monkeypatch.setattr(LocalTraining, "train", train_the_first)
+    with pytest.raises(LorafairError) as raised:
+        run(launched(1), options)
+    message = str(raised.value)
+    assert message.startswith("round 1: client ")
+    assert (
+        "Tried to allocate 2.00 GiB.); set client.cohort=1 (it is 2), or model.gradient_checkpointing=true" in message
+    )
+    assert message.endswith("or a smaller client.batch_size (it is 16)")
+    assert len(list((tmp_path / "run" / "checkpoints").glob("unfinished_*"))) == 1
+    run(launched(1), options)
+    assert len(cohorts) == 3  # the first one was not trained again
+    run(launched(1), [*TINY, "client.cohort=2", "rounds=1", f"run_dir={tmp_path / 'whole'}"])
+    assert torch.equal(adapter_of(tmp_path / "run")["adapter"], adapter_of(tmp_path / "whole")["adapter"])
 
 
 def outcome(fabric: Any, arguments: list[str]) -> str:

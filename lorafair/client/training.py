@@ -23,6 +23,7 @@ from lorafair.communication.agreement import StopRequest
 from lorafair.communication.progress import TrainingProgress
 from lorafair.data.augmentation import augmented
 from lorafair.data.loading import CohortStep, cohort_steps, local_batches, on_device
+from lorafair.errors import ConfigError, first_line
 from lorafair.experiment import Experiment
 from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
 from lorafair.seeding import seeded
@@ -52,7 +53,10 @@ def train_clients(
 
     def limited(cohort: Sequence[int], work: Callable[[], T]) -> T:
         what = f"{name}: client {' or '.join(experiment.clients[c].name for c in cohort)}"
-        return within(what, minutes, "client.timeout_minutes", work)
+        try:
+            return within(what, minutes, "client.timeout_minutes", work)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(_no_room(experiment, what, error)) from error
 
     with TrainingProgress(fabric, f"{name}/{rounds}", plan, partial.found, experiment.costs) as progress:
 
@@ -75,6 +79,20 @@ def train_clients(
     stop.is_set("rest of the round")
     width = experiment.layout.length_of(trainer.training.parts) + 2
     return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
+
+
+def _no_room(experiment: Experiment, what: str, error: torch.OutOfMemoryError) -> str:
+    """What to change, cheapest first. The cohort leaves the results as they are, but for rounding."""
+    config, cohort = experiment.config, experiment.cohort
+    remedies = [f"client.cohort={cohort // 2} (it is {cohort})"] if cohort > 1 else []
+    if not config.model.gradient_checkpointing:
+        remedies.append("model.gradient_checkpointing=true")
+    if config.fabric.precision == "32-true":
+        remedies.append("fabric.precision=bf16-mixed")
+    if config.data.resident:
+        remedies.append("data.resident=false")
+    remedies.append(f"a smaller client.batch_size (it is {config.client.batch_size})")
+    return f"{what} does not fit into the memory of the device ({first_line(error)}); set {', or '.join(remedies)}"
 
 
 def _cohorts_ahead(device: torch.device) -> int:
