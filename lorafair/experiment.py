@@ -111,7 +111,7 @@ class Experiment:
         """Plans the rounds."""
         pooled_data, federation = self.aggregator.pools_data, self.config.federation
         return Scheduler(
-            seed=self.config.seed,
+            seed=self.config.seed_of("federation"),
             sizes=self.sizes,
             costs=self.costs,
             clients_per_round=None if pooled_data else federation.clients_per_round,
@@ -219,7 +219,9 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
     begun = None if origin is None else images_begun_with(origin, config.data, config.seed)
     data = load_images(config.data, config.seed) if begun is None else begun.data
     images = data.fingerprint
-    clients = partition(config.partition, data.train.labels, data.train.domains, data.domains, config.seed)
+    clients = partition(
+        config.partition, data.train.labels, data.train.domains, data.domains, config.seed_of("partition")
+    )
     if begun is not None:
         data, clients = begun.without_gone(clients)
     data = noting_damage(data, config.folder / CHECKPOINTS)
@@ -292,7 +294,9 @@ def lora_ranks_of_clients(config: Config, clients: int) -> tuple[int, ...]:
         check_client_ranks(config, clients)
         return lora.client_ranks
     probabilities = torch.tensor(lora.client_rank_probabilities, dtype=torch.float64)
-    drawn = torch.multinomial(probabilities, clients, replacement=True, generator=seeded(config.seed, "ranks"))
+    drawn = torch.multinomial(
+        probabilities, clients, replacement=True, generator=seeded(config.seed_of("federation"), "ranks")
+    )
     return tuple(lora.client_ranks[level] for level in drawn.tolist())
 
 

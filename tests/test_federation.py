@@ -573,6 +573,25 @@ def test_a_device_without_room_says_what_to_change_and_keeps_the_finished_client
     assert torch.equal(adapter_of(tmp_path / "run")["adapter"], adapter_of(tmp_path / "whole")["adapter"])
 
 
+def test_a_seed_of_its_own_changes_one_part_of_a_run(tmp_path: Path) -> None:
+    common = [*TINY, "seed=3", "rounds=2", "partition.scheme=dirichlet", "partition.clients_per_domain=2"]
+    common += ["federation.clients_per_round=4", "model.lora.dropout=0.1"]
+
+    def adapter_and_start(name: str, *seeds: str) -> tuple[torch.Tensor, dict[str, str]]:
+        run(launched(1), [*common, *seeds, f"run_dir={tmp_path / name}"])
+        start = json.loads((tmp_path / name / "result.json").read_text())["start"]
+        return adapter_of(tmp_path / name)["adapter"], start
+
+    groups = {"partition": "clients", "model": "initial_adapter", "federation": None, "client": None}
+    adapter, start = adapter_and_start("one seed")
+    same, _ = adapter_and_start("the same for all", *(f"{group}.seed=3" for group in groups))
+    assert torch.equal(same, adapter)
+    for group, changed in groups.items():
+        other, begun = adapter_and_start(group, f"{group}.seed=4")
+        assert not torch.equal(other, adapter), group
+        assert [name for name in start if begun[name] != start[name]] == ([changed] if changed else []), group
+
+
 def outcome(fabric: Any, arguments: list[str]) -> str:
     try:
         run(fabric, arguments)

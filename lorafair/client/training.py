@@ -160,7 +160,7 @@ class _Trainer:
 
     def steps_of(self, cohort: Sequence[int]) -> list[CohortStep]:
         """The steps of these clients, each with its own batches."""
-        seed, round_index = self.experiment.config.seed, self.state.completed_rounds
+        seed, round_index = self.experiment.config.seed_of("client"), self.state.completed_rounds
         return cohort_steps(
             [
                 local_batches(self.experiment.clients[c].indices, self.training.config, seeded(seed, round_index, c))
@@ -182,7 +182,7 @@ class _Trainer:
         """Train C clients. On a GPU the work may not be done yet."""
         device, state = self.experiment.fabric.device, self.state
         stopwatch = _Stopwatch(device)
-        seed, round_index = self.experiment.config.seed, state.completed_rounds
+        seed, round_index = self.experiment.config.seed_of("client"), state.completed_rounds
         augmentation = self.experiment.config.data.augmentation
         if augmentation != "none":
             crop = augmentation == "crop_flip"

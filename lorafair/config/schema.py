@@ -119,6 +119,7 @@ class PartitionConfig:
         names="PARTITIONS",
     )
     options: dict[str, Any] = option({}, "What a partition of a plug-in takes beyond these options.")
+    seed: int | None = option(None, "Of the split into clients; null: the seed of the run.", at_least=0)
     clients_per_domain: int | None = option(
         None, "Clients of a domain.", at_least=1, requires=when("partition.scheme", "dirichlet"), conditional_default=5
     )
@@ -209,6 +210,12 @@ class ModelConfig:
         averaged weights, such as state_dict_ema, where there are some).""",
     )
     options: dict[str, Any] = option({}, "What a backbone of a plug-in takes beyond these options.")
+    seed: int | None = option(
+        None,
+        """Of the initial factors and head, and of factors drawn anew; null: the seed of the run. Random frozen weights
+        follow from the seed of the run.""",
+        at_least=0,
+    )
     image_size: int | None = option(
         None,
         "Side of the square input in pixels; position embeddings are resampled (the model's own).",
@@ -316,6 +323,9 @@ class ClientConfig:
         conditional_default=1,
     )
     steps: int | None = option(None, "Batches a client trains each round, instead of epochs.", at_least=1)
+    seed: int | None = option(
+        None, "Of the order of images, augmentation and dropout; null: the seed of the run.", at_least=0
+    )
     batch_size: int = option(128, "Images a step; a client with fewer uses all it has.", at_least=1)
     cohort: int | Literal["auto"] = option(
         "auto",
@@ -348,6 +358,11 @@ class FederationConfig:
         "average",
         """Where a client starts the next round. average: from the server's factors. fresh: the server's update is
         merged into the frozen weights, A is drawn anew and B = 0. local: from the client's own last factors.""",
+    )
+    seed: int | None = option(
+        None,
+        "Of the clients that are drawn each round, and of LoRA ranks drawn for clients; null: the seed of the run.",
+        at_least=0,
     )
 
 
@@ -522,7 +537,9 @@ class Config:
 
     seed: int = option(
         0,
-        "Everything random follows from it: images drawn, split, head, factors, clients of a round, batches, dropout.",
+        """Everything random follows from it: images drawn, split, head, factors, clients of a round, batches, dropout.
+        partition.seed, model.seed, federation.seed and client.seed take a part of that over, so that experiments can
+        vary the parts one by one.""",
         at_least=0,
     )
     rounds: int = option(50, "Communication rounds.", at_least=1, identity=False)
@@ -574,6 +591,11 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
+
+    def seed_of(self, group: Literal["partition", "model", "client", "federation"]) -> int:
+        """The seed of what `group` draws: its own, or that of the run."""
+        own: int | None = getattr(self, group).seed
+        return self.seed if own is None else own
 
     @property
     def folder(self) -> Path:

@@ -115,7 +115,8 @@ def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict
 
 def _start(experiment: Experiment) -> dict[str, str]:
     """What the run began from, as sha256 sums: methods are compared fairly where these are equal."""
-    initial = experiment.model.adapters.draw(experiment.config.seed, 0)  # drawn anew, so a continued run has it, too
+    seed = experiment.config.seed_of("model")
+    initial = experiment.model.adapters.draw(seed, 0)  # drawn anew, so a continued run has it, too
     clients = hashlib.sha256()
     for client in experiment.clients:
         clients.update(f"{client.name} {len(client.indices)}:".encode() + client.indices.astype("<i8").tobytes())

@@ -54,7 +54,7 @@ class ServerState:
 def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> ServerState:
     """The state after a checkpoint, or that before the first round. Call on every rank."""
     fabric, config, adapters = experiment.fabric, experiment.config, experiment.model.adapters
-    state = _at_start(experiment, adapters.draw(config.seed, 0).to(fabric.device))
+    state = _at_start(experiment, adapters.draw(config.seed_of("model"), 0).to(fabric.device))
     if checkpoint is not None:
         base = base_weights_in(checkpoint)
         adapters.load_base_weights(base)

@@ -208,7 +208,7 @@ def apply_update(
         adapters.fold_into_base(layout.unpack(state.adapter).factors)
         state.folded = True
     if config.federation.initialization == "fresh" or aggregator.restarts:
-        fresh = adapters.draw(config.seed, state.completed_rounds).to(received.device)
+        fresh = adapters.draw(config.seed_of("model"), state.completed_rounds).to(received.device)
         state.adapter = layout.replaced(state.adapter, ("A", "B"), layout.select(fresh, ("A", "B")))
     if state.personal_adapters is not None:
         state.personal_adapters[list(results.clients)] = results.rows
