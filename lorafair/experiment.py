@@ -31,6 +31,7 @@ from lorafair.checkpointing.lock import RunLock
 from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
+from lorafair.communication.collectives import smallest_over_ranks
 from lorafair.config.identity import run_identity
 from lorafair.config.schema import ClientConfig, Config
 from lorafair.console import format_count, log
@@ -43,6 +44,7 @@ from lorafair.evaluation import Evaluator
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
 from lorafair.model.backbone import build_model
+from lorafair.model.side_by_side import clients_that_pay, clients_with_room
 from lorafair.registry import METHODS
 from lorafair.schedule import Scheduler
 from lorafair.seeding import seeded
@@ -50,10 +52,6 @@ from lorafair.seeding import seeded
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# client.cohort=auto: enough cohorts for many ranks (a GPU loses more by small steps), and steps whose activations fit
-# into a core's cache, or fill a GPU.
-COHORTS_OF_ROUND = {"cpu": 16, "gpu": 8}
-NUMBERS_OF_STEP = {"cpu": 2**19, "gpu": 2**25}  # that enter an adapted layer
 _HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what linear layers compute in
 
 
@@ -168,6 +166,7 @@ def build_experiment(
     cohort = cohort_size(config, loaded.clients, model, fabric.device)
     with same_error_on_all_ranks(fabric):
         model.attach(fabric.device, cohort)
+    cohort = _cohort_with_room(fabric, config, loaded, cohort)
     if METHODS.is_from_plugin(str(config.method["name"])):
         with same_error_on_all_ranks(fabric):
             try_out(aggregator, model.adapters.layout)
@@ -312,21 +311,27 @@ def check_client_ranks(config: Config, clients: int) -> None:
 
 
 def cohort_size(config: Config, clients: tuple[Client, ...], model: AdaptedModel, device: torch.device) -> int:
-    """C, the clients trained side by side: client.cohort, or for auto what follows from model, batch and clients.
-
-    It depends on no measurement and not on the number of ranks, because the last bits of a client's numbers can depend
-    on the clients beside it.
-    """
+    """C, the clients trained side by side: client.cohort, or for auto what follows from model, batch and clients."""
     if config.client.cohort != "auto":
         return config.client.cohort
-    kind = "cpu" if device.type == "cpu" else "gpu"
     selected = min(config.federation.clients_per_round or len(clients), len(clients))
-    most = selected // COHORTS_OF_ROUND[kind]
-    if most <= 1:
-        return 1
-    batch = min(config.client.batch_size, max(len(client.indices) for client in clients))
-    numbers = batch * model.numbers_per_image()
-    return max(1, min(most, int(NUMBERS_OF_STEP[kind] / numbers)))
+    return clients_that_pay(model, selected, _largest_batch(config, clients), device)
+
+
+def _cohort_with_room(fabric: Fabric, config: Config, loaded: _Loaded, cohort: int) -> int:
+    """At most `cohort` clients: as many as the memory of every rank's GPU has room for, where that is for us to say."""
+    if fabric.device.type != "cuda" or cohort == 1 or config.client.cohort != "auto":
+        return cohort
+    batch = _largest_batch(config, loaded.clients)
+    room = max(1, smallest_over_ranks(fabric, clients_with_room(loaded.model, fabric.autocast, batch, fabric.device)))
+    if room < cohort:
+        log.info(f"clients: {room} instead of {cohort} side by side, for want of memory on the GPU")
+    return min(cohort, room)
+
+
+def _largest_batch(config: Config, clients: tuple[Client, ...]) -> int:
+    """Images of a client in a step."""
+    return min(config.client.batch_size, max(len(client.indices) for client in clients))
 
 
 def _introduce(config: Config, loaded: _Loaded, cohort: int, world_size: int) -> None:

@@ -26,12 +26,13 @@ from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.data.partition import Client
 from lorafair.errors import LorafairError
-from lorafair.experiment import NUMBERS_OF_STEP, build_experiment, cohort_size
+from lorafair.experiment import build_experiment, cohort_size
 from lorafair.federation import run_federation
 from lorafair.launch import make_fabric
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import LoRAFactors
 from lorafair.model.backbone import build_model
+from lorafair.model.side_by_side import NUMBERS_OF_STEP
 from lorafair.registry import METHODS
 from lorafair.server.state import ServerState
 from tests.conftest import damaged_folder, launched, run_ranks

@@ -6,6 +6,8 @@ import statistics
 
 import torch
 
+from lorafair.model.side_by_side import clients_with_room
+
 from .record import Part
 from .timing import interleaved, peak_gib
 from .training import backend, mfu
@@ -34,6 +36,9 @@ def run(part: Part) -> None:
     half = autocast_of(part.device, "bf16-mixed")
     sizes = [2**n for n in range(size.clients.bit_length())]
     work = Work(size, part.device, widest=size.clients)
+    if part.on_gpu:
+        room = clients_with_room(work.model, half, size.batch, part.device)
+        part.say(f"client.cohort=auto takes the memory for enough for {room} clients side by side")
     ways, memory = {}, {}
     for cohort in sizes:  # the memory pass warms up, and shows which cohorts fit
         way = work.package(half, cohort)

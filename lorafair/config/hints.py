@@ -76,7 +76,11 @@ def unknown_option(key: str, value: Any, origin: str) -> ConfigError:
 def options_called(name: str) -> list[str]:
     """The option of this name; else those of groups with it as their last name, or that other programs call so."""
     found = [key for key, _ in all_options(Config) if key.rpartition(".")[2] == name]
-    return [name] if name in found else found or [meant for called, meant in _NAMES_IN_OTHER_PROGRAMS.items() if called == name.lower()]
+    return (
+        [name]
+        if name in found
+        else found or [meant for called, meant in _NAMES_IN_OTHER_PROGRAMS.items() if called == name.lower()]
+    )
 
 
 def _name_in_another_program(name: str, value: Any, *, within: str) -> str:

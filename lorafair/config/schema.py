@@ -331,7 +331,7 @@ class ClientConfig:
         "auto",
         """Clients trained side by side on one rank, sharing the frozen layers' matrix products. auto: as many as keep
         the device busy, where a round has so many clients that every rank still gets several cohorts (at least 16 a
-        round on a CPU, 8 on a GPU).""",
+        round on a CPU, 8 on a GPU), and as fit into the memory of the smallest GPU.""",
         at_least=1,
     )
     timeout_minutes: float | None = option(

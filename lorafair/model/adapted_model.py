@@ -109,7 +109,7 @@ class AdaptedModel(nn.Module):
         """(T, D) of the tokens that `embed` makes of an image."""
         kind = self.mean.device.type
         with torch.autocast(kind, self._held_in or torch.bfloat16, enabled=self._held_in is not None):
-            return self.embed(self._empty_image()).shape[1:]
+            return self.embed(self.empty_images(1)).shape[1:]
 
     @torch.inference_mode()
     def numbers_per_image(self) -> float:
@@ -117,13 +117,14 @@ class AdaptedModel(nn.Module):
         entering: list[int] = []
         layers = [module for module in self.backbone.modules() if isinstance(module, LoRALinear)]
         hooks = [m.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0].numel())) for m in layers]
-        self(self._empty_image())
+        self(self.empty_images(1))
         for hook in hooks:
             hook.remove()
         return sum(entering) / len(entering)
 
-    def _empty_image(self) -> Tensor:
-        return torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.mean.device)
+    def empty_images(self, count: int) -> Tensor:
+        """Black images (count, 3, S, S), uint8, on the model's device."""
+        return torch.zeros(count, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.mean.device)
 
     def fingerprint(self, *, of_embed: bool = False) -> str:
         """Names the frozen weights and the normalisation; `of_embed`: only those that `embed` uses."""
