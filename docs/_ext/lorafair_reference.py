@@ -224,9 +224,7 @@ def spelled(action: argparse.Action) -> str:
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls it."""
-    for name, directive in (
-        ("lorafair-options", Options), ("lorafair-method", Method), ("lorafair-traffic", Traffic), ("lorafair-configs", Configs),
-        ("lorafair-command", Command),
-    ):  # fmt: skip
-        app.add_directive(name, directive)
+    found = {"options": Options, "method": Method, "traffic": Traffic, "configs": Configs, "command": Command}
+    for name, directive in found.items():
+        app.add_directive(f"lorafair-{name}", directive)
     return {"parallel_read_safe": True}
