@@ -136,7 +136,7 @@ def facts(method: Aggregator) -> Iterator[tuple[str, str]]:
         yield "Stays with the client", ", ".join(method.personal_parts)
     if method.folds or "fold" in {field.name for field in dataclasses.fields(method)}:
         yield "Merged into the frozen weights", "yes" if method.folds else "with `method.fold=true`"
-    yield "Clients start the next round from", ", ".join(f"`{start}`" for start in method.initializations)
+    yield "Values of `federation.initialization`", ", ".join(f"`{start}`" for start in method.initializations)
     yield "Clients of different LoRA ranks", "yes" if method.mixed_lora_ranks else "no"
 
 
