@@ -30,7 +30,7 @@ _DESCRIBED = {described.key: described for described in describe_options()}
 _DECLARED = {key: option_of(declared) for key, declared in all_options(Config)}
 _LINKS = re.compile(
     r"(?P<setting>\b(?:KEYS)=(?!\s)[\w.-]*\w)|(?P<key>\b(?:KEYS)\b(?![.\w]))|(?P<name>\blorafair\.(?:NAMES)\b)"
-    r"|(?P<paper>\b\d{4}\.\d{5}\b)|(?P<choice>(?:^|(?<=[.;] ))[\w-]+(?=:))|(?P<special>[\\`*_<\[{$])".replace(
+    r"|(?P<flag>(?<!\S)--[a-z-]+)|(?P<paper>\b\d{4}\.\d{5}\b)|(?P<choice>(?:^|(?<=[.;] ))[\w-]+(?=:))|(?P<special>[\\`*_<\[{$])".replace(
         "KEYS", "|".join(sorted((re.escape(key) for key in _DECLARED if "." in key), key=len, reverse=True))
     ).replace("NAMES", "|".join(sorted(lorafair.__all__, key=len, reverse=True)))
 )
@@ -42,7 +42,7 @@ def markdown(text: str) -> str:
     def link(found: re.Match[str]) -> str:
         word = found.group()
         match found.lastgroup:
-            case "setting" | "choice":
+            case "setting" | "choice" | "flag":
                 return f"`{word}`"
             case "key":
                 return f"{{confval}}`{word}`"
