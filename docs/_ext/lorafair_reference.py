@@ -28,11 +28,24 @@ from lorafair.model.adapter import AdapterLayout, AdapterState, LoRAFactors
 
 _DESCRIBED = {described.key: described for described in describe_options()}
 _DECLARED = {key: option_of(declared) for key, declared in all_options(Config)}
+
+
+def _any_of(words: Iterable[str]) -> str:
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
+_KEYS = _any_of(key for key in _DECLARED if "." in key)
 _LINKS = re.compile(
-    r"(?P<setting>\b(?:KEYS)=(?!\s)[\w.-]*\w)|(?P<key>\b(?:KEYS)\b(?![.\w]))|(?P<name>\blorafair\.(?:NAMES)\b)"
-    r"|(?P<flag>(?<!\S)--[a-z-]+)|(?P<paper>\b\d{4}\.\d{5}\b)|(?P<choice>(?:^|(?<=[.;] ))[\w-]+(?=:))|(?P<special>[\\`*_<\[{$])".replace(
-        "KEYS", "|".join(sorted((re.escape(key) for key in _DECLARED if "." in key), key=len, reverse=True))
-    ).replace("NAMES", "|".join(sorted(lorafair.__all__, key=len, reverse=True)))
+    "|".join(
+        (
+            rf"(?P<code>\b(?:{_KEYS})=(?!\s)[\w.-]*\w"  # a setting, a flag, a choice before a colon
+            r"|(?<!\S)--[a-z-]+|(?:^|(?<=[.;] ))[\w-]+(?=:))",
+            rf"(?P<key>\b(?:{_KEYS})\b(?![.\w]))",
+            rf"(?P<name>\blorafair\.(?:{_any_of(lorafair.__all__)})\b)",
+            r"(?P<paper>\b\d{4}\.\d{5}\b)",
+            r"(?P<special>[\\`*_<\[{$])",
+        )
+    )
 )
 
 
@@ -42,7 +55,7 @@ def markdown(text: str) -> str:
     def link(found: re.Match[str]) -> str:
         word = found.group()
         match found.lastgroup:
-            case "setting" | "choice" | "flag":
+            case "code":
                 return f"`{word}`"
             case "key":
                 return f"{{confval}}`{word}`"
