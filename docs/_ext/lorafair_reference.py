@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -71,7 +72,8 @@ def markdown(text: str) -> str:
 
 def option_text(key: str, described: Description, declared: Option, *, of_run: bool = True) -> str:
     """One option: its type, default, range and condition in a line, then its meaning."""
-    facts = [f"`{described.kind}`" + (f", default `{described.default}`" if described.default else "")]
+    default = described.default.removesuffix(f" (with {declared.requires})")
+    facts = [f"`{described.kind}`" + (f", default `{default}`" if default else "")]
     if declared.range_text:
         facts.append(f"{declared.range_text[0].upper()}{declared.range_text[1:]}")
     if declared.requires is not None:
@@ -116,7 +118,10 @@ class Method(FromCode):
 
     def text(self) -> Iterator[str]:
         """A table of facts, and the options."""
-        name = self.arguments[0]
+        yield from self.about(self.arguments[0])
+
+    def about(self, name: str) -> Iterator[str]:
+        """Of one method."""
         method = registry.METHODS[name]
         made = method()
         yield f"{markdown(first_paragraph(method))}\n"
@@ -128,6 +133,20 @@ class Method(FromCode):
         for described in describe_options(method, "method."):
             option = option_of(fields[described.key.removeprefix("method.")])
             yield option_text(described.key, described, option, of_run=False)
+
+
+class OtherMethods(Method):
+    """The methods that the page says nothing else about, each with a section of its own."""
+
+    required_arguments = 0
+
+    def text(self) -> Iterator[str]:
+        """What the code says about them."""
+        page = Path(self.get_source_info()[0]).read_text(encoding="utf-8")
+        for name in registry.METHODS.names:
+            if f"(method-{name})=" not in page:
+                yield f"(method-{name})=\n## `{name}`\n"
+                yield from self.about(name)
 
 
 def first_paragraph(owner: Any) -> str:
@@ -237,7 +256,14 @@ def spelled(action: argparse.Action) -> str:
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls it."""
-    found = {"options": Options, "method": Method, "traffic": Traffic, "configs": Configs, "command": Command}
+    found = {
+        "options": Options,
+        "method": Method,
+        "other-methods": OtherMethods,
+        "traffic": Traffic,
+        "configs": Configs,
+        "command": Command,
+    }
     for name, directive in found.items():
         app.add_directive(f"lorafair-{name}", directive)
     return {"parallel_read_safe": True}
