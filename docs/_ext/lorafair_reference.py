@@ -40,7 +40,7 @@ _LINKS = re.compile(
     "|".join(
         (
             rf"(?P<code>\b(?:{_KEYS})=(?!\s)[\w.-]*\w"  # a setting, a flag, a choice before a colon
-            r"|(?<!\S)--[a-z-]+|(?:^|(?<=[.;] ))[\w-]+(?=:))",
+            r"|(?<!\S)--[a-z-]+|(?:^|(?<=[.;] ))(?![A-Z])[\w-]+(?=:))",
             rf"(?P<key>\b(?:{_KEYS})\b(?![.\w]))",
             rf"(?P<name>\blorafair\.(?:{_any_of(lorafair.__all__)})\b)",
             r"(?P<paper>\b\d{4}\.\d{5}\b)",
