@@ -1,4 +1,4 @@
-"""What LoRA-FAIR's correction can reach, on factors of a small federation: the figure and table of concepts/lora_fair.md.
+"""What the correction of LoRA-FAIR can reach on trained factors: the figure and table of concepts/lora_fair.md.
 
 Letters: K clients, R LoRA rank, I in_features, O out_features.
 """
@@ -115,7 +115,13 @@ def draw(layers: Mapping[str, lorafair.LoRAFactors], weights: Tensor) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
         axes.legend(
-            fontsize=8, frameon=False, ncols=1, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.5, borderpad=0.2
+            fontsize=8,
+            frameon=False,
+            ncols=1,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            handletextpad=0.5,
+            borderpad=0.2,
         )
     return figure
 
