@@ -21,12 +21,12 @@ from torch import Tensor
 import lorafair
 from lorafair.aggregation.factor_algebra import split_ideal_update
 from lorafair.aggregation.lora_fair import LoRAFair
+from lorafair.registry import METHODS
 
 COMMAND = ("synthetic.yaml", "rounds=1", "client.steps=40", "fabric.devices=1", "method.name=recorded")
 COLORS = {"row": "#e08a00", "column": "#3a8fd0", "outside": "#c3c8cf"}
 
 
-@lorafair.register_method("recorded")
 @dataclass(frozen=True)
 class Recorded(LoRAFair):
     """LoRA-FAIR that keeps what the server has been given last."""
@@ -47,12 +47,14 @@ class Recorded(LoRAFair):
 
 def train_one_round() -> tuple[dict[str, lorafair.LoRAFactors], Tensor]:
     """The factors that the three clients of a round return, A (K, R, I) and B (K, O, R) by layer, and their weights."""
+    lorafair.register_method("recorded")(Recorded)
     logging.disable(logging.INFO)
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             lorafair.run(*COMMAND, run_dir=Path(folder, "run"))
     finally:
         logging.disable(logging.NOTSET)
+        METHODS.remove("recorded")
     return Recorded.seen["layers"], Recorded.seen["weights"]
 
 
