@@ -44,8 +44,11 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "lorafair_reference",
 ]
 nitpicky = True
+nitpick_ignore = [("py:exc", "DataError")]  # a LorafairError
+nitpick_ignore_regex = [(r"py:class", r"lorafair\..*\.(T|Method)")]  # type variables
 
 # Markdown and notebooks. A page whose header names a kernel is run; its output is kept in build/ alone.
 source_suffix = {".md": "myst-nb"}
@@ -71,15 +74,16 @@ def _digest_of_sources() -> str:
 nb_execution_cache_path = str(ROOT / "build" / "docs" / f"executed-{_digest_of_sources()}")
 
 # The Python API.
+default_role = "code"  # docstrings are Markdown in this
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"show-inheritance": False}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 # The names that the pages link to, as text files ("inventory version 1"): the same site with and without network.
 intersphinx_mapping = {
+    "numpy": ("https://numpy.org/doc/stable/", "inventories/numpy.inv"),
     "python": ("https://docs.python.org/3/", "inventories/python.inv"),
     "torch": ("https://docs.pytorch.org/docs/stable/", "inventories/torch.inv"),
     "lightning": ("https://lightning.ai/docs/fabric/stable/", "inventories/lightning.inv"),
@@ -119,6 +123,14 @@ def _spread_tutorials(app: Any, env: Any, docnames: list[str]) -> None:
     docnames += rest[len(slow) * every :]
 
 
+def _keep_colons(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in the docstring of an attribute, or below Returns, for its type."""
+    first = 0 if what in ("attribute", "property") else lines.index("Returns:") + 1 if "Returns:" in lines else None
+    if lines and first is not None:
+        indent = " " * (len(lines[first]) - len(lines[first].lstrip()))
+        lines[first : first + 1] = lines[first].replace(": ", f":\n{indent}", 1).split("\n")
+
+
 def _leave_out_missing(app: Any, docname: str, source: list[str]) -> None:
     """Pages that are named in the index and not written yet."""
     if docname == "index":
@@ -135,3 +147,4 @@ def setup(app: Any) -> None:
     get_cache(nb_execution_cache_path).db.dispose()  # made here, and not by two processes at once
     app.connect("env-before-read-docs", _spread_tutorials)
     app.connect("source-read", _leave_out_missing)
+    app.connect("autodoc-process-docstring", _keep_colons, priority=100)  # before napoleon

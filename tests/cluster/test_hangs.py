@@ -15,7 +15,7 @@ from lorafair.checkpointing.partial_round import list_unfinished
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "slurm" / "README.md"
+DOCUMENT = ROOT / "docs" / "howto" / "slurm.md"
 
 # Each place in a fork of one process: importing torch takes longer than all of the runs.
 RUNS = """
@@ -140,7 +140,7 @@ def test_c_code_that_holds_the_interpreters_lock_ends_and_shows_where(runs: Path
 @pytest.mark.slow
 def test_the_traceback_of_the_documentation_is_what_is_printed(runs: Path) -> None:
     frames = re.findall(
-        r'File "\.\.\.(/lorafair/.*)", line \.\.\. in (.*?)(?:  .*)?$', README.read_text(), re.MULTILINE
+        r'File "\.\.\.(/lorafair/.*)", line \.\.\. in (.*?)(?:  .*)?$', DOCUMENT.read_text(), re.MULTILINE
     )
     assert [name for _, name in frames] == ["round 1: client noisy", "train", "run_rounds", "run_federation"]
     block = (runs / "client, locked.log").read_text().split("Thread ")[-1]  # of the main thread

@@ -1,0 +1,82 @@
+"""What the pages compute when they are built is right, and their drawings can stand side by side in one page."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from lorafair import LoRAFactors
+from lorafair.seeding import seeded
+
+DOCS = Path(__file__).parents[1] / "docs"
+DRAWINGS = sorted((DOCS / "_static").glob("*.svg"))
+OUT, IN, R, K = 40, 24, 4, 3
+
+
+@pytest.fixture
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("module", ["traffic_table"], indirect=True)
+@pytest.mark.parametrize(
+    ("method", "up", "down"),
+    [
+        ("fedit", R * (OUT + IN), R * (OUT + IN)),
+        ("lora_fair", R * (OUT + IN), R * (OUT + IN)),
+        ("ffa_lora", R * OUT, R * OUT),
+        ("fedsa_lora", R * IN, R * IN),
+        ("fedsvd", R * OUT, R * (OUT + IN)),
+        ("flora", R * (OUT + IN), K * R * (OUT + IN)),
+        ("fedex_lora", R * (OUT + IN), R * (OUT + IN) + (K - 1) * R * (OUT + IN)),
+        ("centralized", 0, 0),
+    ],
+)
+def test_the_traffic_of_a_layer_is_that_of_the_formula(module: ModuleType, method: str, up: int, down: int) -> None:
+    traffic = module.layer_traffic(method, outputs=OUT, inputs=IN, lora_ranks=(R,) * K)
+    assert (traffic.up, traffic.down) == (4 * K * up, 4 * K * down)
+
+
+@pytest.mark.parametrize("module", ["traffic_table"], indirect=True)
+def test_padding_of_smaller_lora_ranks_is_no_traffic(module: ModuleType) -> None:
+    traffic = module.layer_traffic("lora_fair", outputs=OUT, inputs=IN, lora_ranks=(4, 2, 1))
+    assert (traffic.up, traffic.down) == (4 * 7 * (OUT + IN), 4 * 7 * (OUT + IN))
+
+
+@pytest.mark.parametrize("module", ["row_spaces"], indirect=True)
+def test_the_bias_is_split_by_what_a_correction_reaches(module: ModuleType) -> None:
+    generator = seeded(0, "row spaces")
+    A, B = (torch.randn(shape, generator=generator) for shape in ((1, R, IN), (1, OUT, R)))
+    drift = LoRAFactors(*(torch.randn((K, *f.shape[1:]), generator=generator) for f in (A, B)))
+    clients = LoRAFactors(A=A + 0.5 * drift.A, B=B + 0.5 * drift.B)
+    weights = torch.full((K,), 1 / K, dtype=torch.float64)
+    found = module.reach(clients, weights)
+    assert found.row + found.column + found.outside == pytest.approx(1)
+    assert min(found.row, found.column, found.outside) > 0.01
+    assert found.floor**2 == pytest.approx(found.before**2 * (1 - found.row))
+    assert found.floor < found.after < found.before
+    # Where A moves along its own rows alone, a correction of B reaches all of the bias.
+    along = LoRAFactors(A=A + 0.1 * torch.randn((K, R, R), generator=generator) @ A, B=clients.B)
+    assert module.reach(along, weights).row == pytest.approx(1, abs=1e-5)
+
+
+def test_drawings_are_small_and_can_be_inlined_together() -> None:
+    seen: list[str] = []
+    for file in DRAWINGS:
+        assert file.stat().st_size < 30_000, file.name
+        root = ElementTree.parse(file).getroot()
+        seen += [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
+        text = file.read_text("utf-8")
+        references = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", text))
+        assert references <= set(seen), file.name
+        assert root.find("{http://www.w3.org/2000/svg}title") is not None, file.name
+        assert all(re.match(r"\.lf-", rule.strip()) for rule in re.findall(r"^\s*(\S.*?)\s*\{", text, re.MULTILINE))
+    assert len(DRAWINGS) >= 6
+    assert len(seen) == len(set(seen))
