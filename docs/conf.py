@@ -63,7 +63,9 @@ nb_merge_streams = True
 
 def _digest_of_sources() -> str:
     """Of the code and configurations that pages run: output of other code is not taken from the cache."""
-    found = sorted(path for folder in ("lorafair", "conf", "examples") for path in (ROOT / folder).rglob("*.*"))
+    found = sorted(
+        path for folder in ("lorafair", "conf", "examples", "docs/_ext") for path in (ROOT / folder).rglob("*.*")
+    )
     digest = hashlib.sha256()
     for path in found:
         if path.suffix in {".py", ".yaml"}:
