@@ -70,8 +70,8 @@ def markdown(text: str) -> str:
     return _LINKS.sub(link, text)
 
 
-def option_text(key: str, described: Description, declared: Option, *, of_run: bool = True) -> str:
-    """One option: its type, default, range and condition in a line, then its meaning."""
+def option_text(key: str, described: Description, declared: Option, *, of_run: bool = True, linked: bool = True) -> str:
+    """One option: its type, default, range and condition in a line, then its meaning; unless `linked`, no target."""
     default = described.default.removesuffix(f" (with {declared.requires})")
     facts = [f"`{described.kind}`" + (f", default `{default}`" if default else "")]
     if declared.range_text:
@@ -82,7 +82,8 @@ def option_text(key: str, described: Description, declared: Option, *, of_run: b
         facts.append("May change when a run continues")
     if declared.formerly:
         facts.append(f"Formerly `{declared.formerly}`")
-    return f"````{{confval}} {key}\n{'. '.join(facts)}.\n\n{markdown(declared.help)}\n````\n"
+    index = "" if linked else ":no-index:\n\n"
+    return f"````{{confval}} {key}\n{index}{'. '.join(facts)}.\n\n{markdown(declared.help)}\n````\n"
 
 
 class FromCode(SphinxDirective):
@@ -131,8 +132,14 @@ class Method(FromCode):
         yield ""
         fields = {field.name: field for field in dataclasses.fields(method)}
         for described in describe_options(method, "method."):
-            option = option_of(fields[described.key.removeprefix("method.")])
-            yield option_text(described.key, described, option, of_run=False)
+            field = described.key.removeprefix("method.")
+            first = next(other for other in registry.METHODS.names if field in _fields_of(other))
+            option = option_of(fields[field])
+            yield option_text(described.key, described, option, of_run=False, linked=first == name)
+
+
+def _fields_of(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(registry.METHODS[method])}
 
 
 class OtherMethods(Method):
