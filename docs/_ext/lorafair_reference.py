@@ -198,7 +198,7 @@ class Traffic(FromCode):
                 self.BLOCKS * sum(bytes) / 2 / self.CLIENTS / 1e6
                 for bytes in zip(*((traffic.up, traffic.down) for traffic in moved), strict=True)
             )
-            yield f"| {{ref}}`{name} <method-{name}>` | {up:.2f} | {down:.2f} |"
+            yield f"| {{ref}}`{name} <method-{name}>` | {up:.3g} | {down:.3g} |"
 
 
 class Configs(FromCode):
