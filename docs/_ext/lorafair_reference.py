@@ -11,21 +11,19 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
+from traffic_table import layer_traffic
 
 import lorafair
 from lorafair import registry
-from lorafair.aggregation.base import Aggregator, aggregate
+from lorafair.aggregation.base import Aggregator
 from lorafair.cli import SUBCOMMANDS
-from lorafair.communication.traffic import round_traffic
 from lorafair.config.describe import Description, describe_options, groups
 from lorafair.config.options import Option, all_options, group_of, option_of
 from lorafair.config.schema import Config
-from lorafair.model.adapter import AdapterLayout, AdapterState, LoRAFactors
 
 _DESCRIBED = {described.key: described for described in describe_options()}
 _DECLARED = {key: option_of(declared) for key, declared in all_options(Config)}
@@ -70,8 +68,8 @@ def markdown(text: str) -> str:
     return _LINKS.sub(link, text)
 
 
-def option_text(key: str, described: Description, declared: Option, *, of_run: bool = True) -> str:
-    """One option: its type, default, range and condition in a line, then its meaning."""
+def option_text(key: str, described: Description, declared: Option, *, of_run: bool = True, linked: bool = True) -> str:
+    """One option: its type, default, range and condition in a line, then its meaning; unless `linked`, no target."""
     default = described.default.removesuffix(f" (with {declared.requires})")
     facts = [f"`{described.kind}`" + (f", default `{default}`" if default else "")]
     if declared.range_text:
@@ -82,7 +80,8 @@ def option_text(key: str, described: Description, declared: Option, *, of_run: b
         facts.append("May change when a run continues")
     if declared.formerly:
         facts.append(f"Formerly `{declared.formerly}`")
-    return f"````{{confval}} {key}\n{'. '.join(facts)}.\n\n{markdown(declared.help)}\n````\n"
+    index = "" if linked else ":no-index:\n\n"
+    return f"````{{confval}} {key}\n{index}{'. '.join(facts)}.\n\n{markdown(declared.help)}\n````\n"
 
 
 class FromCode(SphinxDirective):
@@ -131,8 +130,14 @@ class Method(FromCode):
         yield ""
         fields = {field.name: field for field in dataclasses.fields(method)}
         for described in describe_options(method, "method."):
-            option = option_of(fields[described.key.removeprefix("method.")])
-            yield option_text(described.key, described, option, of_run=False)
+            field = described.key.removeprefix("method.")
+            first = next(other for other in registry.METHODS.names if field in _fields_of(other))
+            option = option_of(fields[field])
+            yield option_text(described.key, described, option, of_run=False, linked=first == name)
+
+
+def _fields_of(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(registry.METHODS[method])}
 
 
 class OtherMethods(Method):
@@ -175,35 +180,25 @@ def facts(method: Aggregator) -> Iterator[tuple[str, str]]:
 class Traffic(FromCode):
     """What a client sends and receives, from the accounting of the runs."""
 
-    SIZES: ClassVar = {"attn.proj": (768, 768), "mlp.fc2": (3072, 768)}  # (I, O) of a ViT-B block
+    LAYERS = ((768, 768), (768, 3072))  # (O, I) of attn.proj and mlp.fc2 in a block of a ViT-B
     CLIENTS, LORA_RANK, BLOCKS = 6, 16, 12
 
     def text(self) -> Iterator[str]:
         """A table with a row for each method."""
         yield "| method | up, MB | down, MB |\n|---|---|---|"
         for name in registry.METHODS.names:
-            up, down = self.megabytes(registry.METHODS[name]())
-            yield f"| {{ref}}`{name} <method-{name}>` | {up:.2f} | {down:.2f} |"
-
-    def megabytes(self, method: Aggregator) -> tuple[float, float]:
-        """A client and round, averaged over two rounds; no head."""
-        K, R = self.CLIENTS, self.LORA_RANK
-        shapes = {name: ((R, inputs), (outputs, R)) for name, (inputs, outputs) in self.SIZES.items()}
-        layout = AdapterLayout(shapes, {})
-        generator = torch.Generator().manual_seed(0)
-        drawn = {
-            path: LoRAFactors(*(torch.randn(K, *shape, generator=generator) for shape in both))
-            for path, both in shapes.items()
-        }
-        start = {path: LoRAFactors(A=f.A[0], B=f.B[0]) for path, f in drawn.items()}
-        weights = torch.full((K,), 1 / K, dtype=torch.float64)
-        sums = [0, 0]
-        for at in (0, 1):
-            update = aggregate(method, AdapterState(drawn, {}), weights, AdapterState(start, {}), method.receives(at))
-            traffic = round_traffic(layout, method, update, at, [R] * K)
-            sums[0] += traffic.up
-            sums[1] += traffic.down
-        return tuple(self.BLOCKS * total / 2 / K / 1e6 for total in sums)  # type: ignore[return-value]
+            moved = [
+                layer_traffic(
+                    name, outputs=outputs, inputs=inputs, lora_ranks=(self.LORA_RANK,) * self.CLIENTS, round_index=at
+                )
+                for outputs, inputs in self.LAYERS
+                for at in (0, 1)  # of two rounds, as some methods take turns
+            ]
+            up, down = (
+                self.BLOCKS * sum(bytes) / 2 / self.CLIENTS / 1e6
+                for bytes in zip(*((traffic.up, traffic.down) for traffic in moved), strict=True)
+            )
+            yield f"| {{ref}}`{name} <method-{name}>` | {up:.3g} | {down:.3g} |"
 
 
 class Configs(FromCode):
