@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorafair.aggregation.base import Aggregator, LayerUpdate
     from lorafair.aggregation.registry import register_method
     from lorafair.commands.compare import ComparisonResult, compare
+    from lorafair.commands.plot import plot
     from lorafair.commands.run import RunResult, run
     from lorafair.config import (
         CheckpointConfig,
@@ -72,6 +73,7 @@ __all__ = [
     "from_datasets",
     "load_config",
     "option",
+    "plot",
     "register_backbone",
     "register_callback",
     "register_logger",
@@ -87,6 +89,7 @@ _MODULES = {
     "aggregation.base": ("Aggregator", "LayerUpdate"),
     "aggregation.registry": ("register_method",),
     "commands.compare": ("ComparisonResult", "compare"),
+    "commands.plot": ("plot",),
     "commands.run": ("RunResult", "run"),
     "config.options": ("option",),
     "data.datasets": ("from_datasets",),

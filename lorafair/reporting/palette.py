@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 COLOURS = {
     "blue": "#0072B2", "black": "#000000", "vermilion": "#D55E00", "green": "#009E73", "purple": "#CC79A7",
@@ -25,8 +26,8 @@ _OF_METHOD = {
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H", "$+$")
 _SOLID: tuple[float, ...] = ()
 _DASHES = (
-    _SOLID, (5.0, 1.5), (1.0, 1.0), (3.0, 1.0, 1.0, 1.0), (7.0, 1.0, 2.0, 1.0), (2.5, 1.0), (5.0, 1.0, 1.0, 1.0, 1.0, 1.0),
-    (8.0, 2.0),
+    _SOLID, (5.0, 1.5), (1.0, 1.0), (3.0, 1.0, 1.0, 1.0), (7.0, 1.0, 2.0, 1.0), (2.5, 1.0),
+    (5.0, 1.0, 1.0, 1.0, 1.0, 1.0), (8.0, 2.0),
 )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ class Style:
     dashes: tuple[float, ...]  # lengths of ink and gap in line widths; empty for a solid line
 
     @property
-    def linestyle(self) -> str | tuple[float, tuple[float, ...]]:
+    def linestyle(self) -> Literal["-"] | tuple[float, tuple[float, ...]]:
         """For matplotlib."""
         return (0.0, self.dashes) if self.dashes else "-"
 
