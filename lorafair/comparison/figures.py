@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,7 @@ class Figures(Mapping[str, "Figure"]):
     def _repr_html_(self) -> str:
         """For a notebook."""
         pictures = (
-            f'<figure><img style="max-width: 100%" alt="{name}" '
+            f'<figure><img style="max-width: 100%" alt="{escape(name)}" '
             f'src="data:image/png;base64,{base64.b64encode(to_bytes(figure, "png")).decode()}"></figure>'
             for name, figure in self._figures.items()
         )

@@ -75,12 +75,11 @@ def read_folders(places: Sequence[Path], baseline: str | None = None) -> tuple[O
     records = {place: read_record(place) for place in places}
     found: list[FoundRun] = []
     for place in places:
-        inside = [
-            run for run in _found_in(place, several=len(places) > 1) if run.folder not in {f.folder for f in found}
-        ]
-        found += inside
-        if not inside and not any(place.resolve() in run.folder.parents for run in found):
+        inside = list(_found_in(place, several=len(places) > 1))
+        if not inside:
             raise ConfigError(_no_run(place))
+        known = {run.folder for run in found}
+        found += [run for run in inside if run.folder not in known]
     labels = _labels(found)
     record = _record_of(found, labels, [r for r in records.values() if r is not None], baseline)
     recorded: list[RecordedRun] = []

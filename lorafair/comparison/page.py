@@ -73,9 +73,7 @@ def to_html(parts: Iterable[Part], figures: Mapping[str, Figure]) -> str:
     for part in parts:
         body += _html(part, _anchor(part, parts), svgs)
         if isinstance(part, FigurePart) and part.name in figures and part.name not in svgs:
-            body.append(
-                f"<p>{escape(part.caption)} It is in {escape(part.name)}.png: this page has no room for it.</p>"
-            )
+            body.append(f"<p>{escape(part.caption)} This page has no room for it: {escape(part.name)}.png has it.</p>")
         if isinstance(part, Items) and links:  # behind the answers
             body.append(f"<nav><ul>{links}</ul></nav>")
     return "\n".join(
@@ -127,8 +125,9 @@ def _table(part: Table, anchor: str) -> Iterator[str]:
     for number, row in enumerate(part.texts):
         cells = []
         for column, (kind, text) in enumerate(zip(kinds, row, strict=True)):
-            marked = f"<strong>{escape(text)}</strong>" if (number, column) in part.best else escape(text)
-            cells.append(f'<td class="{kind}">{marked}</td>')
+            shown = re.sub(r"([_/=])(?=\w)", r"\1<wbr>", escape(text)) if kind == "words" else escape(text)
+            shown = f"<strong>{shown}</strong>" if (number, column) in part.best else shown
+            cells.append(f'<td class="{kind}">{shown}</td>')
         yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"
 

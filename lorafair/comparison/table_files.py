@@ -14,8 +14,7 @@ from lorafair.files.writing import replacing, write_atomically
 _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "–": "--", "−": "$-$", "Δ": r"$\Delta$", "‖": r"$\|$",
-    "B̄": r"$\bar{B}$", "Ā": r"$\bar{A}$",
+    "|": r"\textbar{}", "±": r"$\pm$", "–": "--", "−": "$-$", "Δ": r"$\Delta$", "‖": r"$\|$",
 }  # fmt: skip
 
 
@@ -52,10 +51,7 @@ def latex_table(table: Table) -> str:
 
 def latex_escaped(text: str) -> str:
     """A text that LaTeX sets as it is."""
-    for letters in ("B̄", "Ā"):  # of two characters each, where they are written so
-        text = text.replace(letters, f"\0{letters[0]}")
-    escaped = "".join(_SPECIAL.get(character, character) for character in text)
-    return escaped.replace("\0B", _SPECIAL["B̄"]).replace("\0A", _SPECIAL["Ā"]).replace("\0Ā", _SPECIAL["Ā"])
+    return "".join(_SPECIAL.get(character, character) for character in text)
 
 
 def _line(cells: Sequence[str]) -> str:

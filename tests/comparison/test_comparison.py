@@ -481,7 +481,10 @@ def test_two_ranks_give_the_same_numbers_and_go_on_after_a_failure(finished: Pat
         name = f"out/default/fedit-seed{seed}"
         assert result_of(tmp_path / name)["accuracy"] == result_of(finished / name)["accuracy"]
         assert "every client returned NaN" in (tmp_path / f"out/default/broken-seed{seed}/failed.txt").read_text()
-    assert "WARNING: failed: default / broken-seed0, default / broken-seed1: round 1" in (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "WARNING: failed: default / broken-seed0, default / broken-seed1: round 1"
+        in (tmp_path / "out" / "report.md").read_text()
+    )
     assert list_runs(comparison).count("  failed  ") == 2
 
 
