@@ -22,8 +22,9 @@ from lorafair.reporting.palette import COLOURS, styles
 from tests.comparison.made_up import LAYERS, made_up
 
 LONG = "lora_fair_with_a_label_that_is_much_longer_than_any_name_in_a_paper_would_be"
-MANY = {
-    **{name: {} for name in ["fedit", "lora_fair", "ffa_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "ro_lora"]},
+SHIPPED = ("fedit", "lora_fair", "ffa_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "ro_lora")
+MANY: dict[str, Any] = {
+    **{name: {} for name in SHIPPED},
     LONG: {"method.name": "lora_fair"},
     "sgd": {"method": {"name": "lora_fair", "solver": "sgd"}},
     "centralized": {},
