@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -149,6 +150,7 @@ def _options_of(folder: Path) -> dict[str, Any]:
     return flatten(loaded)
 
 
+@functools.cache
 def _identity_keys() -> set[str]:
     return {key for key, declared in all_options(Config) if option_of(declared).identity and key != "seed"}
 
