@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorafair.commands.compare import ComparisonResult, compare
     from lorafair.commands.plot import plot
     from lorafair.commands.run import RunResult, run
+    from lorafair.comparison.figures import Figures
     from lorafair.config import (
         CheckpointConfig,
         ClientConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "EvaluationConfig",
     "FabricConfig",
     "FederationConfig",
+    "Figures",
     "ImageCollection",
     "LayerUpdate",
     "LoRAConfig",
@@ -91,6 +93,7 @@ _MODULES = {
     "commands.compare": ("ComparisonResult", "compare"),
     "commands.plot": ("plot",),
     "commands.run": ("RunResult", "run"),
+    "comparison.figures": ("Figures",),
     "config.options": ("option",),
     "data.datasets": ("from_datasets",),
     "data.images": ("ImageCollection",),

@@ -67,7 +67,8 @@ class Figures(Mapping[str, "Figure"]):
     """Figures by name; a notebook shows all of them.
 
     A name is that of the figure, behind that of its setting where there are settings: `feature-accuracy`. Where one
-    setting has it, `accuracy` finds it, too.
+    setting has it, `accuracy` finds it, too. `captions` has a sentence for each name, `notes` has lines about runs that
+    are not finished or that a figure leaves out.
     """
 
     def __init__(self, figures: Mapping[str, Figure], captions: Mapping[str, str], notes: Sequence[str] = ()) -> None:
