@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from html import unescape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from lorafair.comparison import page
-from lorafair.comparison.document import document
+from lorafair.comparison.document import Commands, Heading, Items, Paragraph, document
 from lorafair.comparison.figures import Figures, draw_figures
 from lorafair.comparison.findings import Findings
 from lorafair.comparison.markdown import to_markdown, to_text
 from lorafair.comparison.page import to_html
-from lorafair.comparison.tables import accuracy_table, difference_table
+from lorafair.comparison.tables import Table, accuracy_table, difference_table
 from tests.comparison.made_up import made_up
 
 EVIL = '<script>alert("x")</script>'
@@ -95,6 +95,11 @@ def test_names_are_text_and_no_html(html: str, findings: Findings) -> None:
     assert EVIL not in html
     assert unescape(html).count(EVIL) >= 2, "in the table and in a figure"
     assert "every client &lt;returned&gt; NaN" in html
+    evil: Any = [EVIL, f'{EVIL}" onload="x']
+    parts = [Heading(EVIL, 1), Heading(EVIL), Paragraph(EVIL), Items([(EVIL, EVIL)]), Commands([(EVIL, EVIL)])]
+    page = to_html([*parts, Table(EVIL, evil, [evil], frozenset({(0, 1)}))], {})
+    assert {tag for tag, _ in Reader(page).elements} & {"script", "b"} == {"b"}
+    assert len(re.findall(re.escape(escape(EVIL)), page.replace("<wbr>", ""))) == 13
 
 
 def test_the_numbers_are_those_of_the_findings(html: str, findings: Findings) -> None:
