@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from lorafair.aggregation.base import Aggregator, LayerUpdate
     from lorafair.aggregation.registry import register_method
     from lorafair.commands.compare import ComparisonResult, compare
+    from lorafair.commands.plot import plot
     from lorafair.commands.run import RunResult, run
+    from lorafair.comparison.figures import Figures
     from lorafair.config import (
         CheckpointConfig,
         ClientConfig,
@@ -59,6 +61,7 @@ __all__ = [
     "EvaluationConfig",
     "FabricConfig",
     "FederationConfig",
+    "Figures",
     "ImageCollection",
     "LayerUpdate",
     "LoRAConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "from_datasets",
     "load_config",
     "option",
+    "plot",
     "register_backbone",
     "register_callback",
     "register_logger",
@@ -87,7 +91,9 @@ _MODULES = {
     "aggregation.base": ("Aggregator", "LayerUpdate"),
     "aggregation.registry": ("register_method",),
     "commands.compare": ("ComparisonResult", "compare"),
+    "commands.plot": ("plot",),
     "commands.run": ("RunResult", "run"),
+    "comparison.figures": ("Figures",),
     "config.options": ("option",),
     "data.datasets": ("from_datasets",),
     "data.images": ("ImageCollection",),
