@@ -124,6 +124,15 @@ class Experiment:
         return [len(client.indices) for client in self.clients]
 
     @cached_property
+    def head_class_counts(self) -> Tensor | None:
+        """Training images of each class at each client (N, Q), where they are the weights of the head's rows."""
+        if self.config.federation.head_weighting == "client":
+            return None
+        labels, classes = self.data.train.labels, len(self.data.classes)
+        counts = [np.bincount(labels[client.indices], minlength=classes) for client in self.clients]
+        return torch.from_numpy(np.stack(counts))
+
+    @cached_property
     def costs(self) -> list[int]:
         """Images that each client visits in a round (N,)."""
         local = self.local

@@ -24,7 +24,7 @@ from lorafair.cluster.signals import Interrupted, finishing_clients
 from lorafair.cluster.watchdog import deadline, saving
 from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.communication.collectives import ClientResults, broadcast_update, drop_nonfinite, sum_over_ranks
-from lorafair.communication.traffic import Traffic, round_traffic, with_control_variates
+from lorafair.communication.traffic import Traffic, round_traffic, with_class_counts, with_control_variates
 from lorafair.config.schema import Config
 from lorafair.console import format_count, log
 from lorafair.evaluation import Evaluation
@@ -256,7 +256,11 @@ def traffic_of(experiment: Experiment, state: ServerState, plan: RoundPlan, resu
     lora_ranks = [experiment.lora_ranks[client] for client in plan.clients]
     round_index = state.completed_rounds - 1
     traffic = round_traffic(experiment.layout, experiment.aggregator, result.update, round_index, lora_ranks)
-    return with_control_variates(traffic) if experiment.config.client.scaffold else traffic
+    if experiment.config.client.scaffold:
+        traffic = with_control_variates(traffic)
+    if experiment.head_class_counts is not None:
+        traffic = with_class_counts(traffic, len(plan.clients), len(experiment.data.classes))
+    return traffic
 
 
 def save(experiment: Experiment, state: ServerState, *, always: bool = False) -> None:

@@ -124,6 +124,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=3", "client.cohort=2", "rounds=3",
     ),
+    "class_head": (
+        "method.name=flex_lora", "federation.head_weighting=class", "model.lora.client_ranks=[4,1]",
+        "model.lora.client_rank_probabilities=[0.5,0.5]", "partition.scheme=dirichlet", "partition.alpha=0.1",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=3",
+    ),
     "centralized": ("method.name=centralized",),
     "local_only": ("method.name=local_only",),
     "folding": ("method.name=stacking",),
@@ -711,6 +716,50 @@ def test_control_variates_change_nothing_in_the_first_round_and_something_later(
     assert torch.equal(found[1, True], found[1, False])
     # The corrections of all clients cancel in the mean to first order, so that they change it by little.
     assert not torch.equal(found[2, True], found[2, False])
+
+
+def test_class_counts_are_charged_where_they_weigh_the_head(tiny: Tiny) -> None:
+    config = tiny("method.name=fedit", "federation.head_weighting=class", "rounds=1")
+    run_federation(launched(1), config)
+    numbers = adapter_of(config.folder)["adapter"].numel()
+    text = (config.folder / "metrics.csv").read_text()
+    assert f"comm/up_bytes,{4.0 * 3 * (numbers + 4)}" in text, "four classes"
+    assert f"comm/down_bytes,{4.0 * 3 * numbers}" in text
+
+
+@pytest.mark.slow
+def test_the_class_wise_head_of_a_run_is_that_of_its_clients(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only some clients take part and one of them returns NaN: by loops, from what they returned."""
+    seen: dict[str, Any] = {}
+    gather = federation_module.gather
+
+    def gather_and_look(experiment: Any, state: Any, *others: Any) -> Any:
+        results = gather(experiment, state, *others)
+        seen.update(experiment=experiment, start=state.adapter.clone(), results=results)
+        return results
+
+    monkeypatch.setattr(federation_module, "gather", gather_and_look)
+    with_nan_from(monkeypatch, *range(0, 6, 2))
+    config = tiny(
+        "method.name=lora_fair", "federation.head_weighting=class", "rounds=1", "partition.scheme=dirichlet",
+        "partition.alpha=0.05", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=4",
+    )  # fmt: skip
+    run_federation(launched(1), config)
+    built, results = seen["experiment"], seen["results"]
+    assert results.dropped
+    trained, start = built.layout.unpack(results.rows).head, built.layout.unpack(seen["start"]).head
+    final = built.layout.unpack(adapter_of(config.folder)["adapter"]).head
+    kept = 0
+    for c in range(4):
+        images = [int((built.data.train.labels[built.clients[k].indices] == c).sum()) for k in results.clients]
+        for name, rows in final.items():
+            expected = start[name][c].double()
+            if sum(images):
+                expected = sum(n * trained[name][i, c].double() for i, n in enumerate(images)) / sum(images)
+            torch.testing.assert_close(rows[c], expected.float(), rtol=1e-6, atol=1e-8)
+        kept += not sum(images)
+    assert kept < 4
 
 
 def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.factor_algebra import nonzero_rows, weighted_mean
+from lorafair.aggregation.factor_algebra import nonzero_rows
+from lorafair.aggregation.head_mean import class_mean_head, mean_head
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.options import option_of
 from lorafair.errors import ConfigError, LorafairError, of_plugin
@@ -175,13 +176,14 @@ def aggregate(
     weights: Tensor,
     start: AdapterState | None = None,
     receives: Sequence[Part] = PARTS,
+    class_counts: Tensor | None = None,
 ) -> ServerUpdate:
     """The server step: every layer by the method, the head by its weighted mean.
 
     `clients` holds tensors with a leading K, `weights` (K,) sums to 1, `start` is what the clients were sent and
-    `receives` what they are sent of the result: factors that they are not sent stay those of `start`. Computed in
-    float64 on the clients' device and returned in the clients' dtype; the order of the clients matters up to rounding
-    only.
+    `receives` what they are sent of the result: factors that they are not sent stay those of `start`. With
+    `class_counts` (K, Q), which needs `start`, each row of the head has weights of its own. Computed in float64 on the
+    clients' device and returned in the clients' dtype; the order of the clients matters up to rounding only.
     """
     initial_factors = None if start is None else start.factors
     if isinstance(aggregator, JointAggregator) and clients.factors:
@@ -200,7 +202,10 @@ def aggregate(
     if initial_factors is not None and not (aggregator.personal_parts or aggregator.restarts):
         updates = {path: _keep_unsent(update, initial_factors[path], receives) for path, update in updates.items()}
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
-    head = {name: weighted_mean(tensor, weights) for name, tensor in clients.head.items()}
+    if class_counts is None or start is None:
+        head = mean_head(clients.head, weights)
+    else:
+        head = class_mean_head(clients.head, class_counts, start.head)
     return ServerUpdate(
         factors={path: update.factors.to(dtypes[path]) for path, update in updates.items()},
         folded={path: update.folded.to(dtypes[path]) for path, update in updates.items() if update.folded is not None},

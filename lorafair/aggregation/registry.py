@@ -93,6 +93,11 @@ def method_of(config: Config) -> Aggregator:
         )
     _check_client_ranks(config, method, name)
     _check_sharding(config, method, name)
+    if config.federation.head_weighting == "class" and not _averages_the_head(method):
+        raise ConfigError(
+            f"federation.head_weighting=class has no effect with method.name={name}, which averages no heads; "
+            f"possible: {', '.join(_methods_that(_averages_the_head))}"
+        )
     for key, used, fits in (
         (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _keeps_its_factors),
         ("client.scaffold=true", config.client.scaffold, _starts_all_clients_alike),
@@ -143,6 +148,10 @@ def _methods_that(fit: Callable[[type[Aggregator]], bool]) -> list[str]:
 
 def _takes_mixed_lora_ranks(method: Aggregator | type[Aggregator]) -> bool:
     return method.mixed_lora_ranks and not method.pools_data
+
+
+def _averages_the_head(method: Aggregator | type[Aggregator]) -> bool:
+    return "head" not in method.personal_parts and not method.pools_data
 
 
 def _keeps_its_factors(method: Aggregator | type[Aggregator]) -> bool:

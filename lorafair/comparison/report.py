@@ -65,16 +65,22 @@ def write_results(findings: Findings, file: Path) -> None:
     """One line for each run and domain, and for its mean; accuracies in %."""
     with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
-        writer.writerow(["setting", "method", "seed", "domain", "accuracy", "rounds", "tuned", "bytes", "seconds"])
+        header = ["setting", "method", "seed", "domain", "accuracy", "rounds", "tuned", "bytes", "seconds"]
+        writer.writerow([*header, "balanced_accuracy"])
         for (setting, method), runs in findings.finished.items():
             for f in runs:
                 values = {**f.result["accuracy"], "(mean)": f.result["mean_accuracy"]}
                 values |= {f"({key.removeprefix('accuracy_')})": f.result[key] for key in PER_CLIENT if key in f.result}
                 totals = f.result.get("totals", {})
                 cost = [int(totals.get("bytes", 0)), f"{totals.get('seconds', 0):.3f}"]
+                balanced = {name: of.get("balanced_accuracy") for name, of in f.result.get("domains", {}).items()}
+                balanced["(mean)"] = f.result.get("mean_balanced_accuracy")
                 for domain, value in values.items():
                     run = [setting, method, f.run.seed, domain, f"{100 * value:.4f}", f.result["rounds"]]
-                    writer.writerow([*run, options_text(f.chosen), *cost])
+                    recall = balanced.get(domain)  # not there in results of 0.1
+                    writer.writerow(
+                        [*run, options_text(f.chosen), *cost, "" if recall is None else f"{100 * recall:.4f}"]
+                    )
 
 
 def _show_in_tensorboard(folder: Path, pictures: Mapping[str, Path]) -> None:

@@ -354,6 +354,13 @@ class FederationConfig:
     weighting: Literal["size", "uniform"] = option(
         "size", "Aggregation weights: by number of training images (the paper) or equal (its released code)."
     )
+    head_weighting: Literal["client", "class"] = option(
+        "client",
+        """Weights of the mean of the clients' heads. client: those of federation.weighting, for the whole head. class:
+        row c of weight and bias is weighted by the clients' numbers of training images of class c, and stays as it was
+        sent where no client of the round has any. The server then learns these numbers: each client sends one a class
+        with its adapter, which the bytes include. The factors A and B keep the weights of federation.weighting.""",
+    )
     initialization: Literal["average", "fresh", "local"] = option(
         "average",
         """Where a client starts the next round. average: from the server's factors. fresh: the server's update is

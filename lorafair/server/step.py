@@ -104,7 +104,10 @@ class Server(ABC):
         columns = self.experiment.layout.columns_of(shard, PARTS)
         clients, start = shard.unpack(results.rows), take_columns(state.adapter, columns)
         received = aggregator.receives(state.completed_rounds)
-        update, moments = aggregate(aggregator, clients, weights, shard.unpack(start), received), None
+        counts = self.experiment.head_class_counts
+        if counts is not None:
+            counts = counts[list(results.clients)]
+        update, moments = aggregate(aggregator, clients, weights, shard.unpack(start), received, counts), None
         check_finite(aggregator, update)
         if state.moments is not None:
             moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
