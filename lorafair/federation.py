@@ -35,6 +35,7 @@ from lorafair.reporting.report import Report, open_report, report_finished_befor
 from lorafair.reporting.results import is_finished
 from lorafair.reporting.tracker import Clock
 from lorafair.schedule import RoundPlan, update_client_seconds
+from lorafair.server.recent import evaluated_adapter
 from lorafair.server.state import ServerState, check_fits, checkpoint_of, initial_adapters, start_or_resume
 from lorafair.server.step import Server, ServerResult, apply_update, make_server, update_controls
 
@@ -208,8 +209,12 @@ def evaluate_adapters(experiment: Experiment, state: ServerState) -> Evaluation:
     """Accuracy of the global adapter, or of every client's own one."""
     everyone = tuple(range(len(experiment.clients)))
     experiment.model.adapters.resize(1)
-    personal = bool(experiment.aggregator.personal_parts)
-    adapters = initial_adapters(experiment, state, everyone) if personal else state.adapter.unsqueeze(0)
+    if experiment.aggregator.personal_parts:
+        adapters = initial_adapters(experiment, state, everyone)
+    else:
+        evaluation, layout = experiment.config.evaluation, experiment.layout
+        row = evaluated_adapter(evaluation, layout, state.adapter, state.recent, state.completed_rounds)
+        adapters = row.unsqueeze(0)
     with limited(experiment.config, f"the evaluation after round {state.completed_rounds}"):
         what = f"round {state.completed_rounds}/{experiment.config.rounds} evaluation"
         return experiment.evaluator(experiment.model, adapters, what)

@@ -183,7 +183,7 @@ def test_a_metric_cannot_take_the_name_of_what_every_run_has() -> None:
 
 
 def test_balanced_accuracy_is_the_mean_recall_of_the_classes_there_are() -> None:
-    """Against torchmetrics, class by class; and by hand where a class has no images and answers are always one class."""
+    """Against torchmetrics, class by class; and by hand where one has no images."""
     m = model()
     found = Evaluator(launched(1), Source(), DATA, batch_size=8)(m, adapters(m, 2))
     recalls = torch.zeros(2, 3)

@@ -132,6 +132,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "centralized": ("method.name=centralized",),
     "local_only": ("method.name=local_only",),
     "folding": ("method.name=stacking",),
+    "averaged_rounds": (
+        "method.name=lora_fair", "evaluation.average_rounds=2", "evaluation.average_parts=all", "rounds=3",
+    ),
     "fresh": ("federation.initialization=fresh",),
     "local": ("federation.initialization=local",),
     "partial": (

@@ -98,6 +98,7 @@ def method_of(config: Config) -> Aggregator:
             f"federation.head_weighting=class has no effect with method.name={name}, which averages no heads; "
             f"possible: {', '.join(_methods_that(_averages_the_head))}"
         )
+    _check_average(config, method, name)
     for key, used, fits in (
         (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _keeps_its_factors),
         ("client.scaffold=true", config.client.scaffold, _starts_all_clients_alike),
@@ -139,6 +140,21 @@ def _check_sharding(config: Config, method: Aggregator, name: str) -> None:
         raise ConfigError(
             f"fabric.server=sharded does not fit method.name={name} with its options, for which one process has to see "
             "all layers (method.sgd_patience of lora_fair); possible: fabric.server=rank0"
+        )
+
+
+def _check_average(config: Config, method: Aggregator, name: str) -> None:
+    rounds, parts = config.evaluation.average_rounds, config.evaluation.average_parts
+    if rounds is not None and method.personal_parts:
+        raise ConfigError(
+            f"evaluation.average_rounds={rounds} does not fit method.name={name}, whose clients are evaluated with a "
+            "model each; leave it out"
+        )
+    moving = method.decomposes or method.restarts or method.folds or config.federation.initialization == "fresh"
+    if parts == "all" and moving:
+        raise ConfigError(
+            f"evaluation.average_parts=all does not fit method.name={name} with these options: its factors of one "
+            "round mean nothing beside the frozen weights or the decomposition of another; possible: head"
         )
 
 

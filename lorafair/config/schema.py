@@ -427,6 +427,19 @@ class EvaluationConfig:
         at_least=1,
         identity=False,
     )
+    average_rounds: int | None = option(
+        None,
+        """Evaluate and export the mean of the last n rounds' heads or adapters (average_parts) instead of the last one.
+        Clients still start from the last one, so that training is the same; the n are kept in checkpoints (1).""",
+        at_least=1,
+    )
+    average_parts: Literal["head", "all"] | None = option(
+        None,
+        """What is averaged over rounds. head: weight and bias of the head. all: also the factors A and B, each by
+        itself; for methods whose factors of different rounds belong to the same frozen weights.""",
+        requires=when_given("evaluation.average_rounds"),
+        conditional_default="head",
+    )
     metrics: tuple[str, ...] = option(
         (),
         "Further metrics, torchmetrics objects that plug-ins have registered (lorafair.register_metric).",

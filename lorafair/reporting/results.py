@@ -66,7 +66,8 @@ def result_text(result: Mapping[str, Any]) -> str:
     domains: Mapping[str, Mapping[str, float]] = result["domains"]
     rounds = format_count(result["rounds"], "round")
     title = f"{result['method']['name']} on {result['data']['source']}, {rounds}, seed {result['seed']}"
-    columns = {"accuracy %": "accuracy", "balanced %": "balanced_accuracy", "own client %": OWN, "other clients %": OTHERS}
+    columns = {"accuracy %": "accuracy", "balanced %": "balanced_accuracy"}
+    columns |= {"own client %": OWN, "other clients %": OTHERS}
     columns = {header: name for header, name in columns.items() if name in next(iter(domains.values()))}
     rows = [
         [

@@ -18,6 +18,7 @@ from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
 from lorafair.server.optimizer import Moments
+from lorafair.server.recent import RECENT, RecentAdapters
 from lorafair.server.scaffold import ControlVariates
 
 
@@ -32,6 +33,7 @@ class ServerState:
         None  # of the server optimiser; of use for the layers a rank aggregates, on rank 0 for all
     )
     controls: ControlVariates | None = None  # of SCAFFOLD
+    recent: RecentAdapters | None = None  # of the last rounds, where their mean is evaluated
     folded: bool = False  # the frozen weights have changed
     unfinished_rounds: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
@@ -48,6 +50,8 @@ class ServerState:
             tensors |= {"moments.first": self.moments.first, "moments.second": self.moments.second}
         if self.controls is not None:
             tensors |= {"controls.server": self.controls.server, "controls.clients": self.controls.clients}
+        if self.recent is not None:
+            tensors[RECENT] = self.recent.rows
         return tensors
 
 
@@ -80,6 +84,7 @@ def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
         personal_adapters=adapter.repeat(clients, 1) if experiment.personal_parts else None,
         moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
         controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
+        recent=RecentAdapters.at_start(config.evaluation, experiment.layout, adapter.device),
     )
 
 

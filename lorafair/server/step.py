@@ -28,6 +28,7 @@ from lorafair.experiment import Experiment
 from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, put_columns, take_columns
 from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
 from lorafair.server.optimizer import Moments, server_step
+from lorafair.server.recent import averaged_parts
 from lorafair.server.state import ServerState, initial_adapters
 
 
@@ -205,6 +206,8 @@ def apply_update(
     layout = adapters.layout
     state.adapter = layout.replaced(state.adapter, aggregator.receives(state.completed_rounds), received)
     state.completed_rounds += 1
+    if state.recent is not None:
+        state.recent.add(layout.select(state.adapter, averaged_parts(config.evaluation)), state.completed_rounds)
     adapters.fold_into_base(folded)
     state.folded |= bool(folded)
     if config.federation.initialization == "fresh":
