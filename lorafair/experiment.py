@@ -37,7 +37,7 @@ from lorafair.config.schema import ClientConfig, Config
 from lorafair.console import format_count, log
 from lorafair.data.begun import images_begun_with, noting_damage, record_images
 from lorafair.data.images import ImageData
-from lorafair.data.partition import Client, partition, pooled
+from lorafair.data.partition import Client, class_counts, partition, pooled
 from lorafair.data.sources import load_images
 from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluator
@@ -128,9 +128,7 @@ class Experiment:
         """Training images of each class at each client (N, Q), where they are the weights of the head's rows."""
         if self.config.federation.head_weighting == "client":
             return None
-        labels, classes = self.data.train.labels, len(self.data.classes)
-        counts = [np.bincount(labels[client.indices], minlength=classes) for client in self.clients]
-        return torch.from_numpy(np.stack(counts))
+        return torch.from_numpy(class_counts(self.clients, self.data.train.labels, len(self.data.classes)))
 
     @cached_property
     def costs(self) -> list[int]:

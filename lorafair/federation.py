@@ -192,6 +192,7 @@ def broadcast_and_apply(
             experiment.layout,
             parts=aggregator.receives(state.completed_rounds),
             folds=aggregator.folds,
+            coding=aggregator.coding,
         )
     update_controls(experiment, state, clients)
     apply_update(experiment, state, clients, received, folded)

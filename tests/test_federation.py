@@ -102,6 +102,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "ffa_lora", "ro_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "het_lora", "florist", "raflora",
         "fedrot_lora", "fedrpca", "fedsa_lora",
     )},
+    "coded_fold": (
+        "method.name=lora_fair", "method.fold=true", "method.fold_bits=4", "method.fold_rank=16", "rounds=3",
+        "federation.head_weighting=class",
+    ),
+    "coded_mixed_ranks": (
+        "method.name=fedex_lora", "method.fold_bits=3", "model.lora.client_ranks=[1,4]",
+        "model.lora.client_rank_probabilities=[0.5,0.5]", "partition.scheme=dirichlet",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=3",
+    ),
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
     "own_scaling": (
         "method.name=lora_fair", "method.solver=sgd", "method.sgd_start=xavier", "method.sgd_steps=5",

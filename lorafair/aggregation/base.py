@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from lorafair.aggregation.coded_fold import Coding
 from lorafair.aggregation.factor_algebra import nonzero_rows
 from lorafair.aggregation.head_mean import class_mean_head, mean_head
 from lorafair.cluster.watchdog import heartbeat
@@ -123,6 +124,11 @@ class Aggregator(ABC):
         return False
 
     @property
+    def coding(self) -> Coding | None:
+        """How what the server sends is coded (folded parts are `coded_fold.rounded` then); None: all in float32."""
+        return None
+
+    @property
     def needs_all_layers(self) -> bool:
         """Whether what becomes of a layer depends on the others."""
         return False
@@ -208,7 +214,11 @@ def aggregate(
         head = class_mean_head(clients.head, class_counts, start.head)
     return ServerUpdate(
         factors={path: update.factors.to(dtypes[path]) for path, update in updates.items()},
-        folded={path: update.folded.to(dtypes[path]) for path, update in updates.items() if update.folded is not None},
+        folded={
+            path: update.folded if aggregator.coding else update.folded.to(dtypes[path])  # float32 rounds what is coded
+            for path, update in updates.items()
+            if update.folded is not None
+        },
         head={name: tensor.to(clients.head[name].dtype) for name, tensor in head.items()},
         sent_lora_rank={
             path: update.factors.rank if update.sent_lora_rank is None else update.sent_lora_rank

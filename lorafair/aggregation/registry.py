@@ -99,6 +99,11 @@ def method_of(config: Config) -> Aggregator:
             f"possible: {', '.join(_methods_that(_averages_the_head))}"
         )
     _check_average(config, method, name)
+    if method.coding is not None and config.server.optimizer != "none":
+        raise ConfigError(
+            f"server.optimizer={config.server.optimizer} does not fit method.fold_bits of method.name={name}: it would "
+            "move the factors after what they leave was coded; leave one of them out"
+        )
     for key, used, fits in (
         (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _keeps_its_factors),
         ("client.scaffold=true", config.client.scaffold, _starts_all_clients_alike),

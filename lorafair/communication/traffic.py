@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafair.aggregation.base import Aggregator, ServerUpdate
+from lorafair.aggregation.coded_fold import Coding
+from lorafair.communication.coding import start_dtype
 from lorafair.communication.collectives import numbers_to_send
 from lorafair.model.adapter import AdapterLayout, Part
 
@@ -39,17 +41,29 @@ def round_traffic(
     """What the clients of a round, of these LoRA ranks, send and receive; nothing where data is pooled.
 
     A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send. A
-    folded part counts as it is sent between processes: as factors, or as a matrix (O, I) where the server keeps that.
+    folded part counts as it is sent between processes: as factors, or as a matrix (O, I) where the server keeps that;
+    a coded message counts its bytes.
     """
     if aggregator.pools_data:
         return Traffic()
-    folded = sum(map(numbers_to_send, update.folded.values()))
+    coding = aggregator.coding
+    of_factors = BYTES_PER_NUMBER if coding is None else start_dtype("A", coding).itemsize
+    folded = _folded_bytes(update, coding)
     sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
     up = down = 0
     for lora_rank, clients in Counter(lora_ranks).items():
-        up += clients * _numbers(layout, sends, lora_rank, {})
-        down += clients * (_numbers(layout, receives, lora_rank, update.sent_lora_rank) + folded)
-    return Traffic(up * BYTES_PER_NUMBER, down * BYTES_PER_NUMBER)
+        factors, head = _numbers(layout, sends, lora_rank, {})
+        up += clients * BYTES_PER_NUMBER * (factors + head)
+        factors, head = _numbers(layout, receives, lora_rank, update.sent_lora_rank)
+        down += clients * (of_factors * factors + BYTES_PER_NUMBER * head + folded)
+    return Traffic(up, down)
+
+
+def _folded_bytes(update: ServerUpdate, coding: Coding | None) -> int:
+    """Of the folded parts of all layers, to one client."""
+    if coding is None:
+        return BYTES_PER_NUMBER * sum(map(numbers_to_send, update.folded.values()))
+    return sum(coding.message_bytes(f.rank, f.B.shape[0], f.A.shape[1]) for f in update.folded.values())
 
 
 def with_control_variates(traffic: Traffic) -> Traffic:
@@ -65,9 +79,11 @@ def with_class_counts(traffic: Traffic, clients: int, classes: int) -> Traffic:
     return Traffic(traffic.up + clients * classes * BYTES_PER_NUMBER, traffic.down)
 
 
-def _numbers(layout: AdapterLayout, parts: Sequence[Part], lora_rank: int, sent_lora_rank: Mapping[str, int]) -> int:
-    """Numbers in these parts of one client's adapter of this LoRA rank."""
-    total = layout.length - layout.adapter_length if "head" in parts else 0
+def _numbers(
+    layout: AdapterLayout, parts: Sequence[Part], lora_rank: int, sent_lora_rank: Mapping[str, int]
+) -> tuple[int, int]:
+    """Numbers in these parts of one client's adapter of this LoRA rank: of the factors, and of the head."""
+    total, head = 0, layout.length_of(("head",)) if "head" in parts else 0
     for path, (a, b) in layout.factors.items():
         total += min(lora_rank, sent_lora_rank.get(path, lora_rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
-    return total
+    return total, head
