@@ -652,6 +652,8 @@ def test_the_numbers_of_the_report(finished: Path, tmp_path: Path) -> None:
         result = results[line["method"], int(line["seed"])]
         expected = result["mean_accuracy"] if line["domain"] == "(mean)" else result["accuracy"][line["domain"]]
         assert float(line["accuracy"]) == pytest.approx(100 * expected, abs=1e-4)
+        recall = result["domains"].get(line["domain"], {}).get("balanced_accuracy", result["mean_balanced_accuracy"])
+        assert float(line["balanced_accuracy"]) == pytest.approx(100 * recall, abs=1e-4)
 
 
 def curves_of(folder: Path) -> dict[str, list[float]]:
