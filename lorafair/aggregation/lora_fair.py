@@ -91,7 +91,8 @@ class LoRAFair(Aggregator):
     )
     fold: bool = option(
         False,
-        """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost.""",
+        """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost,
+        or less with method.fold_bits.""",
     )
     fold_bits: int | None = fold_bits_option(requires=when("method.fold", True))
     fold_rank: int | None = fold_rank_option(requires=when("method.fold", True))
