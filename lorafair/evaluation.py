@@ -64,11 +64,14 @@ class Evaluation:
         return float(self.loss.mean())
 
     @property
+    def recall(self) -> Tensor:
+        """(D, Q) fraction of the images of a class that are recognised, over all adapters; NaN where there are none."""
+        return self.confusion.diagonal(dim1=1, dim2=2) / self.confusion.sum(2).to(torch.float64)
+
+    @property
     def balanced_accuracy(self) -> Tensor:
-        """(D,) mean recall over the classes that a domain has test images of, and over the adapters."""
-        of_class = self.confusion.sum(2)  # (D, Q)
-        recall = self.confusion.diagonal(dim1=1, dim2=2) / of_class.clamp_min(1).to(torch.float64)
-        return recall.sum(1) / (of_class > 0).sum(1)
+        """(D,) mean recall over the classes that a domain has test images of."""
+        return self.recall.nanmean(1)
 
     @property
     def majority_class(self) -> Tensor:

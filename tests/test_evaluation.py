@@ -199,6 +199,8 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes_there_are() -> None
     confusion = torch.tensor([[[6, 0, 0], [2, 1, 1], [0, 0, 0]]])
     one = Evaluation(torch.tensor([[0.7]]), torch.zeros(1, 1), confusion)
     assert one.balanced_accuracy.tolist() == [(1 + 1 / 4) / 2], "nobody can recall a class without images"
+    assert one.recall[0, :2].tolist() == [1, 1 / 4]
+    assert one.recall[0, 2].isnan()
     assert one.majority_class.tolist() == [0.6]
     assert one.most_frequent_answer is not None
     assert one.most_frequent_answer.tolist() == [0.8]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +40,7 @@ def write_result(experiment: Experiment, evaluation: Evaluation, totals: Mapping
         **{name.removeprefix("eval/"): value for name, value in scalars.items() if "_domain" in name},
         "metrics": evaluation.metrics,
         "domains": _by_domain(experiment, evaluation),
+        "recall": _recall(experiment, evaluation),
         "totals": dict(totals),
         "processes": experiment.fabric.world_size,
         "data": {"source": config.data.source, "description": data.description, "fingerprint": data.fingerprint},
@@ -118,6 +120,15 @@ def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict
                 OTHERS: float(accuracy[~own[:, index]].mean()),
             }
     return found
+
+
+def _recall(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Of each class that a domain has test images of."""
+    data = experiment.data
+    return {
+        domain: {name: value for name, value in zip(data.classes, row, strict=True) if not math.isnan(value)}
+        for domain, row in zip(data.domains, evaluation.recall.tolist(), strict=True)
+    }
 
 
 def _start(experiment: Experiment) -> dict[str, str]:

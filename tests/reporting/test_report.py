@@ -121,6 +121,9 @@ def test_a_result_has_the_numbers_of_its_table(tiny: Tiny, capsys: pytest.Captur
     for kind in ("majority_class", "most_frequent_answer"):
         of_domains = [values[kind] for values in result["domains"].values()]
         assert curves[f"eval/{kind}"] == {1: pytest.approx(sum(of_domains) / 3)}
+    for name, recall in result["recall"].items():
+        assert len(recall) == 4
+        assert sum(recall.values()) / 4 == pytest.approx(result["domains"][name]["balanced_accuracy"])
     older = {key: value for key, value in result.items() if key != "mean_balanced_accuracy"}
     older["domains"] = {
         name: {key: value for key, value in values.items() if key != "balanced_accuracy"}
