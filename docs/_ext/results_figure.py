@@ -56,7 +56,14 @@ def draw() -> None:
         matplotlib.rcParams["svg.fonttype"] = "path"  # a browser may not have the font
         figure = differences_figure(outcomes, "", 4.6)
         assert figure is not None
-        figure.savefig(PICTURE, metadata={"Date": None, "Description": f"numbers {digest()}"})
+        figure.savefig(
+            PICTURE,
+            metadata={
+                "Title": "Points of mean accuracy above FedIT in one long round",
+                "Date": None,
+                "Description": f"numbers {digest()}",
+            },
+        )
 
 
 if __name__ == "__main__":
