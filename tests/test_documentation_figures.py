@@ -15,7 +15,7 @@ from lorafair import LoRAFactors
 from lorafair.seeding import seeded
 
 DOCS = Path(__file__).parents[1] / "docs"
-DRAWINGS = sorted((DOCS / "_static").glob("*.svg"))
+DRAWINGS = sorted(file for file in (DOCS / "_static").glob("*.svg") if file.name != "results.svg")  # drawn by hand
 OUT, IN, R, K = 40, 24, 4, 3
 
 
