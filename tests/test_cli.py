@@ -461,7 +461,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("document", "least"), [("README.md", 15)])
+@pytest.mark.parametrize(("document", "least"), [("README.md", 4)])
 def test_the_commands_of_the_documents_are_right(
     document: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
