@@ -29,7 +29,7 @@ from lorafair.cluster.slurm import Job
 from lorafair.config.identity import differences, differing_keys
 from lorafair.console import log
 from lorafair.errors import ConfigError
-from lorafair.files.writing import fsync, write_atomically
+from lorafair.files.writing import fsync, open_to_others, write_atomically
 
 FORMAT = 1
 _RENAMED = {"own": "personal_adapters"}  # tensors, from what they were called in 0.1
@@ -63,6 +63,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         partial.mkdir()
         tensors = partial / "state.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, tensors)
+        open_to_others(tensors)
         meta = {
             "format": FORMAT,
             "completed_rounds": checkpoint.completed_rounds,

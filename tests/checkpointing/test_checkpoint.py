@@ -49,6 +49,13 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert find(tmp_path) is not None
 
 
+def test_who_may_read_the_files_of_a_user_may_read_those_of_a_checkpoint(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.touch()
+    files = list(save_checkpoint(tmp_path, checkpoint(1), keep=1).iterdir())
+    assert {file.stat().st_mode for file in files} == {other.stat().st_mode}
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for rounds in (1, 2, 11, 12):
         save_checkpoint(tmp_path, checkpoint(rounds), keep=2)

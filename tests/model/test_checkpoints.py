@@ -24,7 +24,7 @@ from lorafair import third_party
 from lorafair.config.schema import LoRAConfig, ModelConfig
 from lorafair.console import printing
 from lorafair.errors import ConfigError
-from lorafair.model.backbone import build_model, check_model, create_backbone, register_backbone
+from lorafair.model.backbone import build_model, check_model, create_backbone, register_backbone, weights_text
 from lorafair.registry import BACKBONES
 
 third_party.make_torchvision_importable()
@@ -368,6 +368,7 @@ def test_a_plug_ins_backbone_takes_its_own_names(tmp_path: Path, capsys: pytest.
     register_backbone("weights_test", head="head", image_size=8, targets=("model.1",))(lambda config: Module())
     try:
         state, config = Module().state_dict(), replace(VIT, name="weights_test", image_size=None)
+        assert weights_text(replace(config, weights="pretrained")) == "of a plug-in, asked for pretrained weights"
         for content in (state, {"model": prefixed("module.", state), "step": 3}):
             backbone, _ = taken(saved(tmp_path, content), capsys, config)
             assert_holds(backbone, state)
@@ -460,6 +461,25 @@ def test_what_holds_no_weights_is_named_in_one_line(
 ) -> None:
     assert message in complaint(make(tmp_path))
     assert "this code ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("has_sums", [True, False])
+def test_a_changed_bit_in_a_file_of_pytorchs_is_found_by_its_sums(tmp_path: Path, has_sums: bool) -> None:
+    """PyTorch reads such a file without a word."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(has_sums)
+    try:
+        file = saved(tmp_path, STATE)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    content = bytearray(file.read_bytes())
+    values = bytes(STATE["patch_embed.proj.weight"].numpy().tobytes())
+    content[content.index(values) + 101] ^= 1
+    file.write_bytes(content)
+    if has_sums:
+        assert "is damaged: its part weights/data/" in complaint(file)
+    else:
+        create_backbone(replace(VIT, weights=str(file)), 5, 0)
 
 
 WEIGHT = "blocks.1.mlp.fc1.weight"
