@@ -310,11 +310,11 @@ def check_client_ranks(config: Config, clients: int) -> None:
     """Raise ConfigError where the LoRA ranks are given client by client, and not for as many as there are."""
     lora = config.model.lora
     one_by_one = lora.client_ranks is not None and lora.client_rank_probabilities is None
-    if one_by_one and len(lora.client_ranks or ()) != clients:
+    ranks = list(lora.client_ranks or ())
+    if one_by_one and len(ranks) != clients:
         raise ConfigError(
-            f"model.lora.rank={list(lora.client_ranks or ())} lists {format_count(len(lora.client_ranks or ()), 'rank')} "
-            f"for {format_count(clients, 'client')}; list one a client, give levels with their probabilities "
-            "({4: 0.5, 16: 0.5}), or one number for all"
+            f"model.lora.rank={ranks} lists {format_count(len(ranks), 'rank')} for {format_count(clients, 'client')}; "
+            "list one a client, give levels with their probabilities ({4: 0.5, 16: 0.5}), or one number for all"
         )
 
 

