@@ -177,6 +177,11 @@ def find_checkpoint(
         return _check_identity(checkpoint, identity, accept, str(path))
     if paths:
         log.warning(f"no readable checkpoint is left in {run_dir}; starting anew")
+    elif (run_dir / "result.json").exists():
+        raise CheckpointError(
+            f"run_dir={run_dir} has the result of a run and none of its checkpoints, so it would be computed again and "
+            "overwritten; choose another run_dir, or resume=never, which moves the earlier run aside"
+        )
     return None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorafair.aggregation.registry import build_aggregator
 from lorafair.checkpointing.checkpoint import BASE, check_tensors, list_checkpoints, load_checkpoint
 from lorafair.checkpointing.folder import CheckpointError
-from lorafair.config.loading import load_config
+from lorafair.config.loading import load_config_of_run
 from lorafair.config.schema import Config, ModelConfig
 from lorafair.errors import ConfigError, LorafairError, one_line
 from lorafair.files.writing import naming, open_to_others
@@ -90,9 +90,11 @@ class TrainedModel:
 
 def _load_run(run_dir: Path) -> TrainedModel:
     checkpoints = list_checkpoints(run_dir)
-    if not checkpoints or not (run_dir / CONFIG_FILE).is_file():
+    if not checkpoints:
         raise CheckpointError(f"{run_dir} is no run directory with a checkpoint")
-    config, checkpoint = load_config(str(run_dir / CONFIG_FILE)), load_checkpoint(checkpoints[-1])
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{run_dir / CONFIG_FILE} is missing, and tells which model it is; put the file back")
+    config, checkpoint = load_config_of_run(run_dir), load_checkpoint(checkpoints[-1])
     if build_aggregator(config.method).personal_parts:
         name = config.method["name"]
         raise ConfigError(f"{run_dir} has no global model: with method.name={name} every client has its own")

@@ -18,12 +18,12 @@ from lorafair.cluster.placement import processes_started, without_launch
 from lorafair.cluster.saved import begin_start, continues, note_resume
 from lorafair.cluster.signals import INTERRUPTED, Interrupted, handle_only, handling_signals
 from lorafair.cluster.watchdog import CALLER
-from lorafair.config.loading import load_config, settle, to_yaml
+from lorafair.config.loading import load_config, load_config_of_run, settle, to_yaml
 from lorafair.config.schema import Config
 from lorafair.console import printing, write_text
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_placement, run_until_stopped
-from lorafair.reporting.run_dir import CONFIG_FILE, Curve, read_metrics, read_result
+from lorafair.reporting.run_dir import Curve, read_metrics, read_result
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,7 @@ class RunResult:
     @cached_property
     def config(self) -> Config:
         """The complete configuration."""
-        return load_config(str(self.run_dir / CONFIG_FILE))
+        return load_config_of_run(self.run_dir)
 
     def load_model(self) -> nn.Module:
         """The global model of the last round, on the CPU, in evaluation mode.

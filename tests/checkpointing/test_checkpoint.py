@@ -160,6 +160,16 @@ def test_never_moves_no_directory_that_holds_anything_else(tmp_path: Path, monke
     assert (tmp_path / "precious.txt").exists()
 
 
+def test_a_result_whose_checkpoints_were_removed_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "result.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has the result of a run and none of its checkpoints.*resume=never"):
+        find(tmp_path / "run")
+    assert find(tmp_path / "run", "never") is None
+    assert (tmp_path / "run.1" / "result.json").is_file()
+
+
 def test_an_empty_or_missing_directory_starts_anew(tmp_path: Path) -> None:
     assert find(tmp_path) is None
     assert find(tmp_path / "none", "never") is None
