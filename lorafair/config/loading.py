@@ -147,11 +147,10 @@ def _expanded_paths(config: DictConfig) -> dict[str, str]:
         value = OmegaConf.select(config, key) if option_of(declared).is_path else None
         if value is None:
             continue
-        if variable := re.search(r"\$(\w+|\(.*?\))", str(value)):
-            name = variable[1]
-            in_yaml = f", and in YAML write ${{oc.env:{name}}}" if name.isidentifier() else ""
+        if variable := re.search(r"\$(\w+)", str(value)):
             raise ConfigError(
-                f"{key}={value}: ${name} is not expanded here; the shell does it outside of single quotes{in_yaml}"
+                f"{key}={value}: ${variable[1]} is not expanded here; the shell does it outside of single quotes, and "
+                f"in YAML write ${{oc.env:{variable[1]}}}"
             )
         if str(value).startswith("~"):
             try:

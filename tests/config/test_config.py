@@ -134,7 +134,6 @@ def test_ranks_are_one_number_a_list_or_a_distribution(tmp_path: Path) -> None:
         (["rounds=many"], r"rounds: Value 'many'"),
         (["data.train_images="], r"^data\.train_images= has no value: a variable of the shell may not be set"),
         (["run_dir= "], r"^run_dir= has no value"),
-        (["run_dir=runs/$(date)"], r"^run_dir=runs/\$\(date\): \$\(date\) is not expanded here; .* single quotes$"),
         (["rounds=0"], r"rounds=0 is out of range: it must be at least 1"),
         (["client.learning_rate=nan"], r"client\.learning_rate=nan is out of range"),
         (["client.momentum=1.5"], r"client\.momentum=1\.5 is out of range: .* up to but not including 1"),
