@@ -38,9 +38,8 @@ class _LeftOut:
     def warn(self) -> None:
         """Count and name each kind."""
         if self.of_systems:
-            files = [path for path in self.of_systems if not path.is_dir()]
-            kinds = [(files, "file"), ([path for path in self.of_systems if path not in files], "folder")]
-            counts = " and ".join(format_count(len(paths), kind) for paths, kind in kinds if paths)
+            of_kind = Counter("folder" if path.is_dir() else "file" for path in self.of_systems)
+            counts = " and ".join(format_count(count, kind) for kind, count in of_kind.items())
             log.warning(f"{counts} of other systems left out, such as {self.of_systems[0]}")
         if self.with_other_endings:
             endings = Counter(file.suffix or "no ending" for file in self.with_other_endings)
