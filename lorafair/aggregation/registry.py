@@ -119,7 +119,7 @@ def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
     mixed = config.model.lora.client_ranks is not None
     if mixed and not _takes_mixed_lora_ranks(method):
         raise ConfigError(
-            f"method.name={name} needs the same LoRA rank everywhere, and model.lora.rank gives clients different ones; "
+            f"model.lora.rank: method.name={name} needs the same LoRA rank everywhere; "
             f"methods for mixed LoRA ranks: {', '.join(_methods_that(_takes_mixed_lora_ranks))}"
         )
     if config.client.scaffold and config.client.optimizer != "sgd":
