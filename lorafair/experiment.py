@@ -43,7 +43,7 @@ from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluator
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
-from lorafair.model.backbone import build_model
+from lorafair.model.backbone import build_model, weights_text
 from lorafair.model.side_by_side import clients_that_pay, clients_with_room
 from lorafair.registry import METHODS
 from lorafair.schedule import Scheduler
@@ -310,10 +310,11 @@ def check_client_ranks(config: Config, clients: int) -> None:
     """Raise ConfigError where the LoRA ranks are given client by client, and not for as many as there are."""
     lora = config.model.lora
     one_by_one = lora.client_ranks is not None and lora.client_rank_probabilities is None
-    if one_by_one and len(lora.client_ranks or ()) != clients:
+    ranks = list(lora.client_ranks or ())
+    if one_by_one and len(ranks) != clients:
         raise ConfigError(
-            f"model.lora.client_ranks has {len(lora.client_ranks or ())} ranks for {clients} clients; give one a "
-            "client, or levels with their model.lora.client_rank_probabilities"
+            f"model.lora.rank={ranks} lists {format_count(len(ranks), 'rank')} for {format_count(clients, 'client')}; "
+            "list one a client, give levels with their probabilities ({4: 0.5, 16: 0.5}), or one number for all"
         )
 
 
@@ -353,7 +354,7 @@ def _introduce(config: Config, loaded: _Loaded, cohort: int, world_size: int) ->
     beside = f", {cohort} side by side" if cohort > 1 else ""
     log.info(f"clients: {len(clients)} with {images.min():,} to {images.max():,} images each{beside}")
     log.info(
-        f"model: {config.model.name} ({config.model.weights}), LoRA rank {config.model.lora.rank} on "
+        f"model: {config.model.name} ({weights_text(config.model)}), LoRA rank {config.model.lora.rank} on "
         f"{len(layout.factors)} layers: {layout.adapter_length:,} adapter and "
         f"{layout.length - layout.adapter_length:,} head parameters a client"
     )

