@@ -37,8 +37,7 @@ def test_scalars_go_to_tensorboard_and_csv(tmp_path: Path) -> None:
         ["2", "eval/accuracy/a", "0.5"],
     ]
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("eval/accuracy/a")] == [(1, 0.25), (2, 0.5)]
-    assert "final/accuracy" in events.Tags()["scalars"]
+    assert [(e.step, e.value) for e in events.Scalars("1 accuracy/on a")] == [(1, 0.25), (2, 0.5)]
 
 
 def test_a_continued_run_replaces_the_rounds_after_its_checkpoint(tmp_path: Path) -> None:
@@ -52,6 +51,7 @@ def test_a_continued_run_replaces_the_rounds_after_its_checkpoint(tmp_path: Path
     assert [row[2] for row in read_csv(tmp_path)[1:]] == ["1.0", "20.0"]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("x")] == [(1, 1.0), (2, 20.0)]
+    assert len(list(tmp_path.glob("events*"))) == 1
 
 
 def test_a_logger_gets_the_same_scalars_and_hears_how_it_ended(tmp_path: Path) -> None:
@@ -106,8 +106,7 @@ def test_a_table_lines_up() -> None:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("classes", "largest"), [(3, 2000), (30, 2000), (150, 3000)])
+@pytest.mark.parametrize(("classes", "largest"), [(3, 400), (30, 1100), (150, 2400)])
 def test_the_confusion_picture_is_dark_where_predictions_are(classes: int, largest: int) -> None:
     counts = torch.eye(classes, dtype=torch.int64) * 5
     picture = confusion_picture(counts, [f"class {i}" for i in range(classes)], "sketch")
@@ -187,8 +186,8 @@ def test_a_full_disk_under_metrics_and_events_is_one_error_with_the_file(
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, most))
     try:
-        with pytest.raises(UnwritableFile, match=r"/events\.out\.tfevents cannot be written: File too large$"):
-            [tracker.scalars({"x": 1.0}, round) for round in range(2, 9)]  # the thread that writes may be a round late
+        with pytest.raises(UnwritableFile, match=r"/events\.out\.tfevents\.\S+ cannot be written: File too large$"):
+            tracker.scalars({"x": 1.0}, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert capfd.readouterr().err == ""
