@@ -460,7 +460,8 @@ class TensorBoardConfig:
     )
     pictures_every: int = option(
         10,
-        "Draw the pictures of layers and of clients' losses at most every n rounds; after the last one always.",
+        """Draw the pictures of layers and of clients' losses at most every n rounds, and so seldom that they take 0.2 %
+        of the time; after the last round always.""",
         at_least=1,
         identity=False,
     )

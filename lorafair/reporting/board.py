@@ -5,7 +5,6 @@ Letters: L layers or clients, T rounds.
 
 from __future__ import annotations
 
-import io
 import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
@@ -26,10 +24,10 @@ from tensorboard.plugins.text import metadata as text
 from lorafair.config.schema import TensorBoardConfig
 from lorafair.reporting import tags
 from lorafair.reporting.event_file import EventFile
-from lorafair.reporting.pictures import heat_map
+from lorafair.reporting.pictures import Pixels, encode, heat_map
 
+_REST, _FIRST = 500, 20.0  # pictures of layers take at most one part in so many of the time, and wait some seconds
 _CLIENTS = "train/loss"  # the scalar of which each client has one
-_OF_DRAWINGS = 4096  # colours; a picture with more is a photograph, which JPEG makes small
 
 
 class Board:
@@ -39,6 +37,7 @@ class Board:
         self._options = options
         self._tables: dict[str, _Table] = {}
         self._drawn = 0  # the round of the last pictures
+        self._rested_at = time.monotonic() + _FIRST  # when more may be drawn
         self._file = EventFile(run_dir, completed_rounds)
 
     def expect(self, layers: Iterable[str], clients: Iterable[str]) -> None:
@@ -65,8 +64,11 @@ class Board:
         ]
         shown = {tag: scale * value for tag, scale, value in curves} | tags.edges(values)
         self._file.write(Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in shown.items()]), round)
-        if round - self._drawn >= self._options.pictures_every:
+        began = time.monotonic()
+        if round - self._drawn >= self._options.pictures_every and began >= self._rested_at:
             self.draw(round)
+            ended = time.monotonic()
+            self._rested_at = ended + _REST * (ended - began)
 
     def draw(self, round: int) -> None:
         """Pictures of layers and clients after a round, where it has none yet."""
@@ -76,23 +78,19 @@ class Board:
         tables = {name: found.values() for name, found in self._tables.items()}
         for name, (rows, columns, values) in tables.items():
             if name == _CLIENTS:
-                tag, title, axes = tags.LOSSES, "Training loss of each client", ("Client", "Round")
+                tag, title, axes = tags.LOSSES, "Each client: training loss", ("Client", "Round")
             else:
                 tag = f"3 aggregation/{tags.title_of(name)} by layer"
-                title, axes = f"{tags.title_of(name).capitalize()} of each layer", ("Layer", "Round")
+                title, axes = f"Each layer: {tags.title_of(name)}", ("Layer", "Round")
             alike = [values for other, (_, _, values) in tables.items() if _kind(other) == _kind(name)]
             picture = heat_map(values, rows, columns, title, axes, limits=_limits(_kind(name), alike))
             self.picture(tag, picture, round)
 
-    def picture(self, tag: str, picture: np.ndarray[Any, Any], round: int) -> None:
+    def picture(self, tag: str, picture: Pixels, round: int, *, is_drawing: bool = True) -> None:
         """Show a picture (H, W, 3) uint8. A small file: TensorBoard's checksum takes half a second a megabyte."""
-        image, buffer = Image.fromarray(picture), io.BytesIO()
-        if image.getcolors(_OF_DRAWINGS) is None:
-            image.save(buffer, "JPEG", quality=90)
-        else:
-            image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG")
         height, width = picture.shape[:2]
-        shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+        encoded = encode(picture, is_drawing=is_drawing)
+        shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
         self._file.write(Summary(value=[Summary.Value(tag=tag, image=shown)]), round)
 
     def histogram(self, tag: str, values: np.ndarray[Any, Any], round: int) -> None:
@@ -105,11 +103,13 @@ class Board:
         """Show a text."""
         self._write_tensor(f"{tag}/text_summary", markdown, text.create_summary_metadata(tag, ""))
 
-    def charts(self) -> None:
-        """The tab Custom Scalars."""
+    def charts(self, clients: int) -> None:
+        """The tab Custom Scalars, for a run of so many clients."""
         layout = layout_pb2.Layout()
         for chart in tags.CHARTS:
             if chart.needs_curves and self._options.layers != "curves":
+                continue
+            if chart.most_clients is not None and clients > chart.most_clients:
                 continue
             if not layout.category or layout.category[-1].title != chart.category:
                 layout.category.add(title=chart.category)

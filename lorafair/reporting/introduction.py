@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from lorafair.config.loading import to_yaml
 from lorafair.config.schema import Config
 from lorafair.console import format_count, format_value
 from lorafair.data.images import DataError, ImageData
@@ -38,13 +37,13 @@ def introduce(experiment: Experiment, board: Board) -> None:
     config, clients = experiment.config, experiment.clients
     names = [client.name for client in clients] if len(clients) <= CLIENT_CURVES else []
     board.expect(layers=experiment.layout.factors, clients=names)
-    board.charts()
+    board.charts(len(clients))
     folder = config.folder.resolve()
     board.table_of_runs(columns_of(config, len(clients)), f"{folder.name} in {folder.parent}")
     board.text(CARD, card(experiment))
     board.picture(LABEL_COUNTS, label_counts(experiment.data, clients), 0)
     if config.tensorboard.samples:
-        board.picture(SAMPLES, samples(experiment.data, clients, config.tensorboard.samples), 0)
+        board.picture(SAMPLES, samples(experiment.data, clients, config.tensorboard.samples), 0, is_drawing=False)
 
 
 def columns_of(config: Config, clients: int) -> dict[str, str | float]:
@@ -55,7 +54,7 @@ def columns_of(config: Config, clients: int) -> dict[str, str | float]:
         "method": str(config.method["name"]),
         "options": ", ".join(f"{key}={format_value(value)}" for key, value in others.items()) or "none",
         "setting": config.folder.resolve().parent.name,
-        "seed": config.seed,
+        "seed": str(config.seed),  # as a number it would be shown as 0.0000
         "rounds": config.rounds,
         "learning rate": config.client.learning_rate,
         "LoRA rank": config.model.lora.rank,
@@ -86,7 +85,7 @@ def card(experiment: Experiment) -> str:
         ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"Documentation: [{DOCUMENTATION}]({DOCUMENTATION})",
         "## All settings",
-        f"```\n{to_yaml(config)}\n```",
+        f"```\n{(config.folder / CONFIG_FILE).read_text(encoding='utf-8')}\n```",
     ]
     return "\n\n".join(parts)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 _PLACE = re.compile(r"<\w+>")  # stands for a name in a tag or a name of a scalar
 
@@ -51,11 +52,11 @@ SCALARS = (
     ),
     Scalar("server/error_before", "3 aggregation/bias before", _RATIO, f"{_ERROR}; X: plain averaging of the factors"),
     Scalar(
-        "server/error_after_largest", "3 aggregation/bias after, largest of layers", _RATIO,
+        "server/error_after_largest", "3 aggregation/bias after, largest", _RATIO,
         "The same of the layer where it is largest",
     ),
     Scalar(
-        "server/error_after_smallest", "3 aggregation/bias after, smallest of layers", _RATIO,
+        "server/error_after_smallest", "3 aggregation/bias after, smallest", _RATIO,
         "The same of the layer where it is smallest",
     ),
     Scalar("server/cosine_after", "3 aggregation/cosine after", "-1 to 1", "Cosine of ΔW and what clients hold"),
@@ -73,12 +74,12 @@ SCALARS = (
         "Part of the training phase that the process waited",
     ),
     Scalar("time/<phase>", "5 time/<phase>", _SECONDS, "train, gather, server, broadcast, evaluate"),
-    Scalar("", "5 time/until <phase>", _SECONDS, "From the start of the round to the end of the phase"),
     Scalar("server/dropped_clients", "6 clients/dropped", "clients", "Left out because of NaN or infinity"),
     Scalar("train/learning_rate", "6 clients/learning rate", "", "Of the round, as client.schedule sets it"),
     Scalar("train/loss_highest", "6 clients/loss highest", _NATS, "Of the client with the highest training loss"),
     Scalar("train/loss_lowest", "6 clients/loss lowest", _NATS, "Of the client with the lowest training loss"),
     Scalar("train/loss/<client>", "6 clients/loss of <client>", _NATS, "In runs of up to 1,000 clients"),
+    Scalar("", "9 stacked time/<phase>", _SECONDS, "From the start of the round to the end of the phase, for a chart"),
 )  # fmt: skip
 
 
@@ -116,15 +117,11 @@ class Chart:
     lines: tuple[str, ...] = ()
     bands: tuple[tuple[str, str, str], ...] = ()
     needs_curves: bool = False  # tensorboard.layers=curves
+    most_clients: int | None = None  # of a run; lines of more cannot be told apart
 
 
 PHASES = ("train", "gather", "server", "broadcast", "evaluate")  # of a round, in their order
-
-
-def edge(phase: str) -> str:
-    """The tag of the seconds from the start of a round to the end of a phase."""
-    return "5 time/train" if phase == "train" else f"5 time/until {phase}"
-
+_EDGES = tuple(f"9 stacked time/{place} {name}" for place, name in enumerate(("start", *PHASES)))
 
 CHARTS = (
     Chart("Accuracy", "All domains", ("1 accuracy/on <domain>",)),
@@ -138,14 +135,14 @@ CHARTS = (
         "Loss", "Clients: mean, lowest and highest",
         bands=(("2 loss/local training", "6 clients/loss lowest", "6 clients/loss highest"),),
     ),
-    Chart("Loss", "All clients", ("6 clients/loss of <client>",)),
+    Chart("Loss", "All clients", ("6 clients/loss of <client>",), most_clients=50),
     Chart("Aggregation", "Bias before and after", ("3 aggregation/bias before", "3 aggregation/bias after")),
     Chart(
         "Aggregation", "Bias after: mean, smallest and largest of the layers",
         bands=(
             (
-                "3 aggregation/bias after", "3 aggregation/bias after, smallest of layers",
-                "3 aggregation/bias after, largest of layers",
+                "3 aggregation/bias after", "3 aggregation/bias after, smallest",
+                "3 aggregation/bias after, largest",
             ),
         ),
     ),
@@ -153,12 +150,10 @@ CHARTS = (
     Chart("Traffic", "MB of a round", ("4 traffic/up MB", "4 traffic/down MB")),
     Chart("Traffic", "MB since round 1", ("4 traffic/total MB",)),
     Chart(
-        "Time", "Seconds of a round: the phases on top of each other",
-        bands=tuple(
-            (edge(phase), edge(before), edge(phase)) for before, phase in zip(("train", *PHASES), PHASES, strict=False)
-        ),
+        "Time", "Seconds of a round: phases on top of each other",
+        bands=tuple((after, before, after) for before, after in pairwise(_EDGES)),
     ),
-    Chart("Time", "Seconds of a round: the phases beside each other", tuple(f"5 time/{phase}" for phase in PHASES)),
+    Chart("Time", "Seconds of a round: each phase", tuple(f"5 time/{phase}" for phase in PHASES)),
 )  # fmt: skip
 
 
@@ -235,12 +230,8 @@ def pattern(tag: str) -> str:
 
 
 def edges(values: Mapping[str, float]) -> dict[str, float]:
-    """The seconds from the start of a round to the end of each phase, by tag."""
-    found: dict[str, float] = {}
-    until = 0.0
-    for phase in PHASES:
-        if (seconds := values.get(f"time/{phase}")) is not None:
-            until += seconds
-            if phase != "train":
-                found[edge(phase)] = until
-    return found
+    """The seconds from the start of a round to its start and to the end of each phase, by tag."""
+    seconds = [values[name] for phase in PHASES if (name := f"time/{phase}") in values]
+    if len(seconds) < len(PHASES):
+        return {}
+    return dict(zip(_EDGES, accumulate(seconds, initial=0.0), strict=True))

@@ -106,7 +106,7 @@ def test_a_table_lines_up() -> None:
     ]
 
 
-@pytest.mark.parametrize(("classes", "largest"), [(3, 400), (30, 1100), (150, 2400)])
+@pytest.mark.parametrize(("classes", "largest"), [(3, 400), (30, 1100), (150, 2500)])
 def test_the_confusion_picture_is_dark_where_predictions_are(classes: int, largest: int) -> None:
     counts = torch.eye(classes, dtype=torch.int64) * 5
     picture = confusion_picture(counts, [f"class {i}" for i in range(classes)], "sketch")
@@ -114,8 +114,24 @@ def test_the_confusion_picture_is_dark_where_predictions_are(classes: int, large
     assert str(picture.dtype) == "uint8"
     assert max(picture.shape) < largest
     dark = (picture.sum(2) < 300).mean()
-    assert dark > 0.5 / classes / 2
+    assert dark > 0.5 / classes / 3
     assert dark < 0.5
+
+
+@pytest.mark.parametrize("classes", [2, 12, 60])
+def test_titles_and_labels_are_whole(classes: int) -> None:
+    names = [f"a class with a long name of its own {i}" for i in range(classes)]
+    picture = confusion_picture(
+        torch.eye(classes, dtype=torch.int64), names, "a domain with words enough for lines " * 4
+    )
+    assert picture is not None
+    for edge in (picture[:3], picture[-3:], picture[:, :3], picture[:, -3:]):
+        assert edge.min() == 255, "nothing is cut at an edge"
+    many, few = (confusion_picture(torch.eye(60, dtype=torch.int64), [n] * 60, "x") for n in (names[0], "a"))
+    assert many is not None
+    assert few is not None
+    left = [(picture[:, : picture.shape[1] // 4] < 100).any(axis=(1, 2)).sum() for picture in (many, few)]
+    assert left[0] > 60 * 8, "a label for each of 60 classes, some pixels high"
 
 
 def test_a_larger_picture_is_not_drawn() -> None:
