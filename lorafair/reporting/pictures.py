@@ -17,10 +17,10 @@ from torch import Tensor
 from lorafair import third_party
 
 LARGEST = 150  # classes of a confusion matrix; more labels are not readable
-_NUMBERED = 40  # classes of one whose cells have room for a number
+_NUMBERED = 40  # rows of a picture that all have their label, and classes whose cells have room for a number
 _MOST_CELLS = 320  # rows or columns; of more, neighbours are shown as their mean
 _WIDE, _HIGH, _LARGEST_CELL, _NUMBERED_CELL = 230, 360, 30, 28  # pixels; a card shows a width of 380 without loss
-_FONT, _GAP, _BAR = 13, 6, 14
+_FONT, _LINE, _GAP, _BAR = 13, 15, 6, 14
 _INK, _PAPER, _MISSING = (34, 34, 34), (255, 255, 255), (217, 217, 217)
 # ColorBrewer's Blues: one hue from light to dark, told apart without seeing colours.
 _BLUES = np.array(
@@ -57,32 +57,19 @@ def heat_map(
     low = limits[0] if limits[0] is not None else finite.min() if finite.size else 0.0
     high = limits[1] if limits[1] is not None else finite.max() if finite.size else 1.0
     scaled = (values - low) / ((high - low) or 1.0)
-    height, width = _cell(len(rows), least, _HIGH), _cell(len(columns), least, _WIDE)
+    height = _cell(len(rows), max(least, _LINE) if len(rows) <= _NUMBERED else least, _HIGH)
+    width = _cell(len(columns), least, _WIDE)
     cells = np.kron(_colours(scaled), np.ones((height, width, 1), np.uint8))
-    upright = _upright(rows, height)
-    flat = _fits(columns, width)
-    below = _FONT + 2 if flat else max((_length(columns[i]) for i in _shown(columns, width, _FONT + 2)), default=0)
-    left = _FONT + 4 * _GAP + max((_length(rows[i]) for i in upright), default=0)
-    ends = [f"{high:.3g}", f"{low:.3g}"]
-    wide = left + cells.shape[1] + 3 * _GAP + _BAR + max(map(_length, ends))
-    lines = _wrapped(title, max(wide, _WIDE) - 2 * _GAP)
-    top = _GAP + len(lines) * (_FONT + 6) + _GAP
-    size = (max(wide, *(_length(line) + 2 * _GAP for line in lines)) + _GAP, 0)
-    tall = max(cells.shape[0], _length(row_axis))
-    canvas = Image.new("RGB", (size[0], top + tall + below + _FONT + 4 * _GAP), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for index, line in enumerate(lines):
-        draw.text((_GAP, _GAP + index * (_FONT + 6)), line, _INK, _font())
+    left = _FONT + 4 * _GAP + max((_length(rows[i]) for i in _shown(len(rows), height, _LINE)), default=0)
+    ends = _ends(low, high)
+    wide = left + cells.shape[1] + 4 * _GAP + _BAR + max(map(_length, ends))
+    below = _LINE if _fits(columns, width) else max(map(_length, columns), default=0)
+    high_enough = max(cells.shape[0], _length(row_axis))
+    canvas, top = _titled(title, wide, high_enough + below + _FONT + 3 * _GAP)
     canvas.paste(Image.fromarray(cells), (left, top))
-    for i in upright:
-        draw.text((left - _GAP, top + (i + 0.5) * height), rows[i], _INK, _font(), anchor="rm")
-    for i in _shown(columns, width, _step(columns) if flat else _FONT + 2):
-        middle, bottom = left + (i + 0.5) * width, top + cells.shape[0] + _GAP
-        if flat:
-            draw.text((middle, bottom), columns[i], _INK, _font(), anchor="mt")
-        else:
-            _turned(canvas, columns[i], (round(middle), bottom), anchor="top")
-    _turned(canvas, row_axis, (_GAP + _FONT // 2, top + tall // 2), anchor="middle")
+    _label(canvas, rows, columns, (left, top), (height, width))
+    _turned(canvas, row_axis, (_GAP + _FONT // 2, top + high_enough // 2), anchor="middle")
+    draw = ImageDraw.Draw(canvas)
     draw.text((left + cells.shape[1] / 2, canvas.height - _GAP), column_axis, _INK, _font(), anchor="mb")
     if numbers:
         _draw_numbers(draw, values, scaled, (left, top), (height, width))
@@ -100,7 +87,7 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str], title: str) -> 
     counts = confusion.cpu().numpy().astype(np.float64)
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes, has_numbers = ("True class", "Predicted class"), len(classes) <= _NUMBERED
-    title, least = f"{title}: percent of each true class", _NUMBERED_CELL if has_numbers else _FONT + 2
+    title, least = f"{title}: percent of each true class", _NUMBERED_CELL if has_numbers else _LINE
     return heat_map(percent, classes, classes, title, axes, numbers=has_numbers, least=least, limits=(0.0, 100.0))
 
 
@@ -112,13 +99,8 @@ def mosaic(groups: Sequence[tuple[str, Sequence[Pixels | None]]], title: str) ->
     block = left + most * (side + 2) + 2 * _GAP
     across = max(1, round((len(groups) * (side + 2) / block * 1.3) ** 0.5))  # a third wider than high
     deep = -(-len(groups) // across)
-    lines = _wrapped(title, max(_WIDE, across * block))
-    top = _GAP + len(lines) * (_FONT + 6) + _GAP
-    wide = max(across * block, *map(_length, lines)) + 2 * _GAP
-    canvas = Image.new("RGB", (wide, top + deep * (side + 2) + _GAP), _PAPER)
+    canvas, top = _titled(title, across * block + 2 * _GAP, deep * (side + 2) + _GAP)
     draw = ImageDraw.Draw(canvas)
-    for index, line in enumerate(lines):
-        draw.text((_GAP, _GAP + index * (_FONT + 6)), line, _INK, _font())
     for index, (name, tiles) in enumerate(groups):
         x, y = _GAP + index // deep * block, top + index % deep * (side + 2)
         draw.text((x + left - _GAP, y + side // 2), name, _INK, _font(), anchor="rm")
@@ -140,6 +122,43 @@ def encode(picture: Pixels, *, is_drawing: bool) -> bytes:
     else:
         image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def _titled(title: str, wide: int, high: int) -> tuple[Image.Image, int]:
+    """Paper for a drawing of this size below its title, and how far below."""
+    lines = _wrapped(title, max(wide, _WIDE) - 2 * _GAP)
+    top = 2 * _GAP + len(lines) * (_FONT + 6)
+    canvas = Image.new("RGB", (max(wide, *(_length(line) + 2 * _GAP for line in lines)), top + high), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for index, line in enumerate(lines):
+        draw.text((_GAP, _GAP + index * (_FONT + 6)), line, _INK, _font())
+    return canvas, top
+
+
+def _label(
+    canvas: Image.Image,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    corner: tuple[int, int],
+    cell: tuple[int, int],
+) -> None:
+    """The names of rows to the left of the cells and of columns below, as many as there is room for."""
+    draw, (left, top), (height, width) = ImageDraw.Draw(canvas), corner, cell
+    for i in _shown(len(rows), height, _LINE):
+        draw.text((left - _GAP, top + (i + 0.5) * height), rows[i], _INK, _font(), anchor="rm")
+    flat, bottom = _fits(columns, width), top + len(rows) * height + _GAP
+    for i in _shown(len(columns), width, _step(columns) if flat else _LINE):
+        middle = left + (i + 0.5) * width
+        if flat:
+            draw.text((middle, bottom), columns[i], _INK, _font(), anchor="mt")
+        else:
+            _turned(canvas, columns[i], (round(middle), bottom), anchor="top")
+
+
+def _ends(low: float, high: float) -> tuple[str, str]:
+    """The largest and the smallest value, with as many digits as tell them apart."""
+    digits = next((digits for digits in range(3, 7) if f"{high:.{digits}g}" != f"{low:.{digits}g}"), 3)
+    return f"{high:.{digits}g}", f"{low:.{digits}g}"
 
 
 def _thinned(
@@ -172,8 +191,8 @@ def _colours(scaled: np.ndarray[Any, Any]) -> Pixels:
 
 @cache
 def _palette() -> Image.Image:
-    """128 blues, the grey of what is missing, and 127 greys from ink to paper."""
-    greys = np.linspace(_INK[0], _PAPER[0], 127).round().astype(np.uint8)[:, None].repeat(3, axis=1)
+    """128 blues, the grey of what is missing, and greys from ink to paper; none that could be taken for paper."""
+    greys = np.append(np.linspace(_INK[0], 240, 126).round(), _PAPER[0]).astype(np.uint8)[:, None].repeat(3, axis=1)
     colours = np.concatenate([_colours(np.linspace(0, 1, 128)), np.array([_MISSING], np.uint8), greys])
     palette = Image.new("P", (1, 1))
     palette.putpalette(colours.tobytes())
@@ -213,14 +232,10 @@ def _turned(canvas: Image.Image, text: str, place: tuple[int, int], anchor: str)
     canvas.paste(Image.new("RGB", label.size, _INK), (x, y), label)
 
 
-def _upright(names: Sequence[str], cell: int) -> list[int]:
-    return _shown(names, cell, _FONT + 2)
-
-
-def _shown(names: Sequence[str], cell: int, space: int) -> list[int]:
+def _shown(count: int, cell: int, space: int) -> list[int]:
     """Which labels have so many pixels: every one, every second one, every fifth ..."""
     every = next(n for n in (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000) if n * cell >= space or n == 1000)
-    return list(range(0, len(names), every))
+    return list(range(0, count, every))
 
 
 def _step(names: Sequence[str]) -> int:

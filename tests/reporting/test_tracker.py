@@ -113,6 +113,7 @@ def test_the_confusion_picture_is_dark_where_predictions_are(classes: int, large
     assert picture is not None
     assert str(picture.dtype) == "uint8"
     assert max(picture.shape) < largest
+    assert abs(picture.shape[0] - picture.shape[1]) < 80, "cells are square"
     dark = (picture.sum(2) < 300).mean()
     assert dark > 0.5 / classes / 3
     assert dark < 0.5
