@@ -36,6 +36,7 @@ class Board:
     def __init__(self, run_dir: Path, completed_rounds: int, options: TensorBoardConfig) -> None:
         self._options = options
         self._tables: dict[str, _Table] = {}
+        self._order: dict[str, list[str]] = {"layers": [], "clients": []}
         self._drawn = 0  # the round of the last pictures
         self._rested_at = time.monotonic() + _FIRST  # when more may be drawn
         self._file = EventFile(run_dir, completed_rounds)
@@ -43,8 +44,6 @@ class Board:
     def expect(self, layers: Iterable[str], clients: Iterable[str]) -> None:
         """The order of the rows of pictures; without it they are in the order of the values."""
         self._order = {"layers": list(layers), "clients": list(clients)}
-
-    _order: Mapping[str, Sequence[str]] = {"layers": (), "clients": ()}
 
     def remember(self, values: Mapping[str, float], round: int) -> None:
         """Take the values of a round into the pictures of layers and clients."""
