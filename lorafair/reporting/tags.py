@@ -42,6 +42,21 @@ SCALARS = (
         "eval/accuracy_other_domains", "1 accuracy/mean on other domains", _FRACTION,
         "Clients with models of their own: each on the other domains, mean",
     ),
+    Scalar(
+        "eval/balanced_accuracy", "1 accuracy/mean, balanced over classes", _FRACTION,
+        "Mean recall of the classes that a domain has test images of, unweighted mean of the domains",
+    ),
+    Scalar(
+        "eval/balanced_accuracy/<domain>", "1 accuracy/other balanced on <domain>", _FRACTION, "The same of one domain"
+    ),
+    Scalar(
+        "eval/majority_class", "1 accuracy/other majority class", _FRACTION,
+        "Accuracy of always answering the class with most test images, mean of the domains",
+    ),
+    Scalar(
+        "eval/most_frequent_answer", "1 accuracy/other most frequent answer", _FRACTION,
+        "Fraction of all answers that are one class, mean of the domains; where there is one global model",
+    ),
     Scalar("eval/accuracy/<domain>", "1 accuracy/on <domain>", _FRACTION, "Top-1 accuracy on the domain's test images"),
     Scalar("eval/<metric>", "1 accuracy/other <metric>", "of the metric", "A metric of evaluation.metrics"),
     Scalar("train/loss", "2 loss/local training", _NATS, "Mean over a client's steps, weighted mean of the clients"),
