@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ModelConfig,
         PartitionConfig,
         ServerConfig,
+        TensorBoardConfig,
         load_config,
     )
     from lorafair.config.options import option
@@ -71,6 +72,7 @@ __all__ = [
     "PartitionConfig",
     "RunResult",
     "ServerConfig",
+    "TensorBoardConfig",
     "compare",
     "from_datasets",
     "load_config",

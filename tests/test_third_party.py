@@ -274,19 +274,14 @@ def test_differences_of() -> None:
         assert [f.tolist() for f in found] == [(one - other).tolist() for one, other in zip(left, right, strict=True)]
 
 
-def test_write_scalars(tmp_path: Path) -> None:
-    """`SummaryWriter._get_file_writer`: torch 2.13.0, tensorboard 2.21.0."""
-    with seen_with(torch="2.13.0", tensorboard="2.21.0"):
-        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-        from torch.utils.tensorboard import SummaryWriter
+def test_font_file() -> None:
+    """The place of DejaVu Sans: matplotlib 3.11.2."""
+    from PIL import ImageFont
 
-        with SummaryWriter(str(tmp_path)) as writer:
-            third_party.write_scalars(writer, {"eval/accuracy": 0.5, "train/loss": 1.25}, 7)
-        (file,) = tmp_path.iterdir()
-        events = [event for event in EventFileLoader(str(file)).Load() if event.summary.value]
-        assert [event.step for event in events] == [7]
-        values = {value.tag: value.tensor.float_val[0] for value in events[0].summary.value}
-        assert values == {"eval/accuracy": 0.5, "train/loss": 1.25}
+    with seen_with(matplotlib="3.11.2"):
+        file = third_party.font_file()
+        assert file is not None
+        assert ImageFont.truetype(str(file), 12).getname() == ("DejaVu Sans", "Book")
 
 
 def test_end_loader_workers() -> None:

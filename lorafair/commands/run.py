@@ -64,7 +64,7 @@ class RunResult:
 
     @cached_property
     def metrics(self) -> dict[str, Curve]:
-        """Every scalar by TensorBoard tag, as {round: value}."""
+        """Every scalar by its name in metrics.csv, as {round: value}."""
         return read_metrics(self.run_dir)
 
     @cached_property
