@@ -154,6 +154,14 @@ def image_size_of(config: ModelConfig) -> int:
     return known.image_size if known is not None else int(_pretrained_cfg(config.name).input_size[-1])
 
 
+def normalization_of(config: ModelConfig) -> tuple[Any, Any]:
+    """Mean and standard deviation of the input by channel, for pixels from 0 to 1, known without making weights."""
+    if config.normalization != "checkpoint" or _registered(config.name) is not None:
+        return _normalization(config, None)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _normalization(config, timm.create_model(config.name))
+
+
 def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
     """The plain module with the configured frozen weights and, of timm, a head for `classes` classes, on the CPU."""
     backbone = _create(config, classes, seed)
