@@ -32,6 +32,7 @@ from lorafair.registry import BACKBONES, load_entry_points
 from lorafair.seeding import seeded
 
 third_party.make_torchvision_importable()
+third_party.import_timm()
 
 import timm  # noqa: E402
 from timm.data import constants  # noqa: E402
