@@ -10,8 +10,8 @@ import numpy as np
 
 from lorafair.config.loading import load_config
 from lorafair.console import format_count, log, printing
-from lorafair.data.partition import partition
 from lorafair.data.sources import load_images
+from lorafair.experiment import clients_of
 
 
 def count_labels(*arguments: str | Path | Sequence[str], **options: Any) -> dict[str, dict[str, int]]:
@@ -37,7 +37,7 @@ def count_labels(*arguments: str | Path | Sequence[str], **options: Any) -> dict
     config = load_config(*arguments, **options)
     with printing():
         data = load_images(config.data, config.seed)
-        clients = partition(config.partition, data.train.labels, data.train.domains, data.domains, config.seed)
+        clients = clients_of(config, data)
         log.info(
             f"{format_count(len(data.domains), 'domain')}, {format_count(len(data.classes), 'class', 'classes')}, "
             f"{len(data.train):,} images for training, {len(data.test):,} for the test; "

@@ -28,6 +28,7 @@ def test_every_image_is_counted_once_at_one_client() -> None:
         for name in classes:
             assert sum(counts[f"{domain}-{k}"][name] for k in (0, 1)) == 10
     assert counts["plain-0"] != counts["noisy-0"], "the labels are skewed, each domain in its own way"
+    assert counts != lorafair.count_labels(TINY, *SKEWED, "partition.seed=1")
 
 
 def test_they_are_the_clients_that_a_run_has(tmp_path: Path) -> None:
