@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,8 @@ from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_pl
 from lorafair.reporting.run_dir import CONFIG_FILE, Curve, read_metrics, read_result
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from lorafair.commands.inference import ImageTransform
     from lorafair.reporting.callbacks import Callback
 
 
@@ -95,7 +94,7 @@ class RunResult:
         return classes_of(self.run_dir)
 
     @cached_property
-    def transform(self) -> ImageTransform:
+    def transform(self) -> Callable[..., Tensor]:
         """Makes a Pillow image, or the file of an image, the input of the loaded model: float32 (3, S, S).
 
         Example:
