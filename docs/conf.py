@@ -44,6 +44,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "whole_streams",
     "lorafair_reference",
 ]
 nitpicky = True

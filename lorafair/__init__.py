@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafair.aggregation.base import Aggregator, LayerUpdate
     from lorafair.aggregation.registry import register_method
+    from lorafair.commands.clients import count_labels
     from lorafair.commands.compare import ComparisonResult, compare
     from lorafair.commands.plot import plot
     from lorafair.commands.run import RunResult, run
@@ -74,6 +75,7 @@ __all__ = [
     "ServerConfig",
     "TensorBoardConfig",
     "compare",
+    "count_labels",
     "from_datasets",
     "load_config",
     "option",
@@ -92,6 +94,7 @@ __all__ = [
 _MODULES = {
     "aggregation.base": ("Aggregator", "LayerUpdate"),
     "aggregation.registry": ("register_method",),
+    "commands.clients": ("count_labels",),
     "commands.compare": ("ComparisonResult", "compare"),
     "commands.plot": ("plot",),
     "commands.run": ("RunResult", "run"),

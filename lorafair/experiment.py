@@ -220,14 +220,18 @@ def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator, origi
     return loaded
 
 
+def clients_of(config: Config, data: ImageData) -> tuple[Client, ...]:
+    """The clients of a run on these images (N,). Raises PartitionError."""
+    train, seed = data.train, config.seed_of("partition")
+    return partition(config.partition, train.labels, train.domains, data.domains, seed)
+
+
 def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loaded:
     local = config.client
     begun = None if origin is None else images_begun_with(origin, config.data, config.seed)
     data = load_images(config.data, config.seed) if begun is None else begun.data
     images = data.fingerprint
-    clients = partition(
-        config.partition, data.train.labels, data.train.domains, data.domains, config.seed_of("partition")
-    )
+    clients = clients_of(config, data)
     if begun is not None:
         data, clients = begun.without_gone(clients)
     data = noting_damage(data, config.folder / CHECKPOINTS)

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -114,6 +115,17 @@ def import_fabric() -> None:
         import_module("lightning_fabric")
     finally:
         del sys.modules["torchmetrics"]
+
+
+def import_timm() -> ModuleType:
+    """Import timm, without what tqdm says in every notebook that has no ipywidgets.
+
+    timm imports huggingface_hub, and that tqdm, which warns there that its progress bars will be text. They are
+    for downloads, and text is what a notebook then shows. Seen with tqdm 4.70.1.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")
+        return import_module("timm")
 
 
 def quiet_ddp_strategy(timeout: timedelta) -> DDPStrategy:

@@ -448,13 +448,14 @@ COMMAND = re.compile(r"(?:srun [^#]*?)?(?:\S*python train\.py|lorafair|sbatch .*
 def commands(text: str) -> list[list[str]]:
     """The arguments of the commands in a document: of train.py, of lorafair, and what sbatch hands on to train.py.
 
-    Commands stand in blocks of code.
+    Commands stand in blocks of code. Not in cells of notebooks, which run when the documentation is built, nor in what
+    was recorded, which is called text.
     """
     joined = text.replace("\\\n", " ")
-    blocks = [
-        *re.findall(r"^```\w*\n(.*?)^```", joined, re.DOTALL | re.MULTILINE),
-        *re.findall(r"^    .*", joined, re.M),
-    ]
+    fenced = re.findall(r"^```([^\n]*)\n(.*?)^```$", joined, re.DOTALL | re.MULTILINE)
+    blocks = [code for kind, code in fenced if re.fullmatch(r"(?!text)\w*", kind)]
+    if not fenced or not joined.startswith("---\nfile_format: mystnb"):
+        blocks += re.findall(r"^    .*", joined, re.M)
     lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
     found = [(line, COMMAND.match(line)) for line in lines]
     return [shlex.split(line[match.end() :], comments=True) for line, match in found if match]

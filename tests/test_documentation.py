@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.name not in ("results.md", "performance.md")]
 PAGES.append(ROOT / "README.md")
 SMALL = ["rounds=1", "fabric.devices=1", "data.train_images=24", "data.test_images=24", "data.cache=never"]
+WRITTEN = re.compile(r"^%%writefile (\S+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PLUGIN = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -32,10 +33,10 @@ def text_of(page: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with the plug-ins of all pages in it; what they register is taken back."""
+    """A working directory with the files of all pages in it; what plug-ins of them register is taken back."""
     monkeypatch.chdir(tmp_path)
-    for page in PAGES:
-        for name, code in PLUGIN.findall(page.read_text(encoding="utf-8")):
+    for text in [page.read_text(encoding="utf-8") for page in PAGES]:
+        for name, code in [*PLUGIN.findall(text), *WRITTEN.findall(text)]:
             (tmp_path / name).write_text(code)
     before = {kind: set(names.names) for kind, names in registry.REGISTRIES.items()}
     yield tmp_path

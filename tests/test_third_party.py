@@ -41,6 +41,25 @@ def seen_with(**versions: str) -> Iterator[None]:
         pytest.fail(f"{type(error).__name__}: {error}\n{there}: see lorafair/third_party.py")
 
 
+# tqdm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("imported", "expected"), [("tqdm.auto", 1), ("lorafair.model.backbone", 0)])
+def test_import_timm_says_nothing_of_widgets(imported: str, expected: int) -> None:
+    """In a process that looks like a notebook's, whose ipywidgets are missing."""
+    code = (
+        "import sys, types\n"
+        "sys.modules['ipykernel.zmqshell'] = types.ModuleType('ipykernel.zmqshell')\n"
+        "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=object)\n"
+        "sys.modules['ipywidgets'] = None\n"
+        f"import {imported}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    with seen_with(tqdm="4.70.1"):
+        assert done.stderr.count("IProgress not found") == expected, done.stderr
+
+
 # torchvision
 
 

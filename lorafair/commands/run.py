@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,7 @@ from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_pl
 from lorafair.reporting.run_dir import Curve, read_metrics, read_result
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lorafair.reporting.callbacks import Callback
 
@@ -78,7 +78,7 @@ class RunResult:
         Returns:
             A timm model (or the module of a plug-in's backbone) with the adapters merged into its weights and the
             trained head in its place. Its input are images normalised as the run has done it (`model.pretrained_cfg`
-            tells, unless model.normalization names another one).
+            tells, unless model.normalization names another one): `transform` makes them.
 
         Raises:
             LorafairError: The run has no global model, as its clients keep one each.
@@ -86,6 +86,25 @@ class RunResult:
         from lorafair.commands.export import merged_model
 
         return merged_model(self.run_dir)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the model's logits."""
+        from lorafair.commands.inference import classes_of
+
+        return classes_of(self.run_dir)
+
+    @cached_property
+    def transform(self) -> Callable[..., Tensor]:
+        """Makes a Pillow image, or the file of an image, the input of the loaded model: float32 (3, S, S).
+
+        Example:
+            >>> logits = result.load_model()(result.transform("cat.jpg").unsqueeze(0))
+            >>> result.classes[int(logits.argmax())]
+        """
+        from lorafair.commands.inference import transform_of
+
+        return transform_of(self.run_dir)
 
     def __repr__(self) -> str:
         accuracy = ", ".join(f"{domain} {100 * value:.1f}" for domain, value in self.accuracy.items())

@@ -32,6 +32,7 @@ from lorafair.registry import BACKBONES, load_entry_points
 from lorafair.seeding import seeded
 
 third_party.make_torchvision_importable()
+third_party.import_timm()
 
 import timm  # noqa: E402
 from timm.data import constants  # noqa: E402
@@ -152,6 +153,14 @@ def image_size_of(config: ModelConfig) -> int:
         return config.image_size
     known = _registered(config.name)
     return known.image_size if known is not None else int(_pretrained_cfg(config.name).input_size[-1])
+
+
+def normalization_of(config: ModelConfig) -> tuple[Any, Any]:
+    """Mean and standard deviation of the input by channel, for pixels from 0 to 1, known without making weights."""
+    if config.normalization != "checkpoint" or _registered(config.name) is not None:
+        return _normalization(config, None)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _normalization(config, timm.create_model(config.name))
 
 
 def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
