@@ -131,6 +131,8 @@ METHODS: Registry[Any] = Registry(
         "raflora": "lorafair.aggregation.raflora:RaFLoRA",
         "rbla": "lorafair.aggregation.rbla:RBLA",
         "ro_lora": "lorafair.aggregation.ro_lora:RoLoRA",
+        "flora_na": "lorafair.aggregation.flora_na:FLoRANA",
+        "fedmomentum": "lorafair.aggregation.fedmomentum:FedMomentum",
         "centralized": "lorafair.aggregation.references:Centralized",
         "local_only": "lorafair.aggregation.references:LocalOnly",
     },

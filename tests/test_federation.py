@@ -100,8 +100,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "lora_fair_aligned": ("method.name=lora_fair", "method.align=true", "method.fold=true", "method.residual=both"),
     **{name: (f"method.name={name}",) for name in (
         "ffa_lora", "ro_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "het_lora", "florist", "raflora",
-        "fedrot_lora", "fedrpca", "fedsa_lora",
+        "fedrot_lora", "fedrpca", "fedsa_lora", "flora_na", "fedmomentum",
     )},
+    "fedrot_lora_in_turns": ("method.name=fedrot_lora", "method.turns=true", "rounds=3"),
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
     "own_scaling": (
         "method.name=lora_fair", "method.solver=sgd", "method.sgd_start=xavier", "method.sgd_steps=5",

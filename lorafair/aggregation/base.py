@@ -143,6 +143,10 @@ class Aggregator(ABC):
         """What clients send up after this round."""
         return tuple(part for part in self.trains(round_index) if part not in self.personal_parts)
 
+    def in_round(self, round_index: int) -> Aggregator:
+        """The method as it aggregates after this round (from 0); itself, where it does the same after every round."""
+        return self
+
     @abstractmethod
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """One layer of the next round.

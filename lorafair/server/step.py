@@ -104,7 +104,8 @@ class Server(ABC):
         columns = self.experiment.layout.columns_of(shard, PARTS)
         clients, start = shard.unpack(results.rows), take_columns(state.adapter, columns)
         received = aggregator.receives(state.completed_rounds)
-        update, moments = aggregate(aggregator, clients, weights, shard.unpack(start), received), None
+        of_round = aggregator.in_round(state.completed_rounds)
+        update, moments = aggregate(of_round, clients, weights, shard.unpack(start), received), None
         check_finite(aggregator, update)
         if state.moments is not None:
             moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))

@@ -1,0 +1,140 @@
+"""Methods of 2025 and 2026 against dense float64 computations written from their formulas.
+
+Letters: K clients, R LoRA rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from lorafair.aggregation.base import LayerUpdate
+from lorafair.aggregation.fedit import FedIT
+from lorafair.aggregation.fedmomentum import FedMomentum
+from lorafair.aggregation.fedrot_lora import FedRotLoRA
+from lorafair.aggregation.flora_na import FLoRANA
+from lorafair.model.adapter import LoRAFactors
+from tests import references
+
+SIZES = [(7, 6, 3, 4), (30, 25, 2, 3), (5, 40, 4, 6), (9, 9, 3, 2)]  # O, I, R, K
+
+
+def product(factors: LoRAFactors) -> Tensor:
+    return factors.B.double() @ factors.A.double()
+
+
+def folded_product(update: LayerUpdate) -> Tensor:
+    return torch.zeros((), dtype=torch.float64) if update.folded is None else product(update.folded)
+
+
+def best_weights(clients: LoRAFactors, weights: Tensor) -> tuple[float, LoRAFactors]:
+    """min ‖ΔW − (Σ Q_k B_k)(Σ P_k A_k)‖² on (O, I) matrices by BFGS over the 2K numbers, from P = Q = weights."""
+    ideal, count = references.ideal_update(clients, weights), len(weights)
+
+    def factors(z: Tensor) -> LoRAFactors:
+        A = sum(z[k] * clients.A[k] for k in range(count))
+        B = sum(z[count + k] * clients.B[k] for k in range(count))
+        return LoRAFactors(A=A, B=B)  # type: ignore[arg-type]
+
+    def value_and_gradient(z: np.ndarray) -> tuple[float, np.ndarray]:
+        point = torch.from_numpy(z).requires_grad_()
+        value = (ideal - product(factors(point))).square().sum()
+        value.backward()
+        return value.item(), point.grad.numpy()  # type: ignore[union-attr]
+
+    found = minimize(value_and_gradient, torch.cat([weights, weights]).numpy(), jac=True, method="BFGS", tol=1e-10)
+    return float(found.fun), factors(torch.from_numpy(found.x))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_flora_na_finds_the_best_weights_of_each_factor(size: tuple[int, int, int, int]) -> None:
+    clients, weights = references.random_clients(*size)
+    ideal = references.ideal_update(clients, weights)
+    lowest, expected = best_weights(clients, weights)
+    found = product(FLoRANA().combine(clients, weights).factors)
+    assert float((ideal - found).square().sum()) == pytest.approx(lowest, rel=1e-8)
+    torch.testing.assert_close(found, product(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_flora_na_is_fedit_before_the_first_turn_and_no_worse_after_any() -> None:
+    clients, weights = references.random_clients(20, 15, 4, 5)
+    ideal, fedit = references.ideal_update(clients, weights), FedIT().combine(clients, weights).factors
+    start = FLoRANA(iterations=0).combine(clients, weights).factors
+    assert torch.equal(start.A, fedit.A)
+    assert torch.equal(start.B, fedit.B)
+    errors = [
+        float((ideal - product(FLoRANA(iterations=turns).combine(clients, weights).factors)).norm())
+        for turns in (0, 1, 2, 4, 100)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.97 * errors[0]
+    zero = LoRAFactors(A=clients.A, B=torch.zeros_like(clients.B))
+    assert torch.equal(FLoRANA().combine(zero, weights).factors.A, fedit.A)
+
+
+@pytest.mark.parametrize("energy", [0.0, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_fedmomentum_shares_out_the_first_triples_and_folds_the_next(
+    size: tuple[int, int, int, int], energy: float
+) -> None:
+    clients, weights = references.random_clients(*size)
+    U, values, Vt = np.linalg.svd(references.ideal_update(clients, weights).numpy(), full_matrices=False)
+    squares, rank = values**2, size[2]
+    kept = next(n for n in range(1, len(values) + 1) if squares[:n].sum() >= energy * squares.sum() * (1 - 1e-12))
+    update = FedMomentum(energy=energy).combine(clients, weights)
+    factors = update.factors
+    torch.testing.assert_close(product(factors), torch.from_numpy((U[:, :rank] * values[:rank]) @ Vt[:rank]))
+    torch.testing.assert_close(factors.A @ factors.A.mT, torch.diag(torch.from_numpy(values[:rank])))
+    torch.testing.assert_close(factors.B.mT @ factors.B, torch.diag(torch.from_numpy(values[:rank])))
+    if energy < 1:
+        assert (0 if update.folded is None else update.folded.rank) == max(0, kept - rank)
+    expected = torch.from_numpy((U[:, rank:kept] * values[rank:kept]) @ Vt[rank:kept])
+    torch.testing.assert_close(folded_product(update).expand_as(expected), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_fedmomentum_leaves_a_row_of_a_to_train_where_the_update_has_no_direction() -> None:
+    clients, weights = references.random_clients(12, 10, 4, 3)
+    clients.A[:, 2:], clients.B[:, :, 2:] = 0, 0
+    clients = LoRAFactors(A=clients.A[:1].expand_as(clients.A).clone(), B=clients.B)  # so that ΔW has rank 2
+    start = LoRAFactors(A=torch.randn(4, 10, dtype=torch.float64), B=torch.zeros(12, 4))
+    update = FedMomentum().combine(clients, weights, start)
+    torch.testing.assert_close(product(update.factors), references.ideal_update(clients, weights))
+    assert torch.equal(update.factors.A[2:], start.A[2:])
+    assert not update.factors.B[:, 2:].any()
+    assert update.folded is None
+
+
+def soft_rotation(matrix: np.ndarray, strength: float) -> np.ndarray:
+    """The proper rotation that is nearest to (1 − λ)·I + λ·(the one nearest to a matrix), by SVDs alone."""
+
+    def nearest(target: np.ndarray) -> np.ndarray:
+        U, _, Vt = np.linalg.svd(target)
+        if np.linalg.det(U @ Vt) < 0:
+            Vt[-1] *= -1
+        return U @ Vt
+
+    return nearest((1 - strength) * np.eye(len(matrix)) + strength * nearest(matrix))
+
+
+@pytest.mark.parametrize(("turn", "by"), [(1, "A"), (2, "B"), (3, "A")])
+def test_fedrot_lora_in_turns_aligns_one_factor_after_each_round(turn: int, by: str) -> None:
+    clients, weights = references.random_clients(9, 8, 3, 4)
+    start = references.random_clients(9, 8, 3, 1, seed=7)[0]
+    start = LoRAFactors(A=start.A[0], B=start.B[0])
+    A, B = torch.zeros(3, 8, dtype=torch.float64), torch.zeros(9, 3, dtype=torch.float64)
+    for k in range(4):
+        near = clients.A[k] @ start.A.T if by == "A" else clients.B[k].T @ start.B
+        Q = torch.from_numpy(soft_rotation(near.numpy(), 0.4))
+        A += weights[k] * Q.T @ clients.A[k]
+        B += weights[k] * clients.B[k] @ Q
+    factors = FedRotLoRA(strength=0.4, turns=True).in_round(turn).combine(clients, weights, start).factors
+    torch.testing.assert_close(factors.A, A)
+    torch.testing.assert_close(factors.B, B)
+
+
+def test_fedrot_lora_aligns_nothing_after_the_first_round_where_it_takes_turns() -> None:
+    assert FedRotLoRA(turns=True).in_round(0) == FedIT()
+    assert FedRotLoRA().in_round(0) == FedRotLoRA()
