@@ -133,6 +133,7 @@ METHODS: Registry[Any] = Registry(
         "ro_lora": "lorafair.aggregation.ro_lora:RoLoRA",
         "flora_na": "lorafair.aggregation.flora_na:FLoRANA",
         "fedmomentum": "lorafair.aggregation.fedmomentum:FedMomentum",
+        "frlora": "lorafair.aggregation.frlora:FRLoRA",
         "centralized": "lorafair.aggregation.references:Centralized",
         "local_only": "lorafair.aggregation.references:LocalOnly",
     },

@@ -101,6 +101,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{name: (f"method.name={name}",) for name in (
         "ffa_lora", "ro_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "het_lora", "florist", "raflora",
         "fedrot_lora", "fedrpca", "fedsa_lora", "flora_na", "fedmomentum",
+        "frlora",
     )},
     "fedrot_lora_in_turns": ("method.name=fedrot_lora", "method.turns=true", "rounds=3"),
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
@@ -108,6 +109,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "method.name=lora_fair", "method.solver=sgd", "method.sgd_start=xavier", "method.sgd_steps=5",
         "model.lora.client_ranks=[4,2,1]", "model.lora.client_scaling=own", "data.antialias=false",
     ),
+    "pissa": ("method.name=lora_fair", "model.lora.initialization=pissa"),
+    "olora": ("method.name=frlora", "model.lora.initialization=olora", "server.optimizer=fedavgm"),
     "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
         "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_probabilities=[0.5,0.5]",

@@ -99,6 +99,10 @@ class Aggregator(ABC):
     """The factors that come back are a new decomposition of the update: their difference from the old says nothing."""
     initializations: ClassVar[tuple[str, ...]] = ("average", "fresh", "local")
     """Values of federation.initialization that fit the method; the first leaves it as published."""
+    lora_initializations: ClassVar[tuple[str, ...]] = ("kaiming", "pissa", "olora")
+    """Values of model.lora.initialization that fit the method; the first is taken where none is set."""
+    resets: ClassVar[bool] = False
+    """Every round starts from the factors of the first one; before, what clients are sent is merged, less those."""
     personal_parts: ClassVar[tuple[Part, ...]] = ()
     """What each client keeps to itself from round to round. Where it is not empty, every client is evaluated."""
 
@@ -142,6 +146,16 @@ class Aggregator(ABC):
     def sends(self, round_index: int) -> tuple[Part, ...]:
         """What clients send up after this round."""
         return tuple(part for part in self.trains(round_index) if part not in self.personal_parts)
+
+    def initialize(self, drawn: LoRAFactors, weight: Tensor, scaling: float) -> LayerUpdate:
+        """Where the first round starts, and what is folded into the frozen weight before: as drawn, and nothing.
+
+        Args:
+            drawn: A (R, I), Kaiming-uniform, and B (O, R), zero.
+            weight: W0, the frozen weight (O, I).
+            scaling: s of the update s·B·A.
+        """
+        return LayerUpdate(drawn)
 
     def in_round(self, round_index: int) -> Aggregator:
         """The method as it aggregates after this round (from 0); itself, where it does the same after every round."""
@@ -257,14 +271,19 @@ def _check_updates(aggregator: Aggregator, clients: AdapterState, updates: Mappi
         raise LorafairError(f"{method}: combine_layers must return an update for each of the layers, and no other")
     for path, update in updates.items():
         layer = f"{method}: combine of layer {path}"
-        if not isinstance(update, LayerUpdate):
-            raise LorafairError(f"{layer} returned a {type(update).__name__}; it must be a lorafair.LayerUpdate")
+        check_layer_update(update, layer, clients.factors[path])
         if update.folded is not None and not aggregator.folds:
             raise LorafairError(f"{layer} returned a folded part; `folds` of the method must be True then")
-        (_, lora_rank, inputs), outputs = clients.factors[path].A.shape, clients.factors[path].B.shape[1]
-        _check_factors(update.factors, f"{layer} returned factors", lora_rank, inputs, outputs)
-        if update.folded is not None:
-            _check_factors(update.folded, f"{layer} returned a folded part", None, inputs, outputs)
+
+
+def check_layer_update(update: Any, layer: str, like: LoRAFactors) -> None:
+    """Raise LorafairError for what is no update of a layer whose factors are (..., R, I) and (..., O, R) as `like`."""
+    if not isinstance(update, LayerUpdate):
+        raise LorafairError(f"{layer} returned a {type(update).__name__}; it must be a lorafair.LayerUpdate")
+    (lora_rank, inputs), outputs = like.A.shape[-2:], like.B.shape[-2]
+    _check_factors(update.factors, f"{layer} returned factors", lora_rank, inputs, outputs)
+    if update.folded is not None:
+        _check_factors(update.folded, f"{layer} returned a folded part", None, inputs, outputs)
 
 
 def _check_factors(factors: Any, what: str, lora_rank: int | None, inputs: int, outputs: int) -> None:

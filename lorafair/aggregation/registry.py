@@ -92,6 +92,7 @@ def method_of(config: Config) -> Aggregator:
             f"possible: {', '.join(method.initializations)}"
         )
     _check_client_ranks(config, method, name)
+    _check_initialization(config, method, name)
     _check_sharding(config, method, name)
     for key, used, fits in (
         (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _keeps_its_factors),
@@ -115,6 +116,23 @@ def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
         raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {config.client.optimizer}")
     if config.client.scaffold and mixed:
         raise ConfigError("client.scaffold=true needs clients of the same LoRA rank; leave model.lora.client_ranks out")
+
+
+def _check_initialization(config: Config, method: Aggregator, name: str) -> None:
+    """What is made of the frozen weight is made once, and of one size."""
+    given = config.model.lora.initialization
+    possible = ("kaiming",) if method.restarts else method.lora_initializations
+    if given is not None and given not in possible:
+        raise ConfigError(
+            f"model.lora.initialization={given} does not fit method.name={name}; possible: {', '.join(possible)}"
+        )
+    kind, key = given or possible[0], "model.lora.initialization"
+    if kind != "kaiming" and type(method).initialize is not Aggregator.initialize:
+        raise ConfigError(f"{key}={kind} has no effect: method.name={name} makes its own initial factors")
+    if kind != "kaiming" and config.federation.initialization == "fresh":
+        raise ConfigError(f"{key}={kind} does not fit federation.initialization=fresh, which draws factors every round")
+    if kind != "kaiming" and config.model.lora.client_ranks is not None:
+        raise ConfigError(f"{key}={kind} needs clients of the same LoRA rank; leave model.lora.client_ranks out")
 
 
 def _check_sharding(config: Config, method: Aggregator, name: str) -> None:

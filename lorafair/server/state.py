@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorafair.aggregation.initialization import initial_update, is_drawn
 from lorafair.checkpointing.checkpoint import BASE, Checkpoint, check_tensors
 from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.communication.agreement import same_error_on_all_ranks
+from lorafair.communication.collectives import broadcast_update
 from lorafair.experiment import Experiment
-from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
+from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, take_columns
 from lorafair.server.optimizer import Moments
 from lorafair.server.scaffold import ControlVariates
 
@@ -32,6 +34,7 @@ class ServerState:
         None  # of the server optimiser; of use for the layers a rank aggregates, on rank 0 for all
     )
     controls: ControlVariates | None = None  # of SCAFFOLD
+    initial_factors: Tensor | None = None  # A and B of the first round, packed, for a method that resets to them
     folded: bool = False  # the frozen weights have changed
     unfinished_rounds: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
@@ -48,13 +51,19 @@ class ServerState:
             tensors |= {"moments.first": self.moments.first, "moments.second": self.moments.second}
         if self.controls is not None:
             tensors |= {"controls.server": self.controls.server, "controls.clients": self.controls.clients}
+        if self.initial_factors is not None:
+            tensors["initial_factors"] = self.initial_factors
         return tensors
 
 
 def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> ServerState:
     """The state after a checkpoint, or that before the first round. Call on every rank."""
     fabric, config, adapters = experiment.fabric, experiment.config, experiment.model.adapters
-    state = _at_start(experiment, adapters.draw(config.seed_of("model"), 0).to(fabric.device))
+    drawn = adapters.draw(config.seed_of("model"), 0).to(fabric.device)
+    adapter, folded = _initialized(experiment, drawn) if checkpoint is None else (drawn, {})
+    state = _at_start(experiment, adapter)
+    adapters.fold_into_base(folded)
+    state.folded = bool(folded)
     if checkpoint is not None:
         base = base_weights_in(checkpoint)
         adapters.load_base_weights(base)
@@ -71,15 +80,33 @@ def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> Se
     return state
 
 
+def _initialized(experiment: Experiment, drawn: Tensor) -> tuple[Tensor, dict[str, LoRAFactors]]:
+    """The initial adapter (P,), and what is folded into the frozen weights first. Call on every rank.
+
+    What is made of the frozen weights is made on rank 0: a decomposition may have other last bits on another machine.
+    """
+    fabric, adapters, aggregator = experiment.fabric, experiment.model.adapters, experiment.aggregator
+    lora, layout, update = experiment.config.model.lora, experiment.layout, None
+    if is_drawn(aggregator, lora.initialization):
+        return drawn, {}
+    with same_error_on_all_ranks(fabric):
+        if fabric.is_global_zero:
+            scaling, weights = lora.alpha / lora.rank, adapters.base_weights()
+            update = initial_update(aggregator, lora.initialization, layout.unpack(drawn), weights, scaling)
+    factors, folded = broadcast_update(fabric, update, layout, parts=("A", "B"), folds=True)
+    return layout.replaced(drawn, ("A", "B"), factors), folded
+
+
 def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
     """Before the first round, from the initial adapter (P,)."""
-    config, clients = experiment.config, len(experiment.clients)
+    config, clients, layout = experiment.config, len(experiment.clients), experiment.layout
     return ServerState(
         completed_rounds=0,
         adapter=adapter,
         personal_adapters=adapter.repeat(clients, 1) if experiment.personal_parts else None,
         moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
         controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
+        initial_factors=layout.select(adapter, ("A", "B")).clone() if experiment.aggregator.resets else None,
     )
 
 

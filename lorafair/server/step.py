@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorafair.aggregation.base import ServerUpdate, aggregate, check_finite
 from lorafair.aggregation.bias import bias_metrics
+from lorafair.aggregation.factor_algebra import add
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import (
     ClientResults,
@@ -26,6 +27,7 @@ from lorafair.communication.collectives import (
 from lorafair.data.loading import number_of_batches
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, put_columns, take_columns
+from lorafair.model.lora import AdapterParameters
 from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
 from lorafair.server.optimizer import Moments, server_step
 from lorafair.server.state import ServerState, initial_adapters
@@ -208,8 +210,23 @@ def apply_update(
     if config.federation.initialization == "fresh":
         adapters.fold_into_base(layout.unpack(state.adapter).factors)
         state.folded = True
+    if state.initial_factors is not None:
+        _fold_and_reset(adapters, state)
     if config.federation.initialization == "fresh" or aggregator.restarts:
         fresh = adapters.draw(config.seed_of("model"), state.completed_rounds).to(received.device)
         state.adapter = layout.replaced(state.adapter, ("A", "B"), layout.select(fresh, ("A", "B")))
     if state.personal_adapters is not None:
         state.personal_adapters[list(results.clients)] = results.rows
+
+
+def _fold_and_reset(adapters: AdapterParameters, state: ServerState) -> None:
+    """Merge how far the factors are from those of the first round, W0 += s·(B·A − B0·A0), and go back to these."""
+    assert state.initial_factors is not None
+    layout = adapters.layout
+    received = layout.unpack(state.adapter).factors
+    state.adapter = layout.replaced(state.adapter, ("A", "B"), state.initial_factors)
+    initial = layout.unpack(state.adapter).factors
+    adapters.fold_into_base(
+        {path: add(received[path], LoRAFactors(A=old.A, B=-old.B)) for path, old in initial.items()}
+    )
+    state.folded = True
