@@ -231,7 +231,7 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
         if local.steps is not None:  # as many images a round as the clients of a federated round see together
             local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
         clients = pooled(data.train.labels)
-    model = build_model(config.model, len(data.classes), config.seed)
+    model = build_model(config.model, len(data.classes), config.seed, aggregator.core)
     return _Loaded(data, images, clients, lora_ranks_of_clients(config, len(clients)), local, model)
 
 

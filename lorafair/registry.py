@@ -134,6 +134,7 @@ METHODS: Registry[Any] = Registry(
         "flora_na": "lorafair.aggregation.flora_na:FLoRANA",
         "fedmomentum": "lorafair.aggregation.fedmomentum:FedMomentum",
         "frlora": "lorafair.aggregation.frlora:FRLoRA",
+        "ravan": "lorafair.aggregation.ravan:Ravan",
         "centralized": "lorafair.aggregation.references:Centralized",
         "local_only": "lorafair.aggregation.references:LocalOnly",
     },

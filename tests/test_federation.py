@@ -101,7 +101,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{name: (f"method.name={name}",) for name in (
         "ffa_lora", "ro_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "het_lora", "florist", "raflora",
         "fedrot_lora", "fedrpca", "fedsa_lora", "flora_na", "fedmomentum",
-        "frlora",
+        "frlora", "ravan",
     )},
     "fedrot_lora_in_turns": ("method.name=fedrot_lora", "method.turns=true", "rounds=3"),
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
@@ -111,6 +111,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "pissa": ("method.name=lora_fair", "model.lora.initialization=pissa"),
     "olora": ("method.name=frlora", "model.lora.initialization=olora", "server.optimizer=fedavgm"),
+    "ravan_partial": (
+        "method.name=ravan", "method.heads=2", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
+        "partition.min_images=5", "federation.clients_per_round=3", "client.cohort=2", "client.optimizer=sgd",
+        "client.scaffold=true", "model.lora.dropout=0.1",
+    ),
     "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
         "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_probabilities=[0.5,0.5]",

@@ -19,7 +19,7 @@ from lorafair.aggregation.factor_algebra import nonzero_rows, weighted_mean
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.options import option_of
 from lorafair.errors import ConfigError, LorafairError, of_plugin
-from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
+from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, Core, CoreShape, LoRAFactors, Part
 from lorafair.seeding import seeded
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ class LayerUpdate:
     factors: LoRAFactors  # (R, I) and (O, R): where every client starts the next round
     folded: LoRAFactors | None = None  # first merged into the frozen weight as s·B·A; its rank may be anything
     sent_lora_rank: int | None = None  # beyond it B is zero and A is known to the clients: neither is sent (all R)
+    core: Core | None = None  # what `initialize` has made of it
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ServerUpdate:
     folded: dict[str, LoRAFactors]  # only the layers that have any
     head: dict[str, Tensor]
     sent_lora_rank: dict[str, int]  # rows of A and columns of B the clients are sent
+    cores: dict[str, Core] = dataclasses.field(default_factory=dict)  # of a method that has them
 
     def to(self, device: torch.device | str) -> ServerUpdate:
         """The same on another device."""
@@ -55,7 +57,13 @@ class ServerUpdate:
             return {path: LoRAFactors(A=f.A.to(device), B=f.B.to(device)) for path, f in layers.items()}
 
         head = {name: tensor.to(device) for name, tensor in self.head.items()}
-        return replace(self, factors=moved(self.factors), folded=moved(self.folded), head=head)
+        cores = {path: Core(core.H.to(device), core.scales.to(device)) for path, core in self.cores.items()}
+        return replace(self, factors=moved(self.factors), folded=moved(self.folded), head=head, cores=cores)
+
+    @property
+    def adapter(self) -> AdapterState:
+        """Where clients start."""
+        return AdapterState(self.factors, self.head, self.cores)
 
     @staticmethod
     def joined(updates: Sequence[ServerUpdate], paths: Sequence[str]) -> ServerUpdate:
@@ -69,6 +77,7 @@ class ServerUpdate:
             folded=ordered({path: f for update in updates for path, f in update.folded.items()}),
             head={name: tensor for update in updates for name, tensor in update.head.items()},
             sent_lora_rank=ordered({path: r for update in updates for path, r in update.sent_lora_rank.items()}),
+            cores=ordered({path: core for update in updates for path, core in update.cores.items()}),
         )
 
 
@@ -126,6 +135,11 @@ class Aggregator(ABC):
         return False
 
     @property
+    def core(self) -> CoreShape | None:
+        """The square matrix between A and B that clients train, of a method that has one."""
+        return None
+
+    @property
     def needs_all_layers(self) -> bool:
         """Whether what becomes of a layer depends on the others."""
         return False
@@ -147,15 +161,20 @@ class Aggregator(ABC):
         """What clients send up after this round."""
         return tuple(part for part in self.trains(round_index) if part not in self.personal_parts)
 
-    def initialize(self, drawn: LoRAFactors, weight: Tensor, scaling: float) -> LayerUpdate:
+    def initialize(self, drawn: LoRAFactors, weight: Tensor, scaling: float, generator: torch.Generator) -> LayerUpdate:
         """Where the first round starts, and what is folded into the frozen weight before: as drawn, and nothing.
 
         Args:
             drawn: A (R, I), Kaiming-uniform, and B (O, R), zero.
             weight: W0, the frozen weight (O, I).
             scaling: s of the update s·B·A.
+            generator: On the CPU, for what else is to be drawn; seeded for this layer.
         """
         return LayerUpdate(drawn)
+
+    def combine_core(self, cores: Tensor, weights: Tensor) -> Tensor:
+        """One layer's core of the next round (h, R/h, R/h), from s_i H_i (K, h, R/h, R/h) that the clients send."""
+        return weighted_mean(cores, weights)
 
     def in_round(self, round_index: int) -> Aggregator:
         """The method as it aggregates after this round (from 0); itself, where it does the same after every round."""
@@ -219,6 +238,7 @@ def aggregate(
         updates = {path: _keep_unsent(update, initial_factors[path], receives) for path, update in updates.items()}
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
     head = {name: weighted_mean(tensor, weights) for name, tensor in clients.head.items()}
+    cores = {path: _core_of(aggregator, core, weights) for path, core in clients.cores.items()}
     return ServerUpdate(
         factors={path: update.factors.to(dtypes[path]) for path, update in updates.items()},
         folded={path: update.folded.to(dtypes[path]) for path, update in updates.items() if update.folded is not None},
@@ -227,7 +247,13 @@ def aggregate(
             path: update.factors.rank if update.sent_lora_rank is None else update.sent_lora_rank
             for path, update in updates.items()
         },
+        cores=cores,
     )
+
+
+def _core_of(aggregator: Aggregator, clients: Core, weights: Tensor) -> Core:
+    combined = aggregator.combine_core(clients.scaled, weights)
+    return Core(H=combined.to(clients.H.dtype), scales=torch.ones_like(clients.scales[0]))
 
 
 def try_out(aggregator: Aggregator, layout: AdapterLayout) -> None:
@@ -249,6 +275,8 @@ def check_finite(aggregator: Aggregator, update: ServerUpdate) -> None:
     layers = {path: [factors.A, factors.B] for path, factors in update.factors.items()}
     for path, factors in update.folded.items():
         layers[path] += [factors.A, factors.B]
+    for path, core in update.cores.items():
+        layers[path] += [core.H, core.scales]
     finite = {path: torch.stack([tensor.isfinite().all() for tensor in layers[path]]).all() for path in layers}
     if finite and not torch.stack(list(finite.values())).all():  # a GPU is waited for once
         path = next(path for path, is_finite in finite.items() if not is_finite)

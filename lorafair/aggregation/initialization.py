@@ -13,6 +13,7 @@ from torch import Tensor
 from lorafair.aggregation.base import Aggregator, LayerUpdate, ServerUpdate, check_finite, check_layer_update
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.model.adapter import AdapterState, LoRAFactors
+from lorafair.seeding import seeded
 
 
 def principal_factors(weight: Tensor, lora_rank: int, scaling: float) -> LoRAFactors:
@@ -51,7 +52,13 @@ def is_drawn(aggregator: Aggregator, kind: str | None) -> bool:
 
 
 def initial_update(
-    aggregator: Aggregator, kind: str | None, drawn: AdapterState, weights: Mapping[str, Tensor], scaling: float
+    aggregator: Aggregator,
+    kind: str | None,
+    drawn: AdapterState,
+    weights: Mapping[str, Tensor],
+    *,
+    scaling: float,
+    seed: int,
 ) -> ServerUpdate:
     """Where the first round starts, and what is folded into the frozen weights (O, I) before.
 
@@ -63,10 +70,10 @@ def initial_update(
     for path, factors in drawn.factors.items():
         heartbeat()
         if make is None:
-            updates[path] = aggregator.initialize(factors, weights[path], scaling)
-            check_layer_update(
-                updates[path], f"method {type(aggregator).__name__}: initialize of layer {path}", factors
-            )
+            generator = seeded(seed, "initialize", path)
+            updates[path] = aggregator.initialize(factors, weights[path], scaling, generator)
+            layer = f"method {type(aggregator).__name__}: initialize of layer {path}"
+            check_layer_update(updates[path], layer, factors)
         else:
             made = make(weights[path], factors.rank, scaling).to(factors.A.dtype)  # what is folded is what is trained
             updates[path] = LayerUpdate(made, folded=LoRAFactors(A=made.A, B=-made.B))
@@ -76,6 +83,7 @@ def initial_update(
         folded={path: u.folded.to(dtypes[path]) for path, u in updates.items() if u.folded is not None},
         head=drawn.head,
         sent_lora_rank={},
+        cores=drawn.cores | {path: u.core for path, u in updates.items() if u.core is not None},
     )
     check_finite(aggregator, update)
     return update

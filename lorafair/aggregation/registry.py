@@ -93,6 +93,7 @@ def method_of(config: Config) -> Aggregator:
         )
     _check_client_ranks(config, method, name)
     _check_initialization(config, method, name)
+    _check_core(config, method, name)
     _check_sharding(config, method, name)
     for key, used, fits in (
         (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _keeps_its_factors),
@@ -133,6 +134,20 @@ def _check_initialization(config: Config, method: Aggregator, name: str) -> None
         raise ConfigError(f"{key}={kind} does not fit federation.initialization=fresh, which draws factors every round")
     if kind != "kaiming" and config.model.lora.client_ranks is not None:
         raise ConfigError(f"{key}={kind} needs clients of the same LoRA rank; leave model.lora.client_ranks out")
+
+
+def _check_core(config: Config, method: Aggregator, name: str) -> None:
+    rank, mixed = config.model.lora.rank, config.model.lora.client_ranks is not None
+    if method.core is None:
+        return
+    if mixed or config.federation.initialization != "average":
+        key = "model.lora.client_ranks" if mixed else f"federation.initialization={config.federation.initialization}"
+        raise ConfigError(f"{key} does not fit method.name={name}, whose clients train a matrix between A and B")
+    if rank % method.core.heads:
+        raise ConfigError(
+            f"model.lora.rank={rank} cannot be dealt out to the {method.core.heads} heads of method.name={name}; "
+            "take a multiple of them"
+        )
 
 
 def _check_sharding(config: Config, method: Aggregator, name: str) -> None:

@@ -5,6 +5,7 @@ Letters: R LoRA rank, I in_features, O out_features.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def with_control_variates(traffic: Traffic) -> Traffic:
 
 def _numbers(layout: AdapterLayout, parts: Sequence[Part], lora_rank: int, sent_lora_rank: Mapping[str, int]) -> int:
     """Numbers in these parts of one client's adapter of this LoRA rank."""
-    total = layout.length - layout.adapter_length if "head" in parts else 0
+    total = layout.length_of(["head"]) if "head" in parts else 0
+    total += sum(math.prod(H) for H, _ in layout.cores.values()) if "core" in parts else 0  # scales stay where they are
     for path, (a, b) in layout.factors.items():
         total += min(lora_rank, sent_lora_rank.get(path, lora_rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
     return total

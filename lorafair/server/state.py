@@ -18,7 +18,7 @@ from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import broadcast_update
 from lorafair.experiment import Experiment
-from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, take_columns
+from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, Part, take_columns
 from lorafair.server.optimizer import Moments
 from lorafair.server.scaffold import ControlVariates
 
@@ -91,10 +91,17 @@ def _initialized(experiment: Experiment, drawn: Tensor) -> tuple[Tensor, dict[st
         return drawn, {}
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
-            scaling, weights = lora.alpha / lora.rank, adapters.base_weights()
-            update = initial_update(aggregator, lora.initialization, layout.unpack(drawn), weights, scaling)
-    factors, folded = broadcast_update(fabric, update, layout, parts=("A", "B"), folds=True)
-    return layout.replaced(drawn, ("A", "B"), factors), folded
+            update = initial_update(
+                aggregator,
+                lora.initialization,
+                layout.unpack(drawn),
+                adapters.base_weights(),
+                scaling=lora.alpha / lora.rank,
+                seed=experiment.config.seed,
+            )
+    parts: tuple[Part, ...] = ("A", "B", "core")
+    start, folded = broadcast_update(fabric, update, layout, parts=parts, folds=True)
+    return layout.replaced(drawn, parts, start), folded
 
 
 def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:

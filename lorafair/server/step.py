@@ -26,7 +26,7 @@ from lorafair.communication.collectives import (
 )
 from lorafair.data.loading import number_of_batches
 from lorafair.experiment import Experiment
-from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, put_columns, take_columns
+from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, put_columns, take_columns
 from lorafair.model.lora import AdapterParameters
 from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
 from lorafair.server.optimizer import Moments, server_step
@@ -111,10 +111,10 @@ class Server(ABC):
         check_finite(aggregator, update)
         if state.moments is not None:
             moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
-            proposed = shard.pack(AdapterState(factors=update.factors, head=update.head))
+            proposed = shard.pack(update.adapter)
             spans = shard.spans(received)
             moved = shard.unpack(server_step(self.experiment.config.server, moments, start, proposed, spans))
-            update = replace(update, factors=moved.factors, head=moved.head)
+            update = replace(update, factors=moved.factors, head=moved.head, cores=moved.cores)
             self.store_moments(state, shard, moments)
         averaged = not (aggregator.personal_parts or aggregator.pools_data)
         return ServerResult(update, bias_metrics(clients, weights, update) if averaged else {}, moments)

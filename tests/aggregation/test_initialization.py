@@ -75,7 +75,9 @@ def test_the_model_is_as_it_was_before_training(kind: str | None, method: Aggreg
     adapters.write(drawn)
     images = torch.randn(5, 7)
     before, frozen = model(images), {path: w.clone() for path, w in adapters.base_weights().items()}
-    update = initial_update(method, kind, adapters.layout.unpack(drawn), adapters.base_weights(), SCALING)
+    update = initial_update(
+        method, kind, adapters.layout.unpack(drawn), adapters.base_weights(), scaling=SCALING, seed=0
+    )
     adapters.fold_into_base(update.folded)
     adapters.write(adapters.layout.pack(AdapterState(update.factors, update.head)))
     torch.testing.assert_close(model(images), before, rtol=1e-5, atol=1e-6)
@@ -107,7 +109,7 @@ def test_frlora_folds_the_change_since_the_first_round_and_starts_there_again() 
 class Halved(FedIT):
     """A method that makes its own initial factors."""
 
-    def initialize(self, drawn: LoRAFactors, weight: Tensor, scaling: float) -> LayerUpdate:
+    def initialize(self, drawn: LoRAFactors, weight: Tensor, scaling: float, generator: torch.Generator) -> LayerUpdate:
         return LayerUpdate(LoRAFactors(A=weight[:3], B=drawn.B + 1), folded=LoRAFactors(A=-weight, B=torch.eye(9) / 2))
 
 
@@ -117,11 +119,11 @@ def test_a_method_may_make_its_initial_factors_of_the_frozen_weight() -> None:
     assert not is_drawn(Halved(), None)
     drawn = AdapterState({"layer": LoRAFactors(A=torch.zeros(3, 7), B=torch.zeros(9, 3))}, {})
     weight = weight_of(9, 7)
-    update = initial_update(Halved(), None, drawn, {"layer": weight}, SCALING)
+    update = initial_update(Halved(), None, drawn, {"layer": weight}, scaling=SCALING, seed=0)
     assert torch.equal(update.factors["layer"].A, weight[:3])
     torch.testing.assert_close(update.folded["layer"].B @ update.folded["layer"].A, -weight / 2)
     with pytest.raises(LorafairError, match=r"method Halved: initialize of layer layer returned factors A \(3, 8\)"):
-        initial_update(Halved(), None, drawn, {"layer": weight_of(9, 8)}, SCALING)
+        initial_update(Halved(), None, drawn, {"layer": weight_of(9, 8)}, scaling=SCALING, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,28 @@ Letters: K clients, R LoRA rank, I in_features, O out_features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lorafair.aggregation.base import LayerUpdate
+from lorafair.aggregation.base import Aggregator, LayerUpdate, aggregate
+from lorafair.aggregation.bias import bias_metrics
 from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.fedmomentum import FedMomentum
 from lorafair.aggregation.fedrot_lora import FedRotLoRA
 from lorafair.aggregation.flora_na import FLoRANA
-from lorafair.model.adapter import LoRAFactors
+from lorafair.aggregation.frlora import FRLoRA
+from lorafair.aggregation.ravan import Ravan
+from lorafair.aggregation.registry import method_of
+from lorafair.communication.traffic import round_traffic
+from lorafair.config.schema import Config
+from lorafair.errors import ConfigError
+from lorafair.model.adapter import AdapterLayout, AdapterState, Core, LoRAFactors
+from lorafair.seeding import seeded
 from tests import references
 
 SIZES = [(7, 6, 3, 4), (30, 25, 2, 3), (5, 40, 4, 6), (9, 9, 3, 2)]  # O, I, R, K
@@ -138,3 +148,94 @@ def test_fedrot_lora_in_turns_aligns_one_factor_after_each_round(turn: int, by: 
 def test_fedrot_lora_aligns_nothing_after_the_first_round_where_it_takes_turns() -> None:
     assert FedRotLoRA(turns=True).in_round(0) == FedIT()
     assert FedRotLoRA().in_round(0) == FedRotLoRA()
+
+
+def clients_of_cores(method: Aggregator, rank: int) -> tuple[AdapterState, AdapterState, Tensor]:
+    """Three clients that share A and B of one layer, what they were sent, and their weights."""
+    assert method.core is not None
+    generator = seeded(0, "cores", rank)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sent = LoRAFactors(A=normal(rank, 8), B=normal(9, rank))
+    of_h, of_scales = method.core.of_rank(rank)
+    held = LoRAFactors(A=sent.A.expand(3, -1, -1), B=sent.B.expand(3, -1, -1))
+    cores = {"layer": Core(H=normal(3, *of_h), scales=normal(3, *of_scales))}
+    start = {"layer": Core(H=normal(*of_h), scales=torch.ones(of_scales, dtype=torch.float64))}
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    return AdapterState({"layer": held}, {}, cores), AdapterState({"layer": sent}, {}, start), weights
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_ravan_averages_what_each_head_adds_and_starts_with_scales_of_one(heads: int) -> None:
+    method = Ravan(heads=heads)
+    clients, sent, weights = clients_of_cores(method, rank=4)
+    size, factors, cores = 4 // heads, sent.factors["layer"], clients.cores["layer"]
+    parts = [slice(i * size, (i + 1) * size) for i in range(heads)]
+    ideal = torch.zeros(9, 8, dtype=torch.float64)
+    for k in range(3):
+        for i, part in enumerate(parts):
+            ideal += weights[k] * cores.scales[k, i] * factors.B[:, part] @ cores.H[k, i] @ factors.A[part]
+    update = aggregate(method, clients, weights, sent, method.receives(0))
+    new, found = update.cores["layer"], torch.zeros(9, 8, dtype=torch.float64)
+    for i, part in enumerate(parts):
+        found += factors.B[:, part] @ new.H[i] @ factors.A[part]
+    torch.testing.assert_close(found, ideal)
+    assert new.scales.eq(1).all()
+    assert torch.equal(update.factors["layer"].A, factors.A)
+    assert torch.equal(update.factors["layer"].B, factors.B)
+    metrics = bias_metrics(clients, weights, update)
+    assert metrics["error_before"] < 1e-7
+    assert metrics["error_after"] < 1e-7
+
+
+def test_ravan_starts_from_orthonormal_bases_of_the_seed() -> None:
+    drawn = LoRAFactors(A=torch.rand(4, 8), B=torch.zeros(9, 4))
+    one, same, other = (Ravan().initialize(drawn, torch.zeros(9, 8), 1.0, seeded(seed)).factors for seed in (0, 0, 1))
+    torch.testing.assert_close(one.A @ one.A.mT, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(one.B.mT @ one.B, torch.eye(4, dtype=torch.float64))
+    assert torch.equal(one.B, same.B)
+    assert not torch.equal(one.B, other.B)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.lora.rank=6"], "model.lora.rank=6 cannot be dealt out to the 4 heads of method.name=ravan"),
+        (["model.lora.client_ranks=[4,2,1]"], "model.lora.client_ranks"),
+        (["federation.initialization=fresh"], "federation.initialization=fresh does not fit method.name=ravan"),
+        (["model.lora.initialization=pissa"], "model.lora.initialization=pissa does not fit method.name=ravan"),
+    ],
+)
+def test_ravan_refuses_what_it_cannot_work_with(tiny: Callable[..., Config], options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        method_of(tiny("method.name=ravan", *options))
+
+
+OUT, IN, RANK, HEAD = 9, 8, 4, 15  # of the layer, and numbers of the head
+
+
+@pytest.mark.parametrize(
+    ("method", "up", "down"),
+    [
+        (FLoRANA(), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FRLoRA(), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FedRotLoRA(turns=True), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FedMomentum(energy=0), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FedMomentum(energy=1), RANK * (OUT + IN), IN * (OUT + IN)),  # all triples there are
+        (Ravan(heads=2), 2 * 2 * 2, 2 * 2 * 2),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Aggregator) else str(value),
+)
+def test_clients_are_charged_what_they_send_and_receive(method: Aggregator, up: int, down: int) -> None:
+    if method.core is not None:
+        clients, sent, weights = clients_of_cores(method, RANK)
+    else:
+        factors, weights = references.random_clients(OUT, IN, RANK, 3)
+        clients = AdapterState({"layer": factors}, {})
+        sent = AdapterState({"layer": LoRAFactors(A=factors.A[0], B=factors.B[0])}, {})
+    layout = AdapterLayout.of({"layer": ((RANK, IN), (OUT, RANK))}, {"head": (HEAD,)}, method.core)
+    update = aggregate(method, clients, weights, sent, method.receives(0))
+    traffic = round_traffic(layout, method, update, 0, (RANK,) * 3)
+    assert (traffic.up, traffic.down) == (12 * (up + HEAD), 12 * (down + HEAD))  # three clients, four bytes
