@@ -135,6 +135,7 @@ METHODS: Registry[Any] = Registry(
         "fedmomentum": "lorafair.aggregation.fedmomentum:FedMomentum",
         "frlora": "lorafair.aggregation.frlora:FRLoRA",
         "ravan": "lorafair.aggregation.ravan:Ravan",
+        "fed_sb": "lorafair.aggregation.fed_sb:FedSB",
         "centralized": "lorafair.aggregation.references:Centralized",
         "local_only": "lorafair.aggregation.references:LocalOnly",
     },

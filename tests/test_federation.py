@@ -101,7 +101,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{name: (f"method.name={name}",) for name in (
         "ffa_lora", "ro_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "het_lora", "florist", "raflora",
         "fedrot_lora", "fedrpca", "fedsa_lora", "flora_na", "fedmomentum",
-        "frlora", "ravan",
+        "frlora", "ravan", "fed_sb",
     )},
     "fedrot_lora_in_turns": ("method.name=fedrot_lora", "method.turns=true", "rounds=3"),
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),

@@ -41,6 +41,17 @@ class LayerUpdate:
 
 
 @dataclass(frozen=True)
+class InitialLayer:
+    """What a method may make of a layer before the first round."""
+
+    drawn: LoRAFactors  # A (R, I) Kaiming-uniform, B (O, R) zero
+    weight: Tensor  # W0 (O, I)
+    scaling: float  # s of the update s·B·A
+    generator: torch.Generator  # on the CPU, seeded for this layer: for what else is to be drawn
+    gradient: Tensor | None = None  # (O, I) of the loss by W0, of `images_at_start` training images
+
+
+@dataclass(frozen=True)
 class ServerUpdate:
     """What the server makes of a round, by layer path and parameter name."""
 
@@ -161,16 +172,14 @@ class Aggregator(ABC):
         """What clients send up after this round."""
         return tuple(part for part in self.trains(round_index) if part not in self.personal_parts)
 
-    def initialize(self, drawn: LoRAFactors, weight: Tensor, scaling: float, generator: torch.Generator) -> LayerUpdate:
-        """Where the first round starts, and what is folded into the frozen weight before: as drawn, and nothing.
+    @property
+    def images_at_start(self) -> int:
+        """Training images whose gradient by the frozen weights `initialize` is given."""
+        return 0
 
-        Args:
-            drawn: A (R, I), Kaiming-uniform, and B (O, R), zero.
-            weight: W0, the frozen weight (O, I).
-            scaling: s of the update s·B·A.
-            generator: On the CPU, for what else is to be drawn; seeded for this layer.
-        """
-        return LayerUpdate(drawn)
+    def initialize(self, layer: InitialLayer) -> LayerUpdate:
+        """Where one layer starts the first round, and what is folded into its weight before: as drawn, and nothing."""
+        return LayerUpdate(layer.drawn)
 
     def combine_core(self, cores: Tensor, weights: Tensor) -> Tensor:
         """One layer's core of the next round (h, R/h, R/h), from s_i H_i (K, h, R/h, R/h) that the clients send."""

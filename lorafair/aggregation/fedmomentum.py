@@ -21,7 +21,7 @@ _NOTHING = 1e-12  # of the largest singular value: what is smaller is rounding
 
 @dataclass(frozen=True)
 class FedMomentum(Aggregator):
-    """ΔW = UΣVᵀ: B = U√Σ, A = √ΣVᵀ of the first R triples, the next ones folded (arXiv 2603.08014, section 4).
+    """ΔW = UΣVᵀ: B = U√Σ, A = √ΣVᵀ of the first R triples, the next ones folded (arXiv 2603.08014).
 
     The paper's randomised SVD, whose sketch has as many columns as ΔW has directions, is an exact one here.
     """

@@ -1,36 +1,50 @@
 """Where the first round starts: factors that are drawn, or made of the frozen weight.
 
-Letters: R LoRA rank, I in_features, O out_features, M the smaller of I and O.
+Letters: R LoRA rank, I in_features, O out_features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.base import Aggregator, LayerUpdate, ServerUpdate, check_finite, check_layer_update
+from lorafair.aggregation.base import (
+    Aggregator,
+    InitialLayer,
+    LayerUpdate,
+    ServerUpdate,
+    check_finite,
+    check_layer_update,
+)
 from lorafair.cluster.watchdog import heartbeat
-from lorafair.model.adapter import AdapterState, LoRAFactors
+from lorafair.model.adapter import AdapterState, Core, LoRAFactors
 from lorafair.seeding import seeded
 
 
-def principal_factors(weight: Tensor, lora_rank: int, scaling: float) -> LoRAFactors:
-    """PiSSA (arXiv 2404.02948, equations 2 to 4): B = U√(Σ/s), A = √(Σ/s)Vᵀ of the first R singular triples of W0.
+def leading_triples(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular triples U (O, R), Σ (R,), Vᵀ (R, I) of a dense matrix (O, I), in float64.
 
-    From the eigenvectors U of W0·W0ᵀ, or of the smaller W0ᵀ·W0, in float64: s·B·A = U·Uᵀ·W0.
+    From the eigenvectors of M·Mᵀ, or of the smaller Mᵀ·M; U·Σ·Vᵀ is their projection of M. A row of Vᵀ, or a column of
+    U, whose singular value is zero is zero.
     """
-    outputs, inputs = weight.shape
+    outputs, inputs = matrix.shape
     if outputs > inputs:
-        mirrored = principal_factors(weight.mT, lora_rank, scaling)
-        return LoRAFactors(A=mirrored.B.mT, B=mirrored.A.mT)
-    exact = weight.to(torch.float64)
-    squares, basis = torch.linalg.eigh(exact @ exact.mT)  # (M,) ascending, (O, M)
-    roots = squares[-lora_rank:].flip(0).clamp_min(0).sqrt().div(scaling).sqrt()  # (R,) √(Σ/s)
-    U = basis[:, -lora_rank:].flip(1)
-    A = (U.mT @ exact) / torch.where(roots > 0, scaling * roots, 1.0).unsqueeze(1)
-    return LoRAFactors(A=A, B=U * roots)
+        V, values, Ut = leading_triples(matrix.mT, rank)
+        return Ut.mT, values, V.mT
+    exact = matrix.to(torch.float64)
+    squares, basis = torch.linalg.eigh(exact @ exact.mT)  # ascending
+    values, U = squares[-rank:].flip(0).clamp_min(0).sqrt(), basis[:, -rank:].flip(1)
+    return U, values, (U.mT @ exact) / torch.where(values > 0, values, 1.0).unsqueeze(1)
+
+
+def principal_factors(weight: Tensor, lora_rank: int, scaling: float) -> LoRAFactors:
+    """PiSSA (arXiv 2404.02948, equations 2 to 4): B = U√(Σ/s), A = √(Σ/s)Vᵀ of the first R singular triples of W0."""
+    U, values, Vt = leading_triples(weight, lora_rank)
+    roots = (values / scaling).sqrt()
+    return LoRAFactors(A=roots.unsqueeze(1) * Vt, B=U * roots)
 
 
 def orthonormal_factors(weight: Tensor, lora_rank: int, scaling: float) -> LoRAFactors:
@@ -59,6 +73,7 @@ def initial_update(
     *,
     scaling: float,
     seed: int,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> ServerUpdate:
     """Where the first round starts, and what is folded into the frozen weights (O, I) before.
 
@@ -70,8 +85,9 @@ def initial_update(
     for path, factors in drawn.factors.items():
         heartbeat()
         if make is None:
-            generator = seeded(seed, "initialize", path)
-            updates[path] = aggregator.initialize(factors, weights[path], scaling, generator)
+            given = InitialLayer(factors, weights[path], scaling, seeded(seed, "initialize", path))
+            given = replace(given, gradient=None if gradients is None else gradients[path])
+            updates[path] = aggregator.initialize(given)
             layer = f"method {type(aggregator).__name__}: initialize of layer {path}"
             check_layer_update(updates[path], layer, factors)
         else:
@@ -83,7 +99,11 @@ def initial_update(
         folded={path: u.folded.to(dtypes[path]) for path, u in updates.items() if u.folded is not None},
         head=drawn.head,
         sent_lora_rank={},
-        cores=drawn.cores | {path: u.core for path, u in updates.items() if u.core is not None},
+        cores=drawn.cores | {path: _like(u.core, drawn.cores[path]) for path, u in updates.items() if u.core},
     )
     check_finite(aggregator, update)
     return update
+
+
+def _like(core: Core, drawn: Core) -> Core:
+    return Core(H=core.H.to(drawn.H.dtype).view_as(drawn.H), scales=core.scales.to(drawn.scales.dtype))

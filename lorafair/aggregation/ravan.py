@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate
 from lorafair.aggregation.factor_algebra import mean_factors
 from lorafair.config.options import option
 from lorafair.model.adapter import CoreShape, LoRAFactors, Part
@@ -40,12 +40,11 @@ class Ravan(Aggregator):
         """The matrices between A and B, and the head."""
         return ("core", "head")
 
-    def initialize(self, drawn: LoRAFactors, weight: Tensor, scaling: float, generator: torch.Generator) -> LayerUpdate:
+    def initialize(self, layer: InitialLayer) -> LayerUpdate:
         """Orthonormal rows of A, and columns of B, drawn from the seed."""
-        outputs, lora_rank = drawn.B.shape
-        columns = torch.randn(outputs, lora_rank, dtype=torch.float64, generator=generator).to(drawn.B.device)
-        A = torch.linalg.qr(drawn.A.to(torch.float64).mT)[0].mT
-        return LayerUpdate(LoRAFactors(A=A, B=torch.linalg.qr(columns)[0]))
+        A, B = layer.drawn.A.to(torch.float64), layer.drawn.B
+        columns = torch.randn(B.shape, dtype=torch.float64, generator=layer.generator).to(B.device)
+        return LayerUpdate(LoRAFactors(A=torch.linalg.qr(A.mT)[0].mT, B=torch.linalg.qr(columns)[0]))
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """The bases, which all clients share; `combine_core` averages what is trained."""

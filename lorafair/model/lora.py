@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from lorafair.errors import ConfigError
 from lorafair.model.adapted_product import AdaptedWeight, adapted_product
@@ -346,6 +348,32 @@ class AdapterParameters:
     def base_weights(self) -> dict[str, Tensor]:
         """The frozen weights (O, I) under the adapters, which folding changes."""
         return {path: layer.base.weight.detach() for path, layer in self._layers.items()}
+
+    @contextmanager
+    def base_gradients(self) -> Iterator[dict[str, Tensor]]:
+        """In the block, what `backward` gives is added up: gradients (O, I) of the frozen weights, float32, by path."""
+        weights = self.base_weights()
+        gradients = {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in weights.items()}
+
+        def watch(path: str) -> RemovableHandle:
+            def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                entering = inputs[0].detach().flatten(0, -2).float()  # (N..., I)
+
+                def add(gradient: Tensor) -> None:
+                    gradients[path].addmm_(gradient.flatten(0, -2).float().mT, entering)
+
+                if output.requires_grad:  # not in the first pass of gradient checkpointing
+                    output.register_hook(add)
+
+            return self._layers[path].register_forward_hook(note)
+
+        handles = [watch(path) for path in self._layers]
+        try:
+            yield gradients
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._gradients.zero_()
 
     def _head_parameters(self) -> dict[str, nn.Parameter]:
         return {f"{path}.{name}": p for path, head in self._heads.items() for name, p in head.named_parameters()}

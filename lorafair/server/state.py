@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.initialization import initial_update, is_drawn
 from lorafair.checkpointing.checkpoint import BASE, Checkpoint, check_tensors
 from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.communication.agreement import same_error_on_all_ranks
-from lorafair.communication.collectives import broadcast_update
 from lorafair.experiment import Experiment
-from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, Part, take_columns
+from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
 from lorafair.server.optimizer import Moments
 from lorafair.server.scaffold import ControlVariates
+from lorafair.server.start import initial_adapter
 
 
 @dataclass
@@ -60,7 +59,7 @@ def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> Se
     """The state after a checkpoint, or that before the first round. Call on every rank."""
     fabric, config, adapters = experiment.fabric, experiment.config, experiment.model.adapters
     drawn = adapters.draw(config.seed_of("model"), 0).to(fabric.device)
-    adapter, folded = _initialized(experiment, drawn) if checkpoint is None else (drawn, {})
+    adapter, folded = initial_adapter(experiment, drawn) if checkpoint is None else (drawn, {})
     state = _at_start(experiment, adapter)
     adapters.fold_into_base(folded)
     state.folded = bool(folded)
@@ -78,30 +77,6 @@ def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> Se
             unfinished = list_unfinished(config.folder)
     state.unfinished_rounds = fabric.broadcast(frozenset(unfinished))
     return state
-
-
-def _initialized(experiment: Experiment, drawn: Tensor) -> tuple[Tensor, dict[str, LoRAFactors]]:
-    """The initial adapter (P,), and what is folded into the frozen weights first. Call on every rank.
-
-    What is made of the frozen weights is made on rank 0: a decomposition may have other last bits on another machine.
-    """
-    fabric, adapters, aggregator = experiment.fabric, experiment.model.adapters, experiment.aggregator
-    lora, layout, update = experiment.config.model.lora, experiment.layout, None
-    if is_drawn(aggregator, lora.initialization):
-        return drawn, {}
-    with same_error_on_all_ranks(fabric):
-        if fabric.is_global_zero:
-            update = initial_update(
-                aggregator,
-                lora.initialization,
-                layout.unpack(drawn),
-                adapters.base_weights(),
-                scaling=lora.alpha / lora.rank,
-                seed=experiment.config.seed,
-            )
-    parts: tuple[Part, ...] = ("A", "B", "core")
-    start, folded = broadcast_update(fabric, update, layout, parts=parts, folds=True)
-    return layout.replaced(drawn, parts, start), folded
 
 
 def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:

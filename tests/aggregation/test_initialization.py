@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate
 from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.flora import FLoRA
 from lorafair.aggregation.frlora import FRLoRA
@@ -109,8 +109,9 @@ def test_frlora_folds_the_change_since_the_first_round_and_starts_there_again() 
 class Halved(FedIT):
     """A method that makes its own initial factors."""
 
-    def initialize(self, drawn: LoRAFactors, weight: Tensor, scaling: float, generator: torch.Generator) -> LayerUpdate:
-        return LayerUpdate(LoRAFactors(A=weight[:3], B=drawn.B + 1), folded=LoRAFactors(A=-weight, B=torch.eye(9) / 2))
+    def initialize(self, layer: InitialLayer) -> LayerUpdate:
+        half = LoRAFactors(A=-layer.weight, B=torch.eye(9) / 2)
+        return LayerUpdate(LoRAFactors(A=layer.weight[:3], B=layer.drawn.B + 1), folded=half)
 
 
 def test_a_method_may_make_its_initial_factors_of_the_frozen_weight() -> None:

@@ -13,8 +13,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lorafair.aggregation.base import Aggregator, LayerUpdate, aggregate
+from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate, aggregate
 from lorafair.aggregation.bias import bias_metrics
+from lorafair.aggregation.fed_sb import FedSB
 from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.fedmomentum import FedMomentum
 from lorafair.aggregation.fedrot_lora import FedRotLoRA
@@ -192,7 +193,8 @@ def test_ravan_averages_what_each_head_adds_and_starts_with_scales_of_one(heads:
 
 def test_ravan_starts_from_orthonormal_bases_of_the_seed() -> None:
     drawn = LoRAFactors(A=torch.rand(4, 8), B=torch.zeros(9, 4))
-    one, same, other = (Ravan().initialize(drawn, torch.zeros(9, 8), 1.0, seeded(seed)).factors for seed in (0, 0, 1))
+    given = (InitialLayer(drawn, torch.zeros(9, 8), 1.0, seeded(seed)) for seed in (0, 0, 1))
+    one, same, other = (Ravan().initialize(layer).factors for layer in given)
     torch.testing.assert_close(one.A @ one.A.mT, torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(one.B.mT @ one.B, torch.eye(4, dtype=torch.float64))
     assert torch.equal(one.B, same.B)
@@ -225,6 +227,7 @@ OUT, IN, RANK, HEAD = 9, 8, 4, 15  # of the layer, and numbers of the head
         (FedMomentum(energy=0), RANK * (OUT + IN), RANK * (OUT + IN)),
         (FedMomentum(energy=1), RANK * (OUT + IN), IN * (OUT + IN)),  # all triples there are
         (Ravan(heads=2), 2 * 2 * 2, 2 * 2 * 2),
+        (FedSB(), RANK * RANK, RANK * RANK),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Aggregator) else str(value),
 )
@@ -239,3 +242,27 @@ def test_clients_are_charged_what_they_send_and_receive(method: Aggregator, up: 
     update = aggregate(method, clients, weights, sent, method.receives(0))
     traffic = round_traffic(layout, method, update, 0, (RANK,) * 3)
     assert (traffic.up, traffic.down) == (12 * (up + HEAD), 12 * (down + HEAD))  # three clients, four bytes
+
+
+def test_fed_sb_starts_from_the_singular_triples_of_a_first_step_of_signs() -> None:
+    gradient = torch.from_numpy(np.random.default_rng(2).standard_normal((9, 7)))
+    step = -0.01 * np.sign(gradient.numpy())
+    U, values, Vt = np.linalg.svd(step)
+    drawn = LoRAFactors(A=torch.rand(3, 7), B=torch.zeros(9, 3))
+    update = FedSB(first_step=0.01).initialize(InitialLayer(drawn, torch.zeros(9, 7), 2.0, seeded(0), gradient))
+    A, B, core = update.factors.A, update.factors.B, update.core
+    assert core is not None
+    torch.testing.assert_close(A @ A.mT, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(B.mT @ B, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(core.H, torch.diag(torch.from_numpy(values[:3] / 2))[None])
+    torch.testing.assert_close(2 * B @ core.H[0] @ A, torch.from_numpy((U[:, :3] * values[:3]) @ Vt[:3]))
+
+
+def test_fed_sb_averages_the_matrix_between_the_bases_exactly() -> None:
+    clients, sent, weights = clients_of_cores(FedSB(), rank=4)
+    factors, H = sent.factors["layer"], clients.cores["layer"].H
+    ideal = sum(weights[k] * factors.B @ H[k, 0] @ factors.A for k in range(3))
+    update = aggregate(FedSB(), clients, weights, sent, FedSB().receives(0))
+    torch.testing.assert_close(factors.B @ update.cores["layer"].H[0] @ factors.A, ideal)
+    assert torch.equal(update.factors["layer"].B, factors.B)
+    assert update.cores["layer"].scales.shape == (0,)

@@ -110,3 +110,20 @@ def test_fresh_cores_change_nothing() -> None:
     assert isinstance(layer, LoRALinear)
     assert torch.equal(layer(torch.ones(2, 7)), layer.base(torch.ones(2, 7)))
     assert torch.equal(drawn.cores["0"].after(torch.ones(9, 4)), torch.zeros(9, 4))
+
+
+def test_gradients_of_frozen_weights_are_those_of_autograd_added_up() -> None:
+    model, adapters = adapted(CoreShape(), cohort=1)
+    batches = [torch.randn(5, 2, 7), torch.randn(3, 2, 7)]
+    with adapters.base_gradients() as gradients:
+        for batch in batches:
+            model(batch).square().sum().backward()
+    assert not adapters.flat.grad.any()  # type: ignore[union-attr]
+    layers = {path: model.get_submodule(path) for path in ("0", "2")}
+    weights = [layer.base.weight.requires_grad_(True) for layer in layers.values()]
+    expected = torch.autograd.grad(sum(model(batch).square().sum() for batch in batches), weights)  # type: ignore[arg-type]
+    for path, wanted in zip(layers, expected, strict=True):
+        torch.testing.assert_close(gradients[path], wanted, rtol=1e-4, atol=1e-3)
+    before = {path: gradient.clone() for path, gradient in gradients.items()}
+    model(batches[0]).sum().backward()
+    assert all(torch.equal(gradients[path], before[path]) for path in layers), "after the block nothing is added"
