@@ -136,6 +136,7 @@ METHODS: Registry[Any] = Registry(
         "frlora": "lorafair.aggregation.frlora:FRLoRA",
         "ravan": "lorafair.aggregation.ravan:Ravan",
         "fed_sb": "lorafair.aggregation.fed_sb:FedSB",
+        "fed_plora": "lorafair.aggregation.fed_plora:FedPLoRA",
         "centralized": "lorafair.aggregation.references:Centralized",
         "local_only": "lorafair.aggregation.references:LocalOnly",
     },

@@ -116,6 +116,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.min_images=5", "federation.clients_per_round=3", "client.cohort=2", "client.optimizer=sgd",
         "client.scaffold=true", "model.lora.dropout=0.1",
     ),
+    "fed_plora": (
+        "method.name=fed_plora", "model.lora.client_ranks=[1,3]", "model.lora.client_rank_probabilities=[0.5,0.5]",
+        "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=4", "client.cohort=2", "client.clip_norm=0.5",
+    ),
     "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
         "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_probabilities=[0.5,0.5]",

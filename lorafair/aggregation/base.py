@@ -115,6 +115,8 @@ class Aggregator(ABC):
     """Every round starts from fresh factors; what was learned is in the folded part."""
     mixed_lora_ranks: ClassVar[bool] = True
     """Clients may have factors of smaller LoRA rank, padded with zeros to R."""
+    selects_directions: ClassVar[bool] = False
+    """Clients of smaller LoRA rank hold all R directions, and train as many as they can, drawn anew every round."""
     decomposes: ClassVar[bool] = False
     """The factors that come back are a new decomposition of the update: their difference from the old says nothing."""
     initializations: ClassVar[tuple[str, ...]] = ("average", "fresh", "local")

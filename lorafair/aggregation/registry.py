@@ -113,6 +113,11 @@ def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
             f"model.lora.client_ranks: method.name={name} needs the same LoRA rank everywhere; "
             f"methods for mixed LoRA ranks: {', '.join(_methods_that(_takes_mixed_lora_ranks))}"
         )
+    if method.selects_directions and config.model.lora.client_scaling == "own":
+        raise ConfigError(
+            f"model.lora.client_scaling=own does not fit method.name={name}, whose clients all hold the whole adapter; "
+            "possible: common"
+        )
     if config.client.scaffold and config.client.optimizer != "sgd":
         raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {config.client.optimizer}")
     if config.client.scaffold and mixed:

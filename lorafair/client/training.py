@@ -168,6 +168,18 @@ class _Trainer:
             ]
         )
 
+    def fixed_of(self, cohort: Sequence[int]) -> Tensor | None:
+        """What these clients do not train (C, P), of a method that deals out directions; None where they train all."""
+        rank, lora_ranks = self.experiment.config.model.lora.rank, self.experiment.lora_ranks
+        if not self.experiment.aggregator.selects_directions or all(lora_ranks[c] == rank for c in cohort):
+            return None
+        seed, round_index = self.experiment.config.seed, self.state.completed_rounds
+        chosen = torch.zeros(len(cohort), rank, dtype=torch.bool)
+        for row, client in zip(chosen, cohort, strict=True):
+            order = torch.randperm(rank, generator=seeded(seed, round_index, client, "directions"))
+            row[order[: lora_ranks[client]]] = True
+        return self.experiment.layout.outside(chosen.to(self.experiment.fabric.device, non_blocking=True))
+
     def scales_of(self, cohort: Sequence[int]) -> Tensor | None:
         """s_k / s = R / r_k of these clients (C,), where model.lora.client_scaling=own."""
         lora, device = self.experiment.config.model.lora, self.experiment.fabric.device
@@ -193,6 +205,7 @@ class _Trainer:
                 steps=steps,
                 generators=[seeded(seed, round_index, c, "dropout", device=device) for c in cohort],
                 corrections=None if state.controls is None else state.controls.corrections(cohort),
+                fixed=self.fixed_of(cohort),
                 scales=self.scales_of(cohort),
             ),
             inputs,

@@ -39,8 +39,9 @@ def round_traffic(
 ) -> Traffic:
     """What the clients of a round, of these LoRA ranks, send and receive; nothing where data is pooled.
 
-    A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send. A
-    folded part counts as it is sent between processes: as factors, or as a matrix (O, I) where the server keeps that.
+    A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send;
+    where a method selects directions, all of them come down. A folded part counts as it is sent between processes: as
+    factors, or as a matrix (O, I) where the server keeps that.
     """
     if aggregator.pools_data:
         return Traffic()
@@ -49,7 +50,8 @@ def round_traffic(
     up = down = 0
     for lora_rank, clients in Counter(lora_ranks).items():
         up += clients * _numbers(layout, sends, lora_rank, {})
-        down += clients * (_numbers(layout, receives, lora_rank, update.sent_lora_rank) + folded)
+        received = None if aggregator.selects_directions else lora_rank
+        down += clients * (_numbers(layout, receives, received, update.sent_lora_rank) + folded)
     return Traffic(up * BYTES_PER_NUMBER, down * BYTES_PER_NUMBER)
 
 
@@ -58,10 +60,13 @@ def with_control_variates(traffic: Traffic) -> Traffic:
     return Traffic(2 * traffic.up, traffic.down + traffic.up)
 
 
-def _numbers(layout: AdapterLayout, parts: Sequence[Part], lora_rank: int, sent_lora_rank: Mapping[str, int]) -> int:
-    """Numbers in these parts of one client's adapter of this LoRA rank."""
+def _numbers(
+    layout: AdapterLayout, parts: Sequence[Part], lora_rank: int | None, sent_lora_rank: Mapping[str, int]
+) -> int:
+    """Numbers in these parts of one client's adapter of this LoRA rank; None for all directions."""
     total = layout.length_of(["head"]) if "head" in parts else 0
     total += sum(math.prod(H) for H, _ in layout.cores.values()) if "core" in parts else 0  # scales stay where they are
     for path, (a, b) in layout.factors.items():
-        total += min(lora_rank, sent_lora_rank.get(path, lora_rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
+        rank = a[0] if lora_rank is None else lora_rank
+        total += min(rank, sent_lora_rank.get(path, rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
     return total

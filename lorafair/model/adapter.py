@@ -174,6 +174,14 @@ class AdapterLayout:
             factors.B.masked_fill_(beyond.unsqueeze(1), 0)
         return result
 
+    def outside(self, chosen: Tensor) -> Tensor:
+        """Where packed adapters (C, P) of clients hold directions that are not among those chosen, (C, R); bool."""
+        found = torch.zeros(len(chosen), self.length, dtype=torch.bool, device=chosen.device)
+        for factors in self.unpack(found).factors.values():
+            factors.A.copy_(~chosen.unsqueeze(2))
+            factors.B.copy_(~chosen.unsqueeze(1))
+        return found
+
     def split(self, count: int) -> list[AdapterLayout]:
         """The layers, and the head as one, dealt out to `count` layouts of about equal length; some may be empty.
 

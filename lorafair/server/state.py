@@ -133,6 +133,7 @@ def initial_adapters(
     else:
         rows = take_columns(state.adapter, layout.columns_of(shard, PARTS)).expand(len(clients), -1)
     lora_ranks = [experiment.lora_ranks[client] for client in clients]
-    if all(lora_rank == experiment.config.model.lora.rank for lora_rank in lora_ranks):
+    whole = all(lora_rank == experiment.config.model.lora.rank for lora_rank in lora_ranks)
+    if whole or experiment.aggregator.selects_directions:
         return rows
     return (shard or layout).truncated(rows, torch.tensor(lora_ranks).to(rows.device, non_blocking=True))

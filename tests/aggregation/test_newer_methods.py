@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate, aggregate
 from lorafair.aggregation.bias import bias_metrics
+from lorafair.aggregation.fed_plora import FedPLoRA
 from lorafair.aggregation.fed_sb import FedSB
 from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.fedmomentum import FedMomentum
@@ -266,3 +267,40 @@ def test_fed_sb_averages_the_matrix_between_the_bases_exactly() -> None:
     torch.testing.assert_close(factors.B @ update.cores["layer"].H[0] @ factors.A, ideal)
     assert torch.equal(update.factors["layer"].B, factors.B)
     assert update.cores["layer"].scales.shape == (0,)
+
+
+def test_fed_plora_averages_each_direction_over_the_clients_that_have_trained_it() -> None:
+    clients, weights = references.random_clients(OUT, IN, RANK, 3)
+    sent = references.random_clients(OUT, IN, RANK, 1, seed=4)[0]
+    start = LoRAFactors(A=sent.A[0], B=sent.B[0])
+    trained = [[0, 1], [1], [1, 3]]  # of each client; nobody has trained direction 2
+    for k, own in enumerate(trained):
+        for j in set(range(RANK)) - set(own):
+            clients.A[k, j], clients.B[k, :, j] = start.A[j], start.B[:, j]
+    update = aggregate(FedPLoRA(), AdapterState({"layer": clients}, {}), weights, AdapterState({"layer": start}, {}))
+    factors = update.factors["layer"]
+    for j in range(RANK):
+        having = [k for k, own in enumerate(trained) if j in own]
+        share = sum(float(weights[k]) for k in having)
+        row = sum(weights[k] * clients.A[k, j] for k in having) / share if having else start.A[j]
+        column = sum(weights[k] * clients.B[k, :, j] for k in having) / share if having else start.B[:, j]
+        torch.testing.assert_close(factors.A[j], row)
+        torch.testing.assert_close(factors.B[:, j], column)
+    layout = AdapterLayout.of({"layer": ((RANK, IN), (OUT, RANK))}, {"head": (HEAD,)})
+    traffic = round_traffic(layout, FedPLoRA(), update, 0, (2, 1, 2))
+    assert traffic.up == 4 * (5 * (OUT + IN) + 3 * HEAD)
+    assert traffic.down == 4 * 3 * (RANK * (OUT + IN) + HEAD)
+
+
+def test_fed_plora_is_fedit_for_clients_that_train_all_directions() -> None:
+    clients, weights = references.random_clients(OUT, IN, RANK, 3)
+    start = LoRAFactors(A=torch.zeros(RANK, IN), B=torch.zeros(OUT, RANK))
+    ours, fedit = (method.combine(clients, weights, start).factors for method in (FedPLoRA(), FedIT()))
+    torch.testing.assert_close(ours.A, fedit.A)
+    torch.testing.assert_close(ours.B, fedit.B)
+
+
+def test_fed_plora_has_one_scaling_for_all(tiny: Callable[..., Config]) -> None:
+    options = ["method.name=fed_plora", "model.lora.client_ranks=[4,2,1]", "model.lora.client_scaling=own"]
+    with pytest.raises(ConfigError, match=r"model\.lora\.client_scaling=own does not fit method\.name=fed_plora"):
+        method_of(tiny(*options))
