@@ -121,6 +121,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=4", "client.cohort=2", "client.clip_norm=0.5",
     ),
+    "het_lora_pruning": (
+        "method.name=het_lora", "method.pruning=0.5", "method.pruning_penalty=3", "rounds=3",
+        "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=4", "client.cohort=2", "client.optimizer=sgd",
+    ),
     "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
         "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_probabilities=[0.5,0.5]",
@@ -176,9 +181,12 @@ def run_all(
     return left
 
 
+NOT_SHARDED = {
+    "local", "het_lora_pruning", "method.name=fedsa_lora", "method.name=local_only", "client.scaffold=true",
+}  # fmt: skip
 SHARDED = [
     name for name, options in VARIANTS.items()
-    if not {"local", "method.name=fedsa_lora", "method.name=local_only", "client.scaffold=true"} & {name, *options}
+    if not NOT_SHARDED & {name, *options}
     and name not in ("side_by_side", "augmented", "no_cache")  # of local training alone, and slow to start
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafair.aggregation.factor_algebra import nonzero_rows, weighted_mean
+from lorafair.aggregation.rank_pruning import RankPruning
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.options import option_of
 from lorafair.errors import ConfigError, LorafairError, of_plugin
@@ -146,6 +147,11 @@ class Aggregator(ABC):
     def folds(self) -> bool:
         """Whether updates of `combine` may have a folded part."""
         return False
+
+    @property
+    def rank_pruning(self) -> RankPruning | None:
+        """How clients lower their LoRA rank by themselves, of a method where they do."""
+        return None
 
     @property
     def core(self) -> CoreShape | None:

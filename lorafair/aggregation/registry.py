@@ -118,6 +118,9 @@ def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
             f"model.lora.client_scaling=own does not fit method.name={name}, whose clients all hold the whole adapter; "
             "possible: common"
         )
+    if method.rank_pruning is not None and (config.client.scaffold or config.federation.initialization != "average"):
+        key = "client.scaffold=true" if config.client.scaffold else "federation.initialization"
+        raise ConfigError(f"{key} does not fit method.name={name} with method.pruning, by which LoRA ranks change")
     if config.client.scaffold and config.client.optimizer != "sgd":
         raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {config.client.optimizer}")
     if config.client.scaffold and mixed:
@@ -171,7 +174,7 @@ def _check_sharding(config: Config, method: Aggregator, name: str) -> None:
     if method.needs_all_layers:
         raise ConfigError(
             f"fabric.server=sharded does not fit method.name={name} with its options, for which one process has to see "
-            "all layers (method.sgd_patience of lora_fair); possible: fabric.server=rank0"
+            "all layers (method.sgd_patience of lora_fair, method.pruning of het_lora); possible: fabric.server=rank0"
         )
 
 

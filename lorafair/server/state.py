@@ -6,6 +6,7 @@ Letters: C clients of a cohort, N clients of the run, P packed length.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class ServerState:
         None  # of the server optimiser; of use for the layers a rank aggregates, on rank 0 for all
     )
     controls: ControlVariates | None = None  # of SCAFFOLD
+    lora_ranks: Tensor | None = None  # (N,) int64 of the clients, for a method that changes them
     initial_factors: Tensor | None = None  # A and B of the first round, packed, for a method that resets to them
     folded: bool = False  # the frozen weights have changed
     unfinished_rounds: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
@@ -50,6 +52,8 @@ class ServerState:
             tensors |= {"moments.first": self.moments.first, "moments.second": self.moments.second}
         if self.controls is not None:
             tensors |= {"controls.server": self.controls.server, "controls.clients": self.controls.clients}
+        if self.lora_ranks is not None:
+            tensors["lora_ranks"] = self.lora_ranks
         if self.initial_factors is not None:
             tensors["initial_factors"] = self.initial_factors
         return tensors
@@ -88,6 +92,7 @@ def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
         personal_adapters=adapter.repeat(clients, 1) if experiment.personal_parts else None,
         moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
         controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
+        lora_ranks=torch.tensor(experiment.lora_ranks) if experiment.aggregator.rank_pruning is not None else None,
         initial_factors=layout.select(adapter, ("A", "B")).clone() if experiment.aggregator.resets else None,
     )
 
@@ -120,6 +125,12 @@ def checkpoint_of(experiment: Experiment, state: ServerState) -> Checkpoint:
     )
 
 
+def lora_ranks_of(experiment: Experiment, state: ServerState, clients: Sequence[int]) -> list[int]:
+    """The LoRA ranks that these clients have now."""
+    ranks = experiment.lora_ranks if state.lora_ranks is None else state.lora_ranks.tolist()
+    return [ranks[client] for client in clients]
+
+
 def initial_adapters(
     experiment: Experiment, state: ServerState, clients: tuple[int, ...], shard: AdapterLayout | None = None
 ) -> Tensor:
@@ -132,7 +143,7 @@ def initial_adapters(
         rows = state.adapter.expand(len(clients), -1)
     else:
         rows = take_columns(state.adapter, layout.columns_of(shard, PARTS)).expand(len(clients), -1)
-    lora_ranks = [experiment.lora_ranks[client] for client in clients]
+    lora_ranks = lora_ranks_of(experiment, state, clients)
     whole = all(lora_rank == experiment.config.model.lora.rank for lora_rank in lora_ranks)
     if whole or experiment.aggregator.selects_directions:
         return rows
