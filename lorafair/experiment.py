@@ -52,6 +52,7 @@ from lorafair.seeding import seeded
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_HALF_PRECISION_SCALE = 4096.0  # lifts gradients over half precision's smallest number, 6e-8
 _HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what linear layers compute in
 
 
@@ -130,6 +131,11 @@ class Experiment:
         if local.steps is not None:
             return [local.steps * min(local.batch_size, size) for size in self.sizes]
         return [(local.epochs or 1) * size for size in self.sizes]
+
+    @property
+    def loss_scale(self) -> float:
+        """By which the loss is multiplied, so that gradients are within the range of half precision."""
+        return _HALF_PRECISION_SCALE if self.config.fabric.precision == "16-mixed" else 1.0
 
     @property
     def personal_parts(self) -> tuple[Part, ...]:

@@ -31,7 +31,6 @@ from lorafair.seeding import seeded
 from lorafair.server.state import ServerState, initial_adapters, lora_ranks_of
 
 T = TypeVar("T")
-HALF_PRECISION_SCALE = 4096.0  # lifts gradients over half precision's smallest number, 6e-8
 
 
 def train_clients(
@@ -155,7 +154,7 @@ class _Trainer:
             config=with_scheduled_learning_rate(experiment.local, state.completed_rounds),
             parts=experiment.aggregator.trains(state.completed_rounds),
             autocast=experiment.fabric.autocast,
-            loss_scale=HALF_PRECISION_SCALE if experiment.config.fabric.precision == "16-mixed" else 1.0,
+            loss_scale=experiment.loss_scale,
         )
         return _Trainer(experiment, state, training)
 
@@ -192,7 +191,7 @@ class _Trainer:
         rank, lora_ranks = self.experiment.config.model.lora.rank, self.lora_ranks_of(cohort)
         if not self.experiment.aggregator.selects_directions or all(lora_rank == rank for lora_rank in lora_ranks):
             return None
-        seed, round_index = self.experiment.config.seed, self.state.completed_rounds
+        seed, round_index = self.experiment.config.seed_of("client"), self.state.completed_rounds
         chosen = torch.zeros(len(cohort), rank, dtype=torch.bool)
         for row, client, lora_rank in zip(chosen, cohort, lora_ranks, strict=True):
             order = torch.randperm(rank, generator=seeded(seed, round_index, client, "directions"))

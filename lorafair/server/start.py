@@ -46,7 +46,7 @@ def _made(experiment: Experiment, drawn: Tensor) -> ServerUpdate:
         experiment.layout.unpack(drawn),
         experiment.model.adapters.base_weights(),
         scaling=lora.alpha / lora.rank,
-        seed=experiment.config.seed,
+        seed=experiment.config.seed_of("model"),
         gradients=first_gradients(experiment, drawn, count) if count else None,
     )
 
@@ -54,15 +54,18 @@ def _made(experiment: Experiment, drawn: Tensor) -> ServerUpdate:
 def first_gradients(experiment: Experiment, adapter: Tensor, count: int) -> dict[str, Tensor]:
     """Gradients (O, I) of the loss by the frozen weights, summed over training images drawn from all clients'."""
     images = np.concatenate([client.indices for client in experiment.clients])
-    order = torch.randperm(len(images), generator=seeded(experiment.config.seed, "first gradient"))
+    order = torch.randperm(len(images), generator=seeded(experiment.config.seed_of("model"), "first gradient"))
     chosen, size = images[order[:count].numpy()], experiment.config.client.batch_size
     batches = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     adapters, device = experiment.model.adapters, experiment.fabric.device
+    scale = experiment.loss_scale
     adapters.resize(1)
     adapters.write(adapter)
     with adapters.base_gradients() as gradients:
         for indices, inputs in zip(batches, on_device(experiment.inputs.train.batches(batches), device), strict=True):
             heartbeat()
-            logits = experiment.model.forward(inputs)  # not what is compiled, in which hooks would not be called
-            F.cross_entropy(logits.float(), experiment.labels[index_on(indices, device)], reduction="sum").backward()
-    return gradients
+            with experiment.fabric.autocast():
+                logits = experiment.model.forward(inputs)  # not what is compiled, in which hooks would not be called
+            loss = F.cross_entropy(logits.float(), experiment.labels[index_on(indices, device)], reduction="sum")
+            (loss * scale).backward()
+    return {path: gradient / scale for path, gradient in gradients.items()}
