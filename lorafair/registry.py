@@ -137,6 +137,7 @@ METHODS: Registry[Any] = Registry(
         "ravan": "lorafair.aggregation.ravan:Ravan",
         "fed_sb": "lorafair.aggregation.fed_sb:FedSB",
         "fed_plora": "lorafair.aggregation.fed_plora:FedPLoRA",
+        "fed_alora": "lorafair.aggregation.fed_alora:FedALoRA",
         "centralized": "lorafair.aggregation.references:Centralized",
         "local_only": "lorafair.aggregation.references:LocalOnly",
     },

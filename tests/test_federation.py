@@ -132,6 +132,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=3", "client.cohort=2",
     ),
+    "fed_alora": (
+        "method.name=fed_alora", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
+        "partition.min_images=5", "federation.clients_per_round=3", "client.cohort=2", "client.optimizer=sgd",
+    ),
     "fedsa_partial": (
         "method.name=fedsa_lora", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
         "partition.min_images=5", "federation.clients_per_round=3", "client.cohort=2", "client.optimizer=sgd",
@@ -182,7 +186,8 @@ def run_all(
 
 
 NOT_SHARDED = {
-    "local", "het_lora_pruning", "method.name=fedsa_lora", "method.name=local_only", "client.scaffold=true",
+    "local", "het_lora_pruning", "client.scaffold=true", "method.name=fedsa_lora", "method.name=fed_alora",
+    "method.name=local_only",
 }  # fmt: skip
 SHARDED = [
     name for name, options in VARIANTS.items()

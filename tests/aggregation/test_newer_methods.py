@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate, aggregate
 from lorafair.aggregation.bias import bias_metrics
+from lorafair.aggregation.fed_alora import FedALoRA
 from lorafair.aggregation.fed_plora import FedPLoRA
 from lorafair.aggregation.fed_sb import FedSB
 from lorafair.aggregation.fedit import FedIT
@@ -27,7 +28,7 @@ from lorafair.aggregation.registry import method_of
 from lorafair.communication.traffic import round_traffic
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError
-from lorafair.model.adapter import AdapterLayout, AdapterState, Core, LoRAFactors
+from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, Core, LoRAFactors
 from lorafair.seeding import seeded
 from tests import references
 
@@ -229,6 +230,7 @@ OUT, IN, RANK, HEAD = 9, 8, 4, 15  # of the layer, and numbers of the head
         (FedMomentum(energy=1), RANK * (OUT + IN), IN * (OUT + IN)),  # all triples there are
         (Ravan(heads=2), 2 * 2 * 2, 2 * 2 * 2),
         (FedSB(), RANK * RANK, RANK * RANK),
+        (FedALoRA(), RANK * OUT - HEAD, RANK * OUT - HEAD),  # the head stays with the client
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Aggregator) else str(value),
 )
@@ -304,3 +306,33 @@ def test_fed_plora_has_one_scaling_for_all(tiny: Callable[..., Config]) -> None:
     options = ["method.name=fed_plora", "model.lora.client_ranks=[4,2,1]", "model.lora.client_scaling=own"]
     with pytest.raises(ConfigError, match=r"model\.lora\.client_scaling=own does not fit method\.name=fed_plora"):
         method_of(tiny(*options))
+
+
+def test_fed_alora_averages_b_and_leaves_a_and_the_head_to_the_clients() -> None:
+    clients, weights = references.random_clients(OUT, IN, RANK, 3)
+    method = FedALoRA()
+    assert method.trains(0) == PARTS
+    assert "B" in method.sends(0)
+    assert not {"A", "head"} & {*method.sends(0), *method.receives(0)}
+    assert set(method.personal_parts) == {"A", "head"}
+    expected = sum(weights[k] * clients.B[k] for k in range(3))
+    torch.testing.assert_close(method.combine(clients, weights).factors.B, expected)
+
+
+@pytest.mark.parametrize("ranks", [(4, 2, 1), (1, 4, 4), (2, 2, 1)])
+def test_products_are_fitted_where_lora_ranks_differ(ranks: tuple[int, ...]) -> None:
+    clients, weights = references.random_clients(OUT, IN, 4, 3)
+    for k, own in enumerate(ranks):
+        clients.A[k, own:], clients.B[k, :, own:] = 0, 0
+    sent = references.random_clients(OUT, IN, 4, 1, seed=4)[0]
+    start = LoRAFactors(A=sent.A[0], B=torch.zeros(OUT, 4, dtype=torch.float64))
+    ideal, state = references.ideal_update(clients, weights), AdapterState({"layer": clients}, {})
+    errors = {}
+    for method in (FedIT(), FLoRANA(), FedMomentum(energy=1)):
+        update = aggregate(method, state, weights, AdapterState({"layer": start}, {}))
+        whole = product(update.factors["layer"])
+        if "layer" in update.folded:
+            whole = whole + product(update.folded["layer"])
+        errors[type(method)] = float((whole - ideal).norm() / ideal.norm())
+    assert errors[FLoRANA] < errors[FedIT]
+    assert errors[FedMomentum] < 1e-12
