@@ -43,7 +43,13 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class InitialLayer:
-    """What a method may make of a layer before the first round."""
+    """What a method may make of a layer before the first round.
+
+    Example:
+        >>> def initialize(self, layer):  # of an Aggregator: A from the first rows of W0, which stays as it is
+        ...     A = layer.weight[: layer.drawn.rank]
+        ...     return lorafair.LayerUpdate(lorafair.LoRAFactors(A=A, B=layer.drawn.B))
+    """
 
     drawn: LoRAFactors  # A (R, I) Kaiming-uniform, B (O, R) zero
     weight: Tensor  # W0 (O, I)
@@ -239,13 +245,13 @@ def aggregate(
     """
     initial_factors = None if start is None else start.factors
     if isinstance(aggregator, JointAggregator) and clients.factors:
-        with _of_method(aggregator, "combine_layers"):
+        with of_method(aggregator, "combine_layers"):
             updates = aggregator.combine_layers(clients.factors, weights, initial_factors)
     else:
         updates = {}
         for path, factors in clients.factors.items():
             heartbeat()
-            with _of_method(aggregator, f"combine of layer {path}"):
+            with of_method(aggregator, f"combine of layer {path}"):
                 sent = None if initial_factors is None else initial_factors[path]
                 updates[path] = aggregator.combine(factors, weights, sent)
     _check_updates(aggregator, clients, updates)
@@ -269,7 +275,11 @@ def aggregate(
 
 
 def _core_of(aggregator: Aggregator, clients: Core, weights: Tensor) -> Core:
-    combined = aggregator.combine_core(clients.scaled, weights)
+    with of_method(aggregator, "combine_core"):
+        combined = aggregator.combine_core(clients.scaled, weights)
+    if combined.shape != clients.H.shape[1:]:
+        method, wanted = type(aggregator).__name__, tuple(clients.H.shape[1:])
+        raise LorafairError(f"method {method}: combine_core returned {tuple(combined.shape)}; it must be {wanted}")
     return Core(H=combined.to(clients.H.dtype), scales=torch.ones_like(clients.scales[0]))
 
 
@@ -283,7 +293,12 @@ def try_out(aggregator: Aggregator, layout: AdapterLayout) -> None:
     made = LoRAFactors(*(torch.randn(2, *shape, generator=generator) for shape in (of_A, of_B)))
     start = LoRAFactors(A=made.A[0], B=made.B[0])
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    update = aggregate(aggregator, AdapterState({path: made}, head={}), weights, AdapterState({path: start}, head={}))
+    cores = {}
+    if path in layout.cores:
+        of_h, of_scales = layout.cores[path]
+        cores[path] = Core(H=torch.randn(2, *of_h, generator=generator), scales=torch.ones(2, *of_scales))
+    clients = AdapterState({path: made}, {}, cores)
+    update = aggregate(aggregator, clients, weights, AdapterState({path: start}, {}))
     check_finite(aggregator, update)
 
 
@@ -302,7 +317,7 @@ def check_finite(aggregator: Aggregator, update: ServerUpdate) -> None:
         )
 
 
-def _of_method(aggregator: Aggregator, what: str) -> AbstractContextManager[None]:
+def of_method(aggregator: Aggregator, what: str) -> AbstractContextManager[None]:
     """Names a plug-in's method in its errors; an error of a shipped one keeps its traceback."""
     method = type(aggregator)
     shipped = method.__module__.startswith("lorafair.")

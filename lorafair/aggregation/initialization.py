@@ -18,6 +18,7 @@ from lorafair.aggregation.base import (
     ServerUpdate,
     check_finite,
     check_layer_update,
+    of_method,
 )
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.model.adapter import AdapterState, Core, LoRAFactors
@@ -87,7 +88,8 @@ def initial_update(
         if make is None:
             given = InitialLayer(factors, weights[path], scaling, seeded(seed, "initialize", path))
             given = replace(given, gradient=None if gradients is None else gradients[path])
-            updates[path] = aggregator.initialize(given)
+            with of_method(aggregator, f"initialize of layer {path}"):
+                updates[path] = aggregator.initialize(given)
             layer = f"method {type(aggregator).__name__}: initialize of layer {path}"
             check_layer_update(updates[path], layer, factors)
         else:

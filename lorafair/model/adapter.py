@@ -46,6 +46,10 @@ class CoreShape:
     """Of a core: how many heads the R directions are dealt out to, and whether each has a scale to train.
 
     A scale is a client's own: it is 1 at the start of a round, and s_i H_i is what a client sends.
+
+    Example:
+        >>> lorafair.CoreShape(heads=4, scaled=True).of_rank(16)
+        ((4, 4, 4), (4,))
     """
 
     heads: int = 1

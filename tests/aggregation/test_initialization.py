@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate
+from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate, try_out
 from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.flora import FLoRA
 from lorafair.aggregation.frlora import FRLoRA
@@ -23,7 +23,7 @@ from lorafair.aggregation.initialization import initial_update, is_drawn, orthon
 from lorafair.aggregation.registry import method_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, LorafairError
-from lorafair.model.adapter import AdapterState, LoRAFactors
+from lorafair.model.adapter import AdapterLayout, AdapterState, CoreShape, LoRAFactors
 from lorafair.model.lora import AdapterParameters, ClientHead, add_lora
 from lorafair.server.step import _fold_and_reset
 
@@ -147,3 +147,22 @@ def test_what_does_not_fit_is_refused_in_one_line(tiny: Tiny, options: list[str]
 
 def test_a_method_that_restarts_is_left_with_drawn_factors(tiny: Tiny) -> None:
     assert isinstance(method_of(tiny("method.name=flora", "model.lora.initialization=kaiming")), FLoRA)
+
+
+def test_a_mistake_in_a_method_of_a_plug_in_is_named() -> None:
+    @dataclass(frozen=True)
+    class Broken(FedIT):
+        core = CoreShape(heads=1)
+
+        def initialize(self, layer: InitialLayer) -> LayerUpdate:
+            raise KeyError("nothing")
+
+        def combine_core(self, cores: Tensor, weights: Tensor) -> Tensor:
+            return cores
+
+    drawn = AdapterState({"layer": LoRAFactors(A=torch.zeros(3, 7), B=torch.zeros(9, 3))}, {})
+    with pytest.raises(LorafairError, match="method Broken: initialize of layer layer failed: KeyError"):
+        initial_update(Broken(), None, drawn, {"layer": weight_of(9, 7)}, scaling=SCALING, seed=0)
+    layout = AdapterLayout.of({"layer": ((3, 7), (9, 3))}, {}, CoreShape(heads=1))
+    with pytest.raises(LorafairError, match=r"method Broken: combine_core returned \(2, 1, 3, 3\); it must be"):
+        try_out(Broken(), layout)
