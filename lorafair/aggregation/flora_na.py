@@ -16,7 +16,8 @@ from lorafair.config.options import option
 from lorafair.model.adapter import LoRAFactors
 
 _SETTLED = 1e-12  # relative gain below which P and Q stay
-_RANK_TOLERANCE = 1e-12  # of the largest eigenvalue of the normal equations: directions below it are left alone
+_ROUNDING = 1e-26  # of the squared right-hand side: a residual below it is noise
+_MOST_STEPS = 50  # of conjugate gradients; each lowers the error
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,28 @@ def fitted_weights(clients: LoRAFactors, weights: Tensor, iterations: int) -> tu
 def _fitted(clients: LoRAFactors, weights: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, float]:
     """The least-squares weights of B for a given A (R, I), next to Q (K,), and by how much they lower ‖ΔW − BA‖².
 
-    Of the normal equations in ⟨B_j A, B_k A⟩ and ⟨ΔW, B_k A⟩, both by way of R x R matrices.
+    By conjugate gradients on the normal equations in ⟨B_j A, B_k A⟩ and ⟨ΔW, B_k A⟩: clients that are alike leave these
+    singular. Their (K, K) matrix is made where that costs less than the steps without it.
     """
+    flat, gram = clients.B.flatten(1), A @ A.mT  # (K, O·R), (R, R)
     target = torch.einsum("kor,krs->os", clients.B, weights.view(-1, 1, 1) * (clients.A @ A.mT))  # (O, R) ΔW·Aᵀ
-    right = (clients.B * target).sum((1, 2))  # (K,)
-    matrix = clients.B.flatten(1) @ (clients.B @ (A @ A.mT)).flatten(1).mT  # (K, K)
-    values, basis = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    missing = basis.mT @ (right - matrix @ Q)
-    used = values > _RANK_TOLERANCE * values[-1].clamp_min(0)
-    moved = Q + basis @ torch.where(used, missing / torch.where(used, values, 1.0), 0.0)
-    return moved, float(2 * moved @ right - moved @ (matrix @ moved))
+    right = flat @ target.flatten()  # (K,)
+
+    matrix = flat @ (clients.B @ gram).flatten(1).mT if len(Q) <= 2 * _MOST_STEPS else None
+
+    def normal(vector: Tensor) -> Tensor:
+        if matrix is not None:
+            return matrix @ vector
+        return flat @ ((vector @ flat).view_as(target) @ gram).flatten()
+
+    solution, residual = Q, right - normal(Q)
+    direction, square = residual, residual @ residual
+    enough = _ROUNDING * (right @ right)
+    for _ in range(min(len(Q), _MOST_STEPS)):
+        along = normal(direction)
+        curvature = direction @ along
+        step = torch.where((square > enough) & (curvature > 0), square / curvature, 0.0)
+        solution, residual = solution + step * direction, residual - step * along
+        before, square = square, residual @ residual
+        direction = residual + torch.where(before > 0, square / before, 0.0) * direction
+    return solution, float(2 * solution @ right - solution @ normal(solution))

@@ -140,8 +140,9 @@ def _check_initialization(config: Config, method: Aggregator, name: str) -> None
         raise ConfigError(f"{key}={kind} has no effect: method.name={name} makes its own initial factors")
     if kind != "kaiming" and config.federation.initialization == "fresh":
         raise ConfigError(f"{key}={kind} does not fit federation.initialization=fresh, which draws factors every round")
-    if kind != "kaiming" and config.model.lora.client_ranks is not None:
-        raise ConfigError(f"{key}={kind} needs clients of the same LoRA rank; leave model.lora.client_ranks out")
+    if kind != "kaiming" and (config.model.lora.client_ranks is not None or method.rank_pruning is not None):
+        option = "model.lora.client_ranks" if method.rank_pruning is None else "method.pruning"
+        raise ConfigError(f"{key}={kind} needs clients of the same LoRA rank; leave {option} out")
 
 
 def _check_core(config: Config, method: Aggregator, name: str) -> None:

@@ -133,6 +133,11 @@ def test_a_method_may_make_its_initial_factors_of_the_frozen_weight() -> None:
         (["method.name=flora", "model.lora.initialization=pissa"], "does not fit method.name=flora; possible: kaiming"),
         (["model.lora.initialization=olora", "federation.initialization=fresh"], "which draws factors every round"),
         (["model.lora.initialization=pissa", "model.lora.client_ranks=[4,2,1]"], "needs clients of the same LoRA rank"),
+        (
+            ["method.name=het_lora", "method.pruning=0.9", "model.lora.initialization=pissa"],
+            r"leave method\.pruning out",
+        ),
+        (["method.name=florist", "model.lora.initialization=pissa"], r"does not fit method\.name=florist"),
         (["method.name=frlora", "model.lora.client_ranks=[4,2,1]"], "needs the same LoRA rank everywhere"),
         (
             ["method.name=frlora", "federation.initialization=local"],

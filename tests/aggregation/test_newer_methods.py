@@ -336,3 +336,13 @@ def test_products_are_fitted_where_lora_ranks_differ(ranks: tuple[int, ...]) -> 
         errors[type(method)] = float((whole - ideal).norm() / ideal.norm())
     assert errors[FLoRANA] < errors[FedIT]
     assert errors[FedMomentum] < 1e-12
+
+
+def test_flora_na_fits_many_clients_without_a_matrix_of_pairs() -> None:
+    clients, weights = references.random_clients(OUT, IN, 2, 150)
+    ideal = references.ideal_update(clients, weights)
+    fedit, fitted = (product(method.combine(clients, weights).factors) for method in (FedIT(), FLoRANA()))
+    U, values, Vt = np.linalg.svd(ideal.numpy())
+    best = torch.from_numpy((U[:, :2] * values[:2]) @ Vt[:2])  # which so many clients have in their span
+    assert (ideal - fitted).norm() < (ideal - fedit).norm()
+    torch.testing.assert_close((ideal - fitted).norm(), (ideal - best).norm(), rtol=1e-3, atol=0)
