@@ -15,7 +15,7 @@ from lorafair.aggregation.factor_algebra import transpose, weighted_mean
 from lorafair.config.options import option
 from lorafair.model.adapter import LoRAFactors
 
-_SETTLED = 1e-12  # relative gain below which P and Q stay
+_SETTLED = 1e-11  # relative change of P in a turn below which they stay
 _ROUNDING = 1e-26  # of the squared right-hand side: a residual below it is noise
 _MOST_STEPS = 50  # of conjugate gradients; each lowers the error
 
@@ -38,20 +38,19 @@ class FLoRANA(Aggregator):
 
 def fitted_weights(clients: LoRAFactors, weights: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """P and Q (K,), of A and of B. Waits for a GPU once a turn."""
-    exact = weights.to(clients.A)
-    P, Q, before = exact, exact, 0.0
-    mirrored = transpose(clients)  # of the transposed update, in which A and B have changed places
+    P = Q = weights.to(clients.A)
+    exact, mirrored = P, transpose(clients)  # of the transposed update, in which A and B have changed places
     for _ in range(iterations):
-        Q, _ = _fitted(clients, exact, weighted_mean(clients.A, P), Q)
-        P, fit = _fitted(mirrored, exact, weighted_mean(mirrored.A, Q), P)
-        if fit <= before * (1 + _SETTLED):
+        before = P
+        Q = _fitted(clients, exact, weighted_mean(clients.A, P), Q)
+        P = _fitted(mirrored, exact, weighted_mean(mirrored.A, Q), P)
+        if bool((P - before).norm() <= _SETTLED * P.norm()):
             break
-        before = fit
     return P, Q
 
 
-def _fitted(clients: LoRAFactors, weights: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, float]:
-    """The least-squares weights of B for a given A (R, I), next to Q (K,), and by how much they lower ‖ΔW − BA‖².
+def _fitted(clients: LoRAFactors, weights: Tensor, A: Tensor, Q: Tensor) -> Tensor:
+    """The weights of B that minimise ‖ΔW − BA‖ for a given A (R, I), from Q (K,) on.
 
     By conjugate gradients on the normal equations in ⟨B_j A, B_k A⟩ and ⟨ΔW, B_k A⟩: clients that are alike leave these
     singular. Their (K, K) matrix is made where that costs less than the steps without it.
@@ -59,7 +58,6 @@ def _fitted(clients: LoRAFactors, weights: Tensor, A: Tensor, Q: Tensor) -> tupl
     flat, gram = clients.B.flatten(1), A @ A.mT  # (K, O·R), (R, R)
     target = torch.einsum("kor,krs->os", clients.B, weights.view(-1, 1, 1) * (clients.A @ A.mT))  # (O, R) ΔW·Aᵀ
     right = flat @ target.flatten()  # (K,)
-
     matrix = flat @ (clients.B @ gram).flatten(1).mT if len(Q) <= 2 * _MOST_STEPS else None
 
     def normal(vector: Tensor) -> Tensor:
@@ -70,11 +68,11 @@ def _fitted(clients: LoRAFactors, weights: Tensor, A: Tensor, Q: Tensor) -> tupl
     solution, residual = Q, right - normal(Q)
     direction, square = residual, residual @ residual
     enough = _ROUNDING * (right @ right)
-    for _ in range(min(len(Q), _MOST_STEPS)):
+    for _ in range(min(4 * len(Q), _MOST_STEPS)):
         along = normal(direction)
         curvature = direction @ along
         step = torch.where((square > enough) & (curvature > 0), square / curvature, 0.0)
         solution, residual = solution + step * direction, residual - step * along
         before, square = square, residual @ residual
         direction = residual + torch.where(before > 0, square / before, 0.0) * direction
-    return solution, float(2 * solution @ right - solution @ normal(solution))
+    return solution
