@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate
+    from lorafair.aggregation.rank_pruning import RankPruning
     from lorafair.aggregation.registry import register_method
     from lorafair.commands.compare import ComparisonResult, compare
     from lorafair.commands.run import RunResult, run
@@ -68,6 +69,7 @@ __all__ = [
     "LorafairError",
     "ModelConfig",
     "PartitionConfig",
+    "RankPruning",
     "RunResult",
     "ServerConfig",
     "compare",
@@ -87,6 +89,7 @@ __all__ = [
 # Where each of them is; imported when it is asked for.
 _MODULES = {
     "aggregation.base": ("Aggregator", "InitialLayer", "LayerUpdate"),
+    "aggregation.rank_pruning": ("RankPruning",),
     "aggregation.registry": ("register_method",),
     "commands.compare": ("ComparisonResult", "compare"),
     "commands.run": ("RunResult", "run"),

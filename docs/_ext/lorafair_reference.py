@@ -25,7 +25,7 @@ from lorafair.communication.traffic import round_traffic
 from lorafair.config.describe import Description, describe_options, groups
 from lorafair.config.options import Option, all_options, group_of, option_of
 from lorafair.config.schema import Config
-from lorafair.model.adapter import AdapterLayout, AdapterState, LoRAFactors
+from lorafair.model.adapter import PARTS, AdapterLayout, row
 
 _DESCRIBED = {described.key: described for described in describe_options()}
 _DECLARED = {key: option_of(declared) for key, declared in all_options(Config)}
@@ -70,8 +70,10 @@ def markdown(text: str) -> str:
     return _LINKS.sub(link, text)
 
 
-def option_text(key: str, described: Description, declared: Option, *, of_run: bool = True) -> str:
-    """One option: its type, default, range and condition in a line, then its meaning."""
+def option_text(
+    key: str, described: Description, declared: Option, *, of_run: bool = True, is_first: bool = True
+) -> str:
+    """One option: its type, default, range and condition in a line, then its meaning. Links go to the first."""
     default = described.default.removesuffix(f" (with {declared.requires})")
     facts = [f"`{described.kind}`" + (f", default `{default}`" if default else "")]
     if declared.range_text:
@@ -82,7 +84,8 @@ def option_text(key: str, described: Description, declared: Option, *, of_run: b
         facts.append("May change when a run continues")
     if declared.formerly:
         facts.append(f"Formerly `{declared.formerly}`")
-    return f"````{{confval}} {key}\n{'. '.join(facts)}.\n\n{markdown(declared.help)}\n````\n"
+    index = "" if is_first else ":no-index:\n\n"
+    return f"````{{confval}} {key}\n{index}{'. '.join(facts)}.\n\n{markdown(declared.help)}\n````\n"
 
 
 class FromCode(SphinxDirective):
@@ -131,8 +134,15 @@ class Method(FromCode):
         yield ""
         fields = {field.name: field for field in dataclasses.fields(method)}
         for described in describe_options(method, "method."):
-            option = option_of(fields[described.key.removeprefix("method.")])
-            yield option_text(described.key, described, option, of_run=False)
+            option_name = described.key.removeprefix("method.")
+            option = option_of(fields[option_name])
+            yield option_text(described.key, described, option, of_run=False, is_first=first_with(option_name) == name)
+
+
+def first_with(option_name: str) -> str:
+    """The first method with an option of this name."""
+    methods = registry.METHODS
+    return next(name for name in methods.names if option_name in {f.name for f in dataclasses.fields(methods[name])})
 
 
 class OtherMethods(Method):
@@ -158,7 +168,8 @@ def facts(method: Aggregator) -> Iterator[tuple[str, str]]:
     """What is true of a method, as the code has it."""
 
     def rounds(parts: Callable[[int], Iterable[str]]) -> str:
-        first, second = (", ".join(parts(at)) or "nothing" for at in (0, 1))
+        has = [part for part in PARTS if part != "core" or method.core is not None]
+        first, second = (", ".join(part for part in has if part in parts(at)) or "nothing" for at in (0, 1))
         return first if first == second else f"{first}; in every second round {second}"
 
     yield "Clients train", rounds(method.trains)
@@ -189,17 +200,12 @@ class Traffic(FromCode):
         """A client and round, averaged over two rounds; no head."""
         K, R = self.CLIENTS, self.LORA_RANK
         shapes = {name: ((R, inputs), (outputs, R)) for name, (inputs, outputs) in self.SIZES.items()}
-        layout = AdapterLayout(shapes, {})
-        generator = torch.Generator().manual_seed(0)
-        drawn = {
-            path: LoRAFactors(*(torch.randn(K, *shape, generator=generator) for shape in both))
-            for path, both in shapes.items()
-        }
-        start = {path: LoRAFactors(A=f.A[0], B=f.B[0]) for path, f in drawn.items()}
+        layout = AdapterLayout.of(shapes, {}, method.core)
+        drawn = layout.unpack(torch.randn(K, layout.length, generator=torch.Generator().manual_seed(0)))
         weights = torch.full((K,), 1 / K, dtype=torch.float64)
         sums = [0, 0]
         for at in (0, 1):
-            update = aggregate(method, AdapterState(drawn, {}), weights, AdapterState(start, {}), method.receives(at))
+            update = aggregate(method, drawn, weights, row(drawn, 0), method.receives(at))
             traffic = round_traffic(layout, method, update, at, [R] * K)
             sums[0] += traffic.up
             sums[1] += traffic.down

@@ -21,6 +21,10 @@ class RankPruning:
     HETLoRA (arXiv 2401.06432): the local objective has λ·‖B_k[:, γr:r]‖·‖A_k[γr:r]‖ added, and the rank goes from r to
     γr where the product of these norms is smaller after training than before. Products are added up over the layers: a
     client has one rank. While B is zero, before the first round, nothing can be smaller.
+
+    Example:
+        >>> lorafair.RankPruning(decay=0.5, penalty=0.01, smallest=2).kept(lora_rank=16)
+        8
     """
 
     decay: float  # γ
