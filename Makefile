@@ -37,7 +37,8 @@ docs: $(VENV)/.installed ## the documentation: build/docs/html/index.html; any w
 	@echo "open build/docs/html/index.html"
 
 links: $(VENV)/.installed ## ask every external link of the documentation; needs network, so it is no part of `make test`
-	$(BIN)/python -m sphinx -E --keep-going -q -j auto -D nb_execution_mode=off -d build/docs/doctrees-links -b linkcheck docs build/docs/links
+	$(BIN)/python -m sphinx -E --keep-going -q -j auto -D nb_execution_mode=off -D suppress_warnings=myst-nb.lexer \
+	  -d build/docs/doctrees-links -b linkcheck docs build/docs/links
 
 # A file of tests stays in one process, because what its tests share is made once; ranks of a run need cores, too. Jobs
 # of a real Slurm are timed by the cluster: they come last, on two clusters, one test at a time on each.

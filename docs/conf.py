@@ -47,7 +47,7 @@ extensions = [
     "lorafair_reference",
 ]
 nitpicky = True
-nitpick_ignore = [("py:exc", "DataError")]  # a LorafairError
+nitpick_ignore = [("py:exc", "DataError"), ("py:class", "ImageTransform")]  # a LorafairError; a callable
 nitpick_ignore_regex = [(r"py:class", r"lorafair\..*\.(T|Method)")]  # type variables
 
 # Markdown and notebooks. A page whose header names a kernel is run; its output is kept in build/ alone.

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from lorafair.aggregation.rank_pruning import RankPruning
     from lorafair.aggregation.registry import register_method
     from lorafair.commands.compare import ComparisonResult, compare
+    from lorafair.commands.plot import plot
     from lorafair.commands.run import RunResult, run
+    from lorafair.comparison.figures import Figures
     from lorafair.config import (
         CheckpointConfig,
         ClientConfig,
@@ -61,6 +63,7 @@ __all__ = [
     "EvaluationConfig",
     "FabricConfig",
     "FederationConfig",
+    "Figures",
     "ImageCollection",
     "InitialLayer",
     "LayerUpdate",
@@ -76,6 +79,7 @@ __all__ = [
     "from_datasets",
     "load_config",
     "option",
+    "plot",
     "register_backbone",
     "register_callback",
     "register_logger",
@@ -92,7 +96,9 @@ _MODULES = {
     "aggregation.rank_pruning": ("RankPruning",),
     "aggregation.registry": ("register_method",),
     "commands.compare": ("ComparisonResult", "compare"),
+    "commands.plot": ("plot",),
     "commands.run": ("RunResult", "run"),
+    "comparison.figures": ("Figures",),
     "config.options": ("option",),
     "data.datasets": ("from_datasets",),
     "data.images": ("ImageCollection",),

@@ -22,6 +22,7 @@ from lorafair.cluster.saved import outlook
 from lorafair.cluster.signals import FAILED, INTERRUPTED, SCHEDULER_SIGNALS, handling_signals
 from lorafair.cluster.watchdog import end_children_of_a_start, stop_watchdog
 from lorafair.commands.compare import Part, compare_command
+from lorafair.commands.plot import Wanted, plot_command
 from lorafair.commands.run import run_command
 from lorafair.commands.slurm import SCHEDULER, Options, slurm_command
 from lorafair.comparison.section import has_section, load_comparison
@@ -40,6 +41,7 @@ USAGE = """usage: lorafair SUBCOMMAND [FILE.yaml ...] [key=value ...]
   lorafair doctor demo.yaml                 what the processes find on their nodes, and what would go wrong
   lorafair slurm demo.yaml --submit         write, print or submit a run's batch script
   lorafair export RUN_DIR OUT_DIR           the trained model for timm, or as a PEFT adapter
+  lorafair plot RUN ...                     figures and tables of runs, or of a comparison, for a paper
   lorafair options [GROUP]                  every option with its type, default and meaning
   lorafair methods [NAME]                   the aggregation methods, or the options of one
 
@@ -276,6 +278,19 @@ def _export(namespace: argparse.Namespace) -> int:
     return 0
 
 
+def _plot(namespace: argparse.Namespace) -> int:
+    wanted = Wanted(
+        places=namespace.places,
+        figures=[name for names in namespace.figure or () for name in names],
+        formats=[name for names in namespace.format or (("pdf",),) for name in names],
+        width=namespace.width,
+        baseline=namespace.baseline,
+        out=namespace.out,
+        only_list=namespace.list,
+    )
+    return plot_command(wanted)
+
+
 def _options(namespace: argparse.Namespace) -> int:
     if not namespace.group:
         for name, about in groups().items():
@@ -346,6 +361,18 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peft", action="store_true", help="an adapter for PEFT instead of merged weights")
 
 
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "places", nargs="*", type=Path, metavar="RUN", help="run directories, folders with runs, a comparison's folder"
+    )
+    parser.add_argument("--list", action="store_true", help="the figures that there are, and nothing else")
+    parser.add_argument("--figure", nargs="+", action="append", metavar="NAME", help="only these; no tables")
+    parser.add_argument("--width", default="column", metavar="WIDTH", help="column (default), page, or inches")
+    parser.add_argument("--format", nargs="+", action="append", metavar="KIND", help="pdf (default), svg, png")
+    parser.add_argument("--baseline", metavar="LABEL", help="the method that the others are compared with")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder given, or figures for several")
+
+
 def _options_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("group", nargs="?", metavar="GROUP", help="for example client, or model.lora")
 
@@ -389,6 +416,13 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "The trained model of a run: weights for timm with the adapters merged in, or a PEFT adapter.",
         "lorafair export runs/demo/lora_fair-seed0 out",
         _export_arguments,
+        takes_configuration=False,
+    ),
+    "plot": Subcommand(
+        _plot,
+        "Figures and tables of runs, or of a comparison, as a paper prints them.",
+        "lorafair plot runs/methods --figure accuracy bias --format pdf png",
+        _plot_arguments,
         takes_configuration=False,
     ),
     "options": Subcommand(

@@ -1,4 +1,4 @@
-"""Top-1 accuracy, loss and the metrics of plug-ins for every domain, exact on any number of ranks.
+"""Top-1 and class-balanced accuracy, loss and the metrics of plug-ins for every domain, exact on any number of ranks.
 
 Every test image is visited once: batches do not depend on the number of ranks, ranks take them in turn, and what is
 added up over ranks are integers, or numbers that only one rank holds. Metrics of plug-ins see all batches on rank 0, in
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from torchmetrics import Metric
 
-_TAKEN = ("accuracy", "loss", "confusion")  # names of curves that every run has
+# names of curves that every run has
+_TAKEN = ("accuracy", "balanced_accuracy", "most_frequent_answer", "majority_class", "loss", "confusion")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,28 @@ class Evaluation:
     def mean_loss(self) -> float:
         """Unweighted mean over domains and adapters."""
         return float(self.loss.mean())
+
+    @property
+    def recall(self) -> Tensor:
+        """(D, Q) fraction of the images of a class that are recognised, over all adapters; NaN where there are none."""
+        return self.confusion.diagonal(dim1=1, dim2=2) / self.confusion.sum(2).to(torch.float64)
+
+    @property
+    def balanced_accuracy(self) -> Tensor:
+        """(D,) mean recall over the classes that a domain has test images of."""
+        return self.recall.nanmean(1)
+
+    @property
+    def majority_class(self) -> Tensor:
+        """(D,) the accuracy of always answering the class with most test images."""
+        images = self.confusion.sum(2).to(torch.float64)
+        return images.amax(1) / images.sum(1)
+
+    @property
+    def most_frequent_answer(self) -> Tensor | None:
+        """(D,) the fraction of all answers that are the same class; None where several adapters answered."""
+        answers = self.confusion.sum(1).to(torch.float64)
+        return answers.amax(1) / answers.sum(1) if len(self.accuracy) == 1 else None
 
 
 def register_metric(name: str) -> Callable[[Callable[[int], Metric]], Callable[[int], Metric]]:

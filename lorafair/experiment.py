@@ -37,7 +37,7 @@ from lorafair.config.schema import ClientConfig, Config
 from lorafair.console import format_count, log
 from lorafair.data.begun import images_begun_with, noting_damage, record_images
 from lorafair.data.images import ImageData
-from lorafair.data.partition import Client, partition, pooled
+from lorafair.data.partition import Client, class_counts, partition, pooled
 from lorafair.data.sources import load_images
 from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluator
@@ -123,6 +123,13 @@ class Experiment:
     def sizes(self) -> list[int]:
         """Training images of each client (N,)."""
         return [len(client.indices) for client in self.clients]
+
+    @cached_property
+    def head_class_counts(self) -> Tensor | None:
+        """Training images of each class at each client (N, Q), where they are the weights of the head's rows."""
+        if self.config.federation.head_weighting == "client":
+            return None
+        return torch.from_numpy(class_counts(self.clients, self.data.train.labels, len(self.data.classes)))
 
     @cached_property
     def costs(self) -> list[int]:

@@ -24,7 +24,7 @@ from lorafair.cluster.signals import Interrupted, finishing_clients
 from lorafair.cluster.watchdog import deadline, saving
 from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.communication.collectives import ClientResults, broadcast_update, drop_nonfinite, sum_over_ranks
-from lorafair.communication.traffic import Traffic, round_traffic, with_control_variates
+from lorafair.communication.traffic import Traffic, round_traffic, with_class_counts, with_control_variates
 from lorafair.config.schema import Config
 from lorafair.console import format_count, log
 from lorafair.evaluation import Evaluation
@@ -35,6 +35,7 @@ from lorafair.reporting.report import Report, open_report, report_finished_befor
 from lorafair.reporting.results import is_finished
 from lorafair.reporting.tracker import Clock
 from lorafair.schedule import RoundPlan, update_client_seconds
+from lorafair.server.recent import evaluated_adapter
 from lorafair.server.state import (
     ServerState,
     check_fits,
@@ -205,6 +206,7 @@ def broadcast_and_apply(
             experiment.layout,
             parts=aggregator.receives(state.completed_rounds),
             folds=aggregator.folds,
+            coding=aggregator.coding,
         )
         broadcast_lora_ranks(experiment, state, clients, result)
     update_controls(experiment, state, clients)
@@ -223,8 +225,12 @@ def evaluate_adapters(experiment: Experiment, state: ServerState) -> Evaluation:
     """Accuracy of the global adapter, or of every client's own one."""
     everyone = tuple(range(len(experiment.clients)))
     experiment.model.adapters.resize(1)
-    personal = bool(experiment.aggregator.personal_parts)
-    adapters = initial_adapters(experiment, state, everyone) if personal else state.adapter.unsqueeze(0)
+    if experiment.aggregator.personal_parts:
+        adapters = initial_adapters(experiment, state, everyone)
+    else:
+        evaluation, layout = experiment.config.evaluation, experiment.layout
+        row = evaluated_adapter(evaluation, layout, state.adapter, state.recent, state.completed_rounds)
+        adapters = row.unsqueeze(0)
     with limited(experiment.config, f"the evaluation after round {state.completed_rounds}"):
         what = f"round {state.completed_rounds}/{experiment.config.rounds} evaluation"
         return experiment.evaluator(experiment.model, adapters, what)
@@ -271,7 +277,11 @@ def traffic_of(experiment: Experiment, state: ServerState, plan: RoundPlan, resu
     lora_ranks = lora_ranks_of(experiment, state, plan.clients)
     round_index = state.completed_rounds - 1
     traffic = round_traffic(experiment.layout, experiment.aggregator, result.update, round_index, lora_ranks)
-    return with_control_variates(traffic) if experiment.config.client.scaffold else traffic
+    if experiment.config.client.scaffold:
+        traffic = with_control_variates(traffic)
+    if experiment.head_class_counts is not None:
+        traffic = with_class_counts(traffic, len(plan.clients), len(experiment.data.classes))
+    return traffic
 
 
 def save(experiment: Experiment, state: ServerState, *, always: bool = False) -> None:

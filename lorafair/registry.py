@@ -29,10 +29,15 @@ class Registry(Generic[T]):
     """The objects of one kind by name."""
 
     def __init__(
-        self, kind: str, key: str, shipped: Mapping[str, str], synonyms: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        key: str,
+        shipped: Mapping[str, str],
+        synonyms: Mapping[str, str] | None = None,
+        titles: Mapping[str, str] | None = None,
     ) -> None:
         self.kind, self.key = kind, key
-        self._shipped, self._synonyms = dict(shipped), dict(synonyms or {})
+        self._shipped, self._synonyms, self._titles = dict(shipped), dict(synonyms or {}), dict(titles or {})
         self._added: dict[str, T] = {}
         self._origins: dict[str, object] = {}  # what a user has defined, from which the entry was made
 
@@ -80,6 +85,10 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """The names, those of lorafair first."""
         return [*self._shipped, *self._added]
+
+    def title(self, name: str) -> str:
+        """What papers call it, for figures and tables; the name itself of what a plug-in registers, or nobody has."""
+        return self._titles.get(name, name)
 
     def is_from_plugin(self, name: str) -> bool:
         """Whether a plug-in has registered this name."""
@@ -142,6 +151,25 @@ METHODS: Registry[Any] = Registry(
         "local_only": "lorafair.aggregation.references:LocalOnly",
     },
     synonyms={"fedavg": "fedit", "average": "fedit", "centralised": "centralized", "local": "local_only"},
+    titles={
+        "fedit": "FedIT",
+        "lora_fair": "LoRA-FAIR",
+        "fedex_lora": "FedEx-LoRA",
+        "fedrot_lora": "FedRot-LoRA",
+        "fedrpca": "FedRPCA",
+        "fedsa_lora": "FedSA-LoRA",
+        "fedsvd": "FedSVD",
+        "ffa_lora": "FFA-LoRA",
+        "flex_lora": "FlexLoRA",
+        "flora": "FLoRA",
+        "florist": "FLoRIST",
+        "het_lora": "HETLoRA",
+        "raflora": "raFLoRA",
+        "rbla": "RBLA",
+        "ro_lora": "RoLoRA",
+        "centralized": "Centralized",
+        "local_only": "Local only",
+    },
 )
 SOURCES: Registry[Any] = Registry(
     "data source",

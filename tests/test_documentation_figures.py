@@ -15,7 +15,7 @@ from lorafair import LoRAFactors
 from lorafair.seeding import seeded
 
 DOCS = Path(__file__).parents[1] / "docs"
-DRAWINGS = sorted((DOCS / "_static").glob("*.svg"))
+DRAWINGS = sorted(file for file in (DOCS / "_static").glob("*.svg") if file.name != "results.svg")  # drawn by hand
 OUT, IN, R, K = 40, 24, 4, 3
 
 
@@ -80,3 +80,17 @@ def test_drawings_are_small_and_can_be_inlined_together() -> None:
         assert all(re.match(r"\.lf-", rule.strip()) for rule in re.findall(r"^\s*(\S.*?)\s*\{", text, re.MULTILINE))
     assert len(DRAWINGS) >= 6
     assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("module", ["results_figure"], indirect=True)
+def test_the_figure_of_the_readme_shows_the_numbers_of_the_results(module: ModuleType) -> None:
+    """The numbers kept for it are those of the tables, and the picture was drawn from them."""
+    section = (DOCS / "results.md").read_text().partition("## One long round")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    left = {row[0]: float(row[3]) for row in rows if len(row) == 7 and row[0] not in ("method", "---")}
+    differences = {row[0]: row[1:-2] for row in rows if len(row) == 9 and row[1][:1] in "+-" and row[1][:2] != "--"}
+    numbers = module.read()
+    assert len(differences) == 8
+    assert {name: [f"{value:+.2f}" for value in of["by_seed"].values()] for name, of in numbers.items()} == differences
+    assert {name: of["bias"] for name, of in numbers.items()} == {name: left[name] for name in numbers}
+    assert f"numbers {module.digest()}" in module.PICTURE.read_text()

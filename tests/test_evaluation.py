@@ -180,3 +180,27 @@ def test_a_metric_that_cannot_be_used_is_named(name: str, message: str, metrics:
 def test_a_metric_cannot_take_the_name_of_what_every_run_has() -> None:
     with pytest.raises(LorafairError, match="there is a metric accuracy already"):
         register_metric("accuracy")(top2)
+
+
+def test_balanced_accuracy_is_the_mean_recall_of_the_classes_there_are() -> None:
+    """Against torchmetrics, class by class; and by hand where one has no images."""
+    m = model()
+    found = Evaluator(launched(1), Source(), DATA, batch_size=8)(m, adapters(m, 2))
+    recalls = torch.zeros(2, 3)
+    for index, adapter in enumerate(adapters(m, 2)):
+        m.adapters.write(adapter)
+        for domain in range(3):
+            labels = torch.from_numpy(LABELS[domain == DOMAINS])
+            recall = MulticlassAccuracy(4, average=None)(m(IMAGES[domain == DOMAINS]), labels)
+            recalls[index, domain] = recall[labels.unique()].mean()
+    torch.testing.assert_close(found.balanced_accuracy, recalls.mean(0).double(), rtol=0, atol=1e-6)
+    assert found.most_frequent_answer is None, "two adapters may have one each"
+
+    confusion = torch.tensor([[[6, 0, 0], [2, 1, 1], [0, 0, 0]]])
+    one = Evaluation(torch.tensor([[0.7]]), torch.zeros(1, 1), confusion)
+    assert one.balanced_accuracy.tolist() == [(1 + 1 / 4) / 2], "nobody can recall a class without images"
+    assert one.recall[0, :2].tolist() == [1, 1 / 4]
+    assert one.recall[0, 2].isnan()
+    assert one.majority_class.tolist() == [0.6]
+    assert one.most_frequent_answer is not None
+    assert one.most_frequent_answer.tolist() == [0.8]

@@ -104,6 +104,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "frlora", "ravan", "fed_sb",
     )},
     "fedrot_lora_in_turns": ("method.name=fedrot_lora", "method.turns=true", "rounds=3"),
+    "coded_fold": (
+        "method.name=lora_fair", "method.fold=true", "method.fold_bits=4", "method.fold_rank=16", "rounds=3",
+        "federation.head_weighting=class",
+    ),
+    "coded_mixed_ranks": (
+        "method.name=fedex_lora", "method.fold_bits=3", "model.lora.client_ranks=[1,4]",
+        "model.lora.client_rank_probabilities=[0.5,0.5]", "partition.scheme=dirichlet",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=3",
+    ),
     "mixed_ranks": ("method.name=lora_fair", "model.lora.client_ranks=[4,2,1]"),
     "own_scaling": (
         "method.name=lora_fair", "method.solver=sgd", "method.sgd_start=xavier", "method.sgd_steps=5",
@@ -147,9 +156,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=3", "client.cohort=2", "rounds=3",
     ),
+    "class_head": (
+        "method.name=flex_lora", "federation.head_weighting=class", "model.lora.client_ranks=[4,1]",
+        "model.lora.client_rank_probabilities=[0.5,0.5]", "partition.scheme=dirichlet", "partition.alpha=0.1",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=3",
+    ),
     "centralized": ("method.name=centralized",),
     "local_only": ("method.name=local_only",),
     "folding": ("method.name=stacking",),
+    "averaged_rounds": (
+        "method.name=lora_fair", "evaluation.average_rounds=2", "evaluation.average_parts=all", "rounds=3",
+    ),
     "fresh": ("federation.initialization=fresh",),
     "local": ("federation.initialization=local",),
     "partial": (
@@ -672,7 +689,7 @@ def test_bytes_are_those_that_the_papers_charge(method: str, tiny: Tiny) -> None
 
 
 def moved(fabric: Any, arguments: Sequence[str]) -> tuple[int, int]:
-    """Run a federation on a rank; returns the numbers that it received of rows, and those that its broadcasts carried.
+    """Run a federation on a rank; returns the numbers that it received of rows, and the bytes its broadcasts carried.
 
     Of tensors, not of objects.
     """
@@ -684,8 +701,8 @@ def moved(fabric: Any, arguments: Sequence[str]) -> tuple[int, int]:
         real_send(fabric, sent, received)
 
     def broadcast_(tensor: torch.Tensor, src: int) -> None:
-        if tensor.is_floating_point():  # not the ranks that go ahead of a folded part
-            broadcast.append(tensor.numel())
+        if tensor.is_floating_point() or tensor.dtype == torch.uint8:  # not the ranks that go ahead of a folded part
+            broadcast.append(tensor.numel() * tensor.itemsize)
         real_broadcast(tensor, src=src)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -697,13 +714,20 @@ def moved(fabric: Any, arguments: Sequence[str]) -> tuple[int, int]:
 
 def all_moved(fabric: Any, methods: Sequence[str], folder: Path) -> dict[str, tuple[int, int]]:
     common = (*TINY, "rounds=2", "partition.scheme=iid", "partition.clients=4")
-    return {m: moved(fabric, [*common, f"method.name={m}", f"run_dir={folder / m}"]) for m in methods}
+    options = {
+        m: ["method.name=fedex_lora", "method.fold_bits=5"] if m == CODED else [f"method.name={m}"] for m in methods
+    }
+    return {m: moved(fabric, [*common, *options[m], f"run_dir={folder / m}"]) for m in methods}
+
+
+CODED = "a coded fold"
 
 
 @pytest.mark.slow
 def test_the_collectives_carry_the_bytes_that_are_reported(tmp_path: Path) -> None:
     """Four clients, two ranks, two rounds. What clients keep is not charged, and yet moved by the simulation."""
     methods = [name for name in METHODS.names if not (METHODS[name].personal_parts or METHODS[name].pools_data)]
+    methods.append(CODED)
     ranks = run_ranks(2, all_moved, methods, tmp_path)
     for method in methods:
         rows = [line.split(",") for line in (tmp_path / method / "metrics.csv").read_text().splitlines()]
@@ -711,7 +735,7 @@ def test_the_collectives_carry_the_bytes_that_are_reported(tmp_path: Path) -> No
         gathered, broadcast = ranks[0][method]
         assert up == 4 * gathered, method
         assert ranks[1][method][0] == 0, "only the server needs the clients' rows"
-        received = 4 * 4 * broadcast  # by four clients, though it is broadcast once
+        received = 4 * broadcast  # by four clients, though it is broadcast once
         # FLoRIST charges the ranks it chooses; the broadcast has room for all of them.
         assert down < received if method == "florist" else down == received, method
 
@@ -738,6 +762,86 @@ def test_control_variates_change_nothing_in_the_first_round_and_something_later(
     assert torch.equal(found[1, True], found[1, False])
     # The corrections of all clients cancel in the mean to first order, so that they change it by little.
     assert not torch.equal(found[2, True], found[2, False])
+
+
+def test_class_counts_are_charged_where_they_weigh_the_head(tiny: Tiny) -> None:
+    config = tiny("method.name=fedit", "federation.head_weighting=class", "rounds=1")
+    run_federation(launched(1), config)
+    numbers = adapter_of(config.folder)["adapter"].numel()
+    text = (config.folder / "metrics.csv").read_text()
+    assert f"comm/up_bytes,{4.0 * 3 * (numbers + 4)}" in text, "four classes"
+    assert f"comm/down_bytes,{4.0 * 3 * numbers}" in text
+
+
+@pytest.mark.slow
+def test_a_coded_round_is_that_of_dense_matrices(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frozen weights and the start after a round: from what the clients returned, in float64."""
+    seen: dict[str, Any] = {}
+    gather = federation_module.gather
+
+    def gather_and_look(experiment: Any, state: Any, *others: Any) -> Any:
+        weights = {path: w.clone() for path, w in experiment.model.adapters.base_weights().items()}
+        seen.update(experiment=experiment, results=gather(experiment, state, *others), weights=weights)
+        return seen["results"]
+
+    monkeypatch.setattr(federation_module, "gather", gather_and_look)
+    config = tiny("method.name=fedex_lora", "method.fold_bits=4", "method.fold_rank=6", "rounds=1")
+    run_federation(launched(1), config)
+    layout, results = seen["experiment"].layout, seen["results"]
+    clients, tensors, scaling = layout.unpack(results.rows.double()).factors, adapter_of(config.folder), 16 / 4
+
+    def q(matrix: torch.Tensor, axis: int) -> torch.Tensor:
+        scale = matrix.abs().amax(axis, keepdim=True) / 7
+        return scale * (matrix / scale).round()
+
+    for path, start in layout.unpack(tensors["adapter"]).factors.items():
+        of_clients = list(zip(results.weights, clients[path].A, clients[path].B, strict=True))
+        A, B = (
+            sum(p * f for p, f in zip(results.weights, of, strict=True)) for of in (clients[path].A, clients[path].B)
+        )
+        assert torch.equal(start.A, A.half().float())
+        assert torch.equal(start.B, B.half().float())
+        left = sum(p * B @ A for p, A, B in of_clients) - start.B.double() @ start.A.double()
+        U, S, Vt = torch.linalg.svd(left)
+        root = S[:6].sqrt()
+        folded = q(U[:, :6] * root, 0) @ q(root.unsqueeze(1) * Vt[:6], 1)
+        change = tensors[f"base.{path}"].double() - seen["weights"][path].double()
+        torch.testing.assert_close(change, scaling * folded, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_the_class_wise_head_of_a_run_is_that_of_its_clients(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only some clients take part and one of them returns NaN: by loops, from what they returned."""
+    seen: dict[str, Any] = {}
+    gather = federation_module.gather
+
+    def gather_and_look(experiment: Any, state: Any, *others: Any) -> Any:
+        results = gather(experiment, state, *others)
+        seen.update(experiment=experiment, start=state.adapter.clone(), results=results)
+        return results
+
+    monkeypatch.setattr(federation_module, "gather", gather_and_look)
+    with_nan_from(monkeypatch, *range(0, 6, 2))
+    config = tiny(
+        "method.name=lora_fair", "federation.head_weighting=class", "rounds=1", "partition.scheme=dirichlet",
+        "partition.alpha=0.05", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=4",
+    )  # fmt: skip
+    run_federation(launched(1), config)
+    built, results = seen["experiment"], seen["results"]
+    assert results.dropped
+    trained, start = built.layout.unpack(results.rows).head, built.layout.unpack(seen["start"]).head
+    final = built.layout.unpack(adapter_of(config.folder)["adapter"]).head
+    kept = 0
+    for c in range(4):
+        images = [int((built.data.train.labels[built.clients[k].indices] == c).sum()) for k in results.clients]
+        for name, rows in final.items():
+            expected = start[name][c].double()
+            if sum(images):
+                expected = sum(n * trained[name][i, c].double() for i, n in enumerate(images)) / sum(images)
+            torch.testing.assert_close(rows[c], expected.float(), rtol=1e-6, atol=1e-8)
+        kept += not sum(images)
+    assert kept < 4
 
 
 def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:

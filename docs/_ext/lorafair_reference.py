@@ -11,21 +11,20 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
+from traffic_table import layer_traffic
 
 import lorafair
 from lorafair import registry
-from lorafair.aggregation.base import Aggregator, aggregate
+from lorafair.aggregation.base import Aggregator
 from lorafair.cli import SUBCOMMANDS
-from lorafair.communication.traffic import round_traffic
 from lorafair.config.describe import Description, describe_options, groups
 from lorafair.config.options import Option, all_options, group_of, option_of
 from lorafair.config.schema import Config
-from lorafair.model.adapter import PARTS, AdapterLayout, row
+from lorafair.model.adapter import PARTS
 
 _DESCRIBED = {described.key: described for described in describe_options()}
 _DECLARED = {key: option_of(declared) for key, declared in all_options(Config)}
@@ -70,10 +69,8 @@ def markdown(text: str) -> str:
     return _LINKS.sub(link, text)
 
 
-def option_text(
-    key: str, described: Description, declared: Option, *, of_run: bool = True, is_first: bool = True
-) -> str:
-    """One option: its type, default, range and condition in a line, then its meaning. Links go to the first."""
+def option_text(key: str, described: Description, declared: Option, *, of_run: bool = True, linked: bool = True) -> str:
+    """One option: its type, default, range and condition in a line, then its meaning; unless `linked`, no target."""
     default = described.default.removesuffix(f" (with {declared.requires})")
     facts = [f"`{described.kind}`" + (f", default `{default}`" if default else "")]
     if declared.range_text:
@@ -84,7 +81,7 @@ def option_text(
         facts.append("May change when a run continues")
     if declared.formerly:
         facts.append(f"Formerly `{declared.formerly}`")
-    index = "" if is_first else ":no-index:\n\n"
+    index = "" if linked else ":no-index:\n\n"
     return f"````{{confval}} {key}\n{index}{'. '.join(facts)}.\n\n{markdown(declared.help)}\n````\n"
 
 
@@ -134,15 +131,14 @@ class Method(FromCode):
         yield ""
         fields = {field.name: field for field in dataclasses.fields(method)}
         for described in describe_options(method, "method."):
-            option_name = described.key.removeprefix("method.")
-            option = option_of(fields[option_name])
-            yield option_text(described.key, described, option, of_run=False, is_first=first_with(option_name) == name)
+            field = described.key.removeprefix("method.")
+            first = next(other for other in registry.METHODS.names if field in _fields_of(other))
+            option = option_of(fields[field])
+            yield option_text(described.key, described, option, of_run=False, linked=first == name)
 
 
-def first_with(option_name: str) -> str:
-    """The first method with an option of this name."""
-    methods = registry.METHODS
-    return next(name for name in methods.names if option_name in {f.name for f in dataclasses.fields(methods[name])})
+def _fields_of(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(registry.METHODS[method])}
 
 
 class OtherMethods(Method):
@@ -186,30 +182,25 @@ def facts(method: Aggregator) -> Iterator[tuple[str, str]]:
 class Traffic(FromCode):
     """What a client sends and receives, from the accounting of the runs."""
 
-    SIZES: ClassVar = {"attn.proj": (768, 768), "mlp.fc2": (3072, 768)}  # (I, O) of a ViT-B block
+    LAYERS = ((768, 768), (768, 3072))  # (O, I) of attn.proj and mlp.fc2 in a block of a ViT-B
     CLIENTS, LORA_RANK, BLOCKS = 6, 16, 12
 
     def text(self) -> Iterator[str]:
         """A table with a row for each method."""
         yield "| method | up, MB | down, MB |\n|---|---|---|"
         for name in registry.METHODS.names:
-            up, down = self.megabytes(registry.METHODS[name]())
-            yield f"| {{ref}}`{name} <method-{name}>` | {up:.2f} | {down:.2f} |"
-
-    def megabytes(self, method: Aggregator) -> tuple[float, float]:
-        """A client and round, averaged over two rounds; no head."""
-        K, R = self.CLIENTS, self.LORA_RANK
-        shapes = {name: ((R, inputs), (outputs, R)) for name, (inputs, outputs) in self.SIZES.items()}
-        layout = AdapterLayout.of(shapes, {}, method.core)
-        drawn = layout.unpack(torch.randn(K, layout.length, generator=torch.Generator().manual_seed(0)))
-        weights = torch.full((K,), 1 / K, dtype=torch.float64)
-        sums = [0, 0]
-        for at in (0, 1):
-            update = aggregate(method, drawn, weights, row(drawn, 0), method.receives(at))
-            traffic = round_traffic(layout, method, update, at, [R] * K)
-            sums[0] += traffic.up
-            sums[1] += traffic.down
-        return tuple(self.BLOCKS * total / 2 / K / 1e6 for total in sums)  # type: ignore[return-value]
+            moved = [
+                layer_traffic(
+                    name, outputs=outputs, inputs=inputs, lora_ranks=(self.LORA_RANK,) * self.CLIENTS, round_index=at
+                )
+                for outputs, inputs in self.LAYERS
+                for at in (0, 1)  # of two rounds, as some methods take turns
+            ]
+            up, down = (
+                self.BLOCKS * sum(bytes) / 2 / self.CLIENTS / 1e6
+                for bytes in zip(*((traffic.up, traffic.down) for traffic in moved), strict=True)
+            )
+            yield f"| {{ref}}`{name} <method-{name}>` | {up:.3g} | {down:.3g} |"
 
 
 class Configs(FromCode):

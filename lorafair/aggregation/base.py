@@ -15,7 +15,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from lorafair.aggregation.coded_fold import Coding
 from lorafair.aggregation.factor_algebra import nonzero_rows, weighted_mean
+from lorafair.aggregation.head_mean import class_mean_head, mean_head
 from lorafair.aggregation.rank_pruning import RankPruning
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.options import option_of
@@ -165,6 +167,11 @@ class Aggregator(ABC):
         return None
 
     @property
+    def coding(self) -> Coding | None:
+        """How what the server sends is coded (folded parts are `coded_fold.rounded` then); None: all in float32."""
+        return None
+
+    @property
     def needs_all_layers(self) -> bool:
         """Whether what becomes of a layer depends on the others."""
         return False
@@ -235,13 +242,14 @@ def aggregate(
     weights: Tensor,
     start: AdapterState | None = None,
     receives: Sequence[Part] = PARTS,
+    class_counts: Tensor | None = None,
 ) -> ServerUpdate:
     """The server step: every layer by the method, the head by its weighted mean.
 
     `clients` holds tensors with a leading K, `weights` (K,) sums to 1, `start` is what the clients were sent and
-    `receives` what they are sent of the result: factors that they are not sent stay those of `start`. Computed in
-    float64 on the clients' device and returned in the clients' dtype; the order of the clients matters up to rounding
-    only.
+    `receives` what they are sent of the result: factors that they are not sent stay those of `start`. With
+    `class_counts` (K, Q), which needs `start`, each row of the head has weights of its own. Computed in float64 on the
+    clients' device and returned in the clients' dtype; the order of the clients matters up to rounding only.
     """
     initial_factors = None if start is None else start.factors
     if isinstance(aggregator, JointAggregator) and clients.factors:
@@ -260,11 +268,18 @@ def aggregate(
     if initial_factors is not None and not (aggregator.personal_parts or aggregator.restarts):
         updates = {path: _keep_unsent(update, initial_factors[path], receives) for path, update in updates.items()}
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
-    head = {name: weighted_mean(tensor, weights) for name, tensor in clients.head.items()}
     cores = {path: _core_of(aggregator, core, weights) for path, core in clients.cores.items()}
+    if class_counts is None or start is None:
+        head = mean_head(clients.head, weights)
+    else:
+        head = class_mean_head(clients.head, class_counts, start.head)
     return ServerUpdate(
         factors={path: update.factors.to(dtypes[path]) for path, update in updates.items()},
-        folded={path: update.folded.to(dtypes[path]) for path, update in updates.items() if update.folded is not None},
+        folded={
+            path: update.folded if aggregator.coding else update.folded.to(dtypes[path])  # float32 rounds what is coded
+            for path, update in updates.items()
+            if update.folded is not None
+        },
         head={name: tensor.to(clients.head[name].dtype) for name, tensor in head.items()},
         sent_lora_rank={
             path: update.factors.rank if update.sent_lora_rank is None else update.sent_lora_rank

@@ -18,14 +18,23 @@ from torch import Tensor
 
 from lorafair.aggregation.alignment import aligned
 from lorafair.aggregation.base import Aggregator, LayerUpdate
+from lorafair.aggregation.coded_fold import (
+    Coding,
+    coded,
+    coding_of,
+    fold_bits_option,
+    fold_rank_option,
+    left_over,
+    start_of,
+    start_precision_option,
+)
 from lorafair.aggregation.factor_algebra import (
-    add,
-    aggregation_bias,
     have_mixed_lora_ranks,
     inner,
     mean_factors,
     squared_norm,
     transpose,
+    truncated_svd,
     weighted_sum,
 )
 from lorafair.aggregation.solvers.directions import (
@@ -82,8 +91,12 @@ class LoRAFair(Aggregator):
     )
     fold: bool = option(
         False,
-        """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost.""",
+        """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost,
+        or less with method.fold_bits.""",
     )
+    fold_bits: int | None = fold_bits_option(requires=when("method.fold", True))
+    fold_rank: int | None = fold_rank_option(requires=when("method.fold", True))
+    start_precision: Literal["float16", "float32"] | None = start_precision_option()
     sgd_steps: int | None = option(
         None, "Gradient steps.", at_least=1, requires=when("method.solver", "sgd"), conditional_default=1000
     )
@@ -108,6 +121,11 @@ class LoRAFair(Aggregator):
     def folds(self) -> bool:
         """With method.fold."""
         return self.fold
+
+    @property
+    def coding(self) -> Coding | None:
+        """With method.fold_bits."""
+        return coding_of(self.fold_bits, self.start_precision)
 
     @property
     def needs_all_layers(self) -> bool:
@@ -146,10 +164,7 @@ class LoRAFair(Aggregator):
             self._require_finite(corrected)
         if self.rescale:
             corrected = {path: self._rescaled(corrected[path], layers[path], weights) for path in layers}
-        return {
-            path: LayerUpdate(factors, self._left_over(factors, layers[path], weights) if self.fold else None)
-            for path, factors in corrected.items()
-        }
+        return {path: self._update(factors, layers[path], weights) for path, factors in corrected.items()}
 
     def objective(self, clients: LoRAFactors, weights: Tensor) -> LayerObjective:
         """What this method minimises for one layer, a function of A (R, I) and B (O, R) in float64."""
@@ -222,22 +237,30 @@ class LoRAFair(Aggregator):
         if self.residual == "B":
             return minimize_from(objective, objective.mean, "B")
         one_sided = [
-            dataclasses.replace(self, residual=side, rescale=False, fold=False).combine(clients, weights).factors
+            dataclasses.replace(
+                self, residual=side, rescale=False, fold=False, fold_bits=None, fold_rank=None, start_precision=None
+            )
+            .combine(clients, weights)
+            .factors
             for side in ("B", "A")
         ]
         # Several valleys: the one below the mean, where descent would go, and the one below the best single correction.
         starts = (objective.mean, min(one_sided, key=lambda factors: float(objective(factors))))
         return min((minimize_from(objective, start, "both") for start in starts), key=lambda f: float(objective(f)))
 
-    def _left_over(self, corrected: LoRAFactors, clients: LoRAFactors, weights: Tensor) -> LoRAFactors:
-        """ΔW − B'A' = ΔR + (B̄ − B')Ā + B'(Ā − A'), of the ranks that differ from zero."""
-        mean = mean_factors(clients, weights)
-        parts = [aggregation_bias(clients, weights)]
-        if self.residual != "A" or self.rescale:
-            parts.append(LoRAFactors(A=mean.A, B=mean.B - corrected.B))
-        if self.residual != "B":
-            parts.append(LoRAFactors(A=mean.A - corrected.A, B=corrected.B))
-        return add(*parts)
+    def _update(self, corrected: LoRAFactors, clients: LoRAFactors, weights: Tensor) -> LayerUpdate:
+        """The corrected factors, and with method.fold what they leave, as it is sent."""
+        if not self.fold:
+            return LayerUpdate(corrected)
+        coding = self.coding
+        start, rounds_start = start_of(corrected, coding), coding is not None and coding.half_start
+        new_b = self.residual != "A" or bool(self.rescale) or rounds_start
+        left = left_over(start, clients, weights, new_a=self.residual != "B" or rounds_start, new_b=new_b)
+        if coding is not None:
+            return LayerUpdate(start, coded(left, self.fold_rank, coding))
+        if self.fold_rank is not None and self.fold_rank < left.rank:
+            left = truncated_svd(left, self.fold_rank)
+        return LayerUpdate(start, left)
 
     @property
     def _steps(self) -> int:

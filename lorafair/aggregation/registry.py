@@ -95,6 +95,17 @@ def method_of(config: Config) -> Aggregator:
     _check_initialization(config, method, name)
     _check_core(config, method, name)
     _check_sharding(config, method, name)
+    if config.federation.head_weighting == "class" and not _averages_the_head(method):
+        raise ConfigError(
+            f"federation.head_weighting=class has no effect with method.name={name}, which averages no heads; "
+            f"possible: {', '.join(_methods_that(_averages_the_head))}"
+        )
+    _check_average(config, method, name)
+    if method.coding is not None and config.server.optimizer != "none":
+        raise ConfigError(
+            f"server.optimizer={config.server.optimizer} does not fit method.fold_bits of method.name={name}: it would "
+            "move the factors after what they leave was coded; leave one of them out"
+        )
     for key, used, fits in (
         (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none", _keeps_its_factors),
         ("client.scaffold=true", config.client.scaffold, _starts_all_clients_alike),
@@ -179,12 +190,32 @@ def _check_sharding(config: Config, method: Aggregator, name: str) -> None:
         )
 
 
+def _check_average(config: Config, method: Aggregator, name: str) -> None:
+    rounds, parts = config.evaluation.average_rounds, config.evaluation.average_parts
+    if rounds is not None and method.personal_parts:
+        raise ConfigError(
+            f"evaluation.average_rounds={rounds} does not fit method.name={name}, whose clients are evaluated with a "
+            "model each; leave it out"
+        )
+    changing = method.decomposes or method.restarts or method.resets or method.folds
+    moving = changing or config.federation.initialization == "fresh"
+    if parts == "all" and moving:
+        raise ConfigError(
+            f"evaluation.average_parts=all does not fit method.name={name} with these options: its factors of one "
+            "round mean nothing beside the frozen weights or the decomposition of another; possible: head"
+        )
+
+
 def _methods_that(fit: Callable[[type[Aggregator]], bool]) -> list[str]:
     return [name for name in METHODS.names if fit(METHODS[name])]
 
 
 def _takes_mixed_lora_ranks(method: Aggregator | type[Aggregator]) -> bool:
     return method.mixed_lora_ranks and not method.pools_data
+
+
+def _averages_the_head(method: Aggregator | type[Aggregator]) -> bool:
+    return "head" not in method.personal_parts and not method.pools_data
 
 
 def _keeps_its_factors(method: Aggregator | type[Aggregator]) -> bool:

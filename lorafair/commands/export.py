@@ -27,6 +27,7 @@ from lorafair.model.backbone import build_model, create_backbone, plain_head, si
 from lorafair.model.lora import ClientHead, LoRALinear
 from lorafair.registry import BACKBONES
 from lorafair.reporting.run_dir import CONFIG_FILE
+from lorafair.server.recent import RECENT, RecentAdapters, evaluated_adapter
 from lorafair.server.state import base_weights_in
 
 
@@ -100,10 +101,15 @@ def _load_run(run_dir: Path) -> TrainedModel:
     classes = len(checkpoint.identity["classes"])
     model = build_model(config.model, classes, config.seed, method.core).attach()
     needed = {f"{BASE}{path}": weight for path, weight in model.adapters.base_weights().items()}
-    needed["adapter"] = torch.empty(model.adapters.layout.length, device="meta")
-    found = {name: tensor for name, tensor in checkpoint.tensors.items() if name == "adapter" or name.startswith(BASE)}
+    layout = model.adapters.layout
+    needed["adapter"] = torch.empty(layout.length, device="meta")
+    recent = RecentAdapters.at_start(config.evaluation, layout, torch.device("meta"))
+    if recent is not None:
+        needed[RECENT], recent.rows = recent.rows, checkpoint.tensors.get(RECENT, recent.rows)
+    found = {n: tensor for n, tensor in checkpoint.tensors.items() if n in needed or n.startswith(BASE)}
     check_tensors(found, needed, str(checkpoints[-1]))
-    model.adapters.write(checkpoint.tensors["adapter"])
+    of_last, rounds = checkpoint.tensors["adapter"], checkpoint.completed_rounds
+    model.adapters.write(evaluated_adapter(config.evaluation, layout, of_last, recent, rounds))
     folded = base_weights_in(checkpoint)
     model.adapters.load_base_weights(folded)
     return TrainedModel(config, model, classes, bool(folded))

@@ -30,7 +30,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorafair.aggregation.base import ServerUpdate
+from lorafair.aggregation.coded_fold import Coding
 from lorafair.aggregation.factor_algebra import clients_at_a_time, is_identity
+from lorafair.communication.coding import decode, encode, folded_ranks, message_length
 from lorafair.model.adapter import AdapterLayout, LoRAFactors, Part, take_columns
 from lorafair.schedule import RoundPlan
 
@@ -198,14 +200,22 @@ def drop_nonfinite(fabric: Fabric, trained: Tensor, plan: RoundPlan) -> ClientRe
 
 
 def broadcast_update(
-    fabric: Fabric, update: ServerUpdate | None, layout: AdapterLayout, *, parts: Sequence[Part], folds: bool
+    fabric: Fabric,
+    update: ServerUpdate | None,
+    layout: AdapterLayout,
+    *,
+    parts: Sequence[Part],
+    folds: bool,
+    coding: Coding | None = None,
 ) -> tuple[Tensor, dict[str, LoRAFactors]]:
     """The server's update on every rank; `update` is given on rank 0. Call on every rank.
 
     Returns the numbers of `parts` in the order of a packed row, and the factors to fold into the frozen weights. One
     broadcast of one tensor; where the method folds (`folds`), the forms of the folded factors are sent first, because
-    the other processes do not know them.
+    the other processes do not know them. With a `coding` the message is coded, and so many bytes.
     """
+    if coding is not None:
+        return _broadcast_coded(fabric, update, layout, parts, coding)
     device = fabric.device
     rows = [(0, _BOTH)] * len(layout.factors)  # (L, LoRA rank and what is sent)
     numbers: list[Tensor] = []
@@ -235,6 +245,25 @@ def broadcast_update(
     if fabric.world_size > 1 and message.numel():
         dist.broadcast(message, src=0)
     return message[:start_length], _received_factors(message[start_length:], shapes)
+
+
+def _broadcast_coded(
+    fabric: Fabric, update: ServerUpdate | None, layout: AdapterLayout, parts: Sequence[Part], coding: Coding
+) -> tuple[Tensor, dict[str, LoRAFactors]]:
+    """As `broadcast_update`: rank 0, too, goes on with what the message says."""
+    folded = {} if update is None else update.folded
+    ranks = torch.tensor(folded_ranks(folded, layout), dtype=torch.int64).to(fabric.device)
+    if fabric.world_size > 1:
+        dist.broadcast(ranks, src=0)
+    of_layers = ranks.tolist()
+    if update is None:
+        length = message_length(layout, parts, of_layers, coding)
+        message = torch.empty(length, dtype=torch.uint8, device=fabric.device)
+    else:
+        message = encode(update, layout, parts, coding)
+    if fabric.world_size > 1:
+        dist.broadcast(message, src=0)
+    return decode(message, layout, parts, of_layers, coding)
 
 
 def _factors_to_send(factors: LoRAFactors) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafair.aggregation.base import Aggregator, ServerUpdate
+from lorafair.aggregation.coded_fold import Coding
+from lorafair.communication.coding import start_dtype
 from lorafair.communication.collectives import numbers_to_send
 from lorafair.model.adapter import AdapterLayout, Part
 
@@ -41,18 +43,29 @@ def round_traffic(
 
     A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send;
     where a method selects directions, all of them come down. A folded part counts as it is sent between processes: as
-    factors, or as a matrix (O, I) where the server keeps that.
+    factors, or as a matrix (O, I) where the server keeps that; a coded message counts its bytes.
     """
     if aggregator.pools_data:
         return Traffic()
-    folded = sum(map(numbers_to_send, update.folded.values()))
+    coding = aggregator.coding
+    of_factors = BYTES_PER_NUMBER if coding is None else start_dtype("A", coding).itemsize
+    folded = _folded_bytes(update, coding)
     sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
     up = down = 0
     for lora_rank, clients in Counter(lora_ranks).items():
-        up += clients * _numbers(layout, sends, lora_rank, {})
+        factors, rest = _numbers(layout, sends, lora_rank, {})
+        up += clients * BYTES_PER_NUMBER * (factors + rest)
         received = None if aggregator.selects_directions else lora_rank
-        down += clients * (_numbers(layout, receives, received, update.sent_lora_rank) + folded)
-    return Traffic(up * BYTES_PER_NUMBER, down * BYTES_PER_NUMBER)
+        factors, rest = _numbers(layout, receives, received, update.sent_lora_rank)
+        down += clients * (of_factors * factors + BYTES_PER_NUMBER * rest + folded)
+    return Traffic(up, down)
+
+
+def _folded_bytes(update: ServerUpdate, coding: Coding | None) -> int:
+    """Of the folded parts of all layers, to one client."""
+    if coding is None:
+        return BYTES_PER_NUMBER * sum(map(numbers_to_send, update.folded.values()))
+    return sum(coding.message_bytes(f.rank, f.B.shape[0], f.A.shape[1]) for f in update.folded.values())
 
 
 def with_control_variates(traffic: Traffic) -> Traffic:
@@ -60,13 +73,24 @@ def with_control_variates(traffic: Traffic) -> Traffic:
     return Traffic(2 * traffic.up, traffic.down + traffic.up)
 
 
+def with_class_counts(traffic: Traffic, clients: int, classes: int) -> Traffic:
+    """The same where each client of the round sends its number of training images of every class, 4 bytes each.
+
+    All processes of a simulation know the partition, so that these numbers are counted and not moved.
+    """
+    return Traffic(traffic.up + clients * classes * BYTES_PER_NUMBER, traffic.down)
+
+
 def _numbers(
     layout: AdapterLayout, parts: Sequence[Part], lora_rank: int | None, sent_lora_rank: Mapping[str, int]
-) -> int:
-    """Numbers in these parts of one client's adapter of this LoRA rank; None for all directions."""
-    total = layout.length_of(["head"]) if "head" in parts else 0
-    total += sum(math.prod(H) for H, _ in layout.cores.values()) if "core" in parts else 0  # scales stay where they are
+) -> tuple[int, int]:
+    """Numbers in these parts of one client's adapter of this LoRA rank, None for all directions: factors, and the rest.
+
+    The rest is the head and the cores, whose scales stay where they are.
+    """
+    total, rest = 0, layout.length_of(("head",)) if "head" in parts else 0
+    rest += sum(math.prod(H) for H, _ in layout.cores.values()) if "core" in parts else 0
     for path, (a, b) in layout.factors.items():
         rank = a[0] if lora_rank is None else lora_rank
         total += min(rank, sent_lora_rank.get(path, rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
-    return total
+    return total, rest

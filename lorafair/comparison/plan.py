@@ -84,6 +84,7 @@ class Comparison:
     tuning: Tuning | None
     configs: Mapping[tuple[str, str, int], Config] = field(repr=False)  # (setting, method, candidate), first seed
     runs: tuple[Run, ...] = field(repr=False)  # tuning runs first
+    arguments: tuple[str, ...] = ()  # the files and pairs that declare it
 
     @property
     def candidates(self) -> tuple[dict[str, Any], ...]:

@@ -16,6 +16,7 @@ Nothing heavy is imported, unless a plug-in does.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,7 @@ def load_comparison(*arguments: str | Path | Sequence[str]) -> Comparison | None
         raise ConfigError(f"{' and '.join(sections)} both have a {SECTION}: section; give one of them")
     file, section = next(iter(sections.items()))
     try:
-        return _comparison_of(section, layers, file)
+        return dataclasses.replace(_comparison_of(section, layers, file), arguments=tuple(map(str, given)))
     except ConfigError as error:
         if str(error).startswith(SECTION):
             raise ConfigError(f"{file}: {error}") from error

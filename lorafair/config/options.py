@@ -20,7 +20,7 @@ class When:
     """The choice that an option belongs to: another option has one of these values, is given, or is not given."""
 
     key: str  # from the top of the configuration, or of a method's options
-    values: tuple[str, ...] = ()  # empty: any value
+    values: tuple[str | bool, ...] = ()  # empty: any value
     given: bool = True
 
     def holds(self, select: Callable[[str], Any]) -> bool:
@@ -33,11 +33,11 @@ class When:
     def __str__(self) -> str:
         if not self.values:
             return self.key if self.given else f"no {self.key}"
-        *others, last = self.values
+        *others, last = (str(value).lower() if isinstance(value, bool) else value for value in self.values)
         return f"{self.key}={', '.join(others)} or {last}" if others else f"{self.key}={last}"
 
 
-def when(key: str, *values: str) -> When:
+def when(key: str, *values: str | bool) -> When:
     """For an option that means something only where the option `key` has one of these values."""
     return When(key, values)
 

@@ -360,6 +360,13 @@ class FederationConfig:
     weighting: Literal["size", "uniform"] = option(
         "size", "Aggregation weights: by number of training images (the paper) or equal (its released code)."
     )
+    head_weighting: Literal["client", "class"] = option(
+        "client",
+        """Weights of the mean of the clients' heads. client: those of federation.weighting, for the whole head. class:
+        row c of weight and bias is weighted by the clients' numbers of training images of class c, and stays as it was
+        sent where no client of the round has any. The server then learns these numbers: each client sends one a class
+        with its adapter, which the bytes include. The factors A and B keep the weights of federation.weighting.""",
+    )
     initialization: Literal["average", "fresh", "local"] = option(
         "average",
         """Where a client starts the next round. average: from the server's factors. fresh: the server's update is
@@ -425,6 +432,19 @@ class EvaluationConfig:
         "Images a batch; part of the numbers' last bits, so it does not follow the number of processes.",
         at_least=1,
         identity=False,
+    )
+    average_rounds: int | None = option(
+        None,
+        """Evaluate and export the mean of the last n rounds' heads or adapters (average_parts) instead of the last one.
+        Clients still start from the last one, so that training is the same; the n are kept in checkpoints (1).""",
+        at_least=1,
+    )
+    average_parts: Literal["head", "all"] | None = option(
+        None,
+        """What is averaged over rounds. head: weight and bias of the head. all: also the factors A and B, each by
+        itself; for methods whose factors of different rounds belong to the same frozen weights.""",
+        requires=when_given("evaluation.average_rounds"),
+        conditional_default="head",
     )
     metrics: tuple[str, ...] = option(
         (),

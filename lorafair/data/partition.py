@@ -193,6 +193,11 @@ def balanced_cuts(fractions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return cuts
 
 
+def class_counts(clients: Sequence[Client], labels: np.ndarray, classes: int) -> np.ndarray:
+    """Images of each class at each client (N, C)."""
+    return np.stack([np.bincount(labels[client.indices], minlength=classes) for client in clients])
+
+
 def _check_clients(scheme: str, clients: Sequence[Client], images: int) -> None:
     """Raise PartitionError for a plug-in's clients without images, with shared or unknown ones; log unused images.
 

@@ -58,10 +58,16 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
 
 
 def evaluation_scalars(experiment: Experiment, evaluation: Evaluation) -> dict[str, float]:
-    """Accuracy and loss of every domain and their means, and the metrics of plug-ins."""
+    """Accuracies and loss of every domain and their means, and the metrics of plug-ins."""
+    balanced, answer = evaluation.balanced_accuracy, evaluation.most_frequent_answer
     scalars = {"eval/accuracy": evaluation.mean_accuracy, "eval/loss": evaluation.mean_loss}
+    scalars["eval/balanced_accuracy"] = float(balanced.mean())
+    scalars["eval/majority_class"] = float(evaluation.majority_class.mean())
+    if answer is not None:
+        scalars["eval/most_frequent_answer"] = float(answer.mean())
     for index, domain in enumerate(experiment.data.domains):
         scalars[f"eval/accuracy/{domain}"] = float(evaluation.accuracy[:, index].mean())
+        scalars[f"eval/balanced_accuracy/{domain}"] = float(balanced[index])
         scalars[f"eval/loss/{domain}"] = float(evaluation.loss[:, index].mean())
     own = own_domain_mask(experiment, evaluation)
     if own is not None:

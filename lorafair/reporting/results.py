@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -34,10 +35,12 @@ def write_result(experiment: Experiment, evaluation: Evaluation, totals: Mapping
         "rounds": config.rounds,
         "accuracy": {domain: scalars[f"eval/accuracy/{domain}"] for domain in data.domains},
         "mean_accuracy": evaluation.mean_accuracy,
+        "mean_balanced_accuracy": scalars["eval/balanced_accuracy"],
         "mean_loss": evaluation.mean_loss,
         **{name.removeprefix("eval/"): value for name, value in scalars.items() if "_domain" in name},
         "metrics": evaluation.metrics,
         "domains": _by_domain(experiment, evaluation),
+        "recall": _recall(experiment, evaluation),
         "totals": dict(totals),
         "processes": experiment.fabric.world_size,
         "data": {"source": config.data.source, "description": data.description, "fingerprint": data.fingerprint},
@@ -65,7 +68,8 @@ def result_text(result: Mapping[str, Any]) -> str:
     domains: Mapping[str, Mapping[str, float]] = result["domains"]
     rounds = format_count(result["rounds"], "round")
     title = f"{result['method']['name']} on {result['data']['source']}, {rounds}, seed {result['seed']}"
-    columns = {"accuracy %": "accuracy", "own client %": OWN, "other clients %": OTHERS}
+    columns = {"accuracy %": "accuracy", "balanced %": "balanced_accuracy"}
+    columns |= {"own client %": OWN, "other clients %": OTHERS}
     columns = {header: name for header, name in columns.items() if name in next(iter(domains.values()))}
     rows = [
         [
@@ -77,6 +81,7 @@ def result_text(result: Mapping[str, Any]) -> str:
         for domain, values in domains.items()
     ]
     means = {"accuracy": result["mean_accuracy"], OWN: result.get("accuracy_own_domain", 0.0)}
+    means["balanced_accuracy"] = result.get("mean_balanced_accuracy", 0.0)
     means[OTHERS] = result.get("accuracy_other_domains", 0.0)
     images = sum(int(values["test_images"]) for values in domains.values())
     mean = [f"{100 * means[name]:.1f}" for name in columns.values()]
@@ -104,6 +109,10 @@ def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict
     for index, domain in enumerate(experiment.data.domains):
         accuracy = evaluation.accuracy[:, index]
         found[domain] = {"accuracy": float(accuracy.mean()), "loss": float(evaluation.loss[:, index].mean())}
+        found[domain]["balanced_accuracy"] = float(evaluation.balanced_accuracy[index])
+        found[domain]["majority_class"] = float(evaluation.majority_class[index])
+        if evaluation.most_frequent_answer is not None:
+            found[domain]["most_frequent_answer"] = float(evaluation.most_frequent_answer[index])
         found[domain]["test_images"] = images[index]
         if own is not None:
             found[domain] |= {
@@ -111,6 +120,15 @@ def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict
                 OTHERS: float(accuracy[~own[:, index]].mean()),
             }
     return found
+
+
+def _recall(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Of each class that a domain has test images of."""
+    data = experiment.data
+    return {
+        domain: {name: value for name, value in zip(data.classes, row, strict=True) if not math.isnan(value)}
+        for domain, row in zip(data.domains, evaluation.recall.tolist(), strict=True)
+    }
 
 
 def _start(experiment: Experiment) -> dict[str, str]:

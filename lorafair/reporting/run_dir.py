@@ -38,11 +38,16 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     return result
 
 
-def read_metrics(run_dir: Path) -> dict[str, Curve]:
-    """The scalars of a run by name and round. ConfigError where metrics.csv cannot be read."""
+def read_metrics(run_dir: Path, *, in_progress: bool = False) -> dict[str, Curve]:
+    """The scalars of a run by name and round. ConfigError where metrics.csv cannot be read.
+
+    `in_progress`: the run may write to it, so a last line that is cut is left out.
+    """
     metrics: dict[str, Curve] = {}
     try:
         content = (run_dir / METRICS_FILE).read_text(encoding="utf-8")
+        if in_progress:
+            content = content[: content.rfind("\n") + 1] or "\n"
         if not content.endswith("\n"):
             raise ValueError("its last line is cut")
         for row in csv.DictReader(io.StringIO(content)):

@@ -19,6 +19,7 @@ from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
 from lorafair.server.optimizer import Moments
+from lorafair.server.recent import RECENT, RecentAdapters
 from lorafair.server.scaffold import ControlVariates
 from lorafair.server.start import initial_adapter
 
@@ -36,6 +37,7 @@ class ServerState:
     controls: ControlVariates | None = None  # of SCAFFOLD
     lora_ranks: Tensor | None = None  # (N,) int64 of the clients, for a method that changes them
     initial_factors: Tensor | None = None  # A and B of the first round, packed, for a method that resets to them
+    recent: RecentAdapters | None = None  # of the last rounds, where their mean is evaluated
     folded: bool = False  # the frozen weights have changed
     unfinished_rounds: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
@@ -56,6 +58,8 @@ class ServerState:
             tensors["lora_ranks"] = self.lora_ranks
         if self.initial_factors is not None:
             tensors["initial_factors"] = self.initial_factors
+        if self.recent is not None:
+            tensors[RECENT] = self.recent.rows
         return tensors
 
 
@@ -94,6 +98,7 @@ def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
         controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
         lora_ranks=torch.tensor(experiment.lora_ranks) if experiment.aggregator.rank_pruning is not None else None,
         initial_factors=layout.select(adapter, ("A", "B")).clone() if experiment.aggregator.resets else None,
+        recent=RecentAdapters.at_start(config.evaluation, experiment.layout, adapter.device),
     )
 
 

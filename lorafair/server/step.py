@@ -31,6 +31,7 @@ from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, put_column
 from lorafair.model.lora import AdapterParameters
 from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
 from lorafair.server.optimizer import Moments, server_step
+from lorafair.server.recent import averaged_parts
 from lorafair.server.state import ServerState, initial_adapters, lora_ranks_of
 
 
@@ -112,7 +113,10 @@ class Server(ABC):
         clients = shard.unpack(rows)
         received = aggregator.receives(state.completed_rounds)
         of_round = aggregator.in_round(state.completed_rounds)
-        update, moments = aggregate(of_round, clients, weights, shard.unpack(start), received), None
+        counts = self.experiment.head_class_counts
+        if counts is not None:
+            counts = counts[list(results.clients)]
+        update, moments = aggregate(of_round, clients, weights, shard.unpack(start), received, counts), None
         check_finite(aggregator, update)
         if state.moments is not None:
             moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
@@ -233,6 +237,8 @@ def apply_update(
     layout = adapters.layout
     state.adapter = layout.replaced(state.adapter, aggregator.receives(state.completed_rounds), received)
     state.completed_rounds += 1
+    if state.recent is not None:
+        state.recent.add(layout.select(state.adapter, averaged_parts(config.evaluation)), state.completed_rounds)
     adapters.fold_into_base(folded)
     state.folded |= bool(folded)
     if config.federation.initialization == "fresh":

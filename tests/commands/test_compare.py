@@ -13,10 +13,20 @@ import lorafair
 from lorafair.cluster.saved import note_resume, note_saved
 from lorafair.cluster.signals import Interrupted
 from lorafair.commands import compare as compare_module
+from lorafair.comparison.figures import draw_figures
 from lorafair.errors import ConfigError, LorafairError
 from tests.conftest import TINY
 
 SECTION = "compare: {methods: [fedit, lora_fair], seeds: [0, 1]}\n"
+
+
+@pytest.fixture(autouse=True)
+def _one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/comparison looks at all of them."""
+    monkeypatch.setattr(
+        "lorafair.comparison.report.draw_figures",
+        lambda findings, width: draw_figures(findings, ["accuracy"], width),
+    )
 
 
 @pytest.fixture
@@ -37,7 +47,7 @@ def test_a_comparison_runs_in_place_and_is_not_repeated(
     fedit = result.runs["default", "fedit", 1]
     assert fedit.config.seed == 1
     assert 0 <= fedit.mean_accuracy <= 1
-    assert "| lora_fair |" in result.report
+    assert "| LoRA-FAIR |" in result.report
     assert "Same start: " in result.report
     assert not dist.is_initialized()
     assert signal.getsignal(signal.SIGINT) == handler

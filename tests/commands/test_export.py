@@ -15,6 +15,7 @@ from timm.models.beit import Beit
 from torch import nn
 
 import lorafair
+from lorafair.aggregation.registry import method_of
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
 from lorafair.cli import main
 from lorafair.commands.export import TrainedModel, export_run, write_merged, write_peft
@@ -64,6 +65,51 @@ def test_the_line_that_is_printed_runs_as_it_is(tmp_path: Path, name: str, targe
         line = write_merged(TrainedModel(config, model, 4, folded=False), folder)
         assert ("img_size=64" in line) == takes_size
         torch.testing.assert_close(eval(line).eval()(model.normalize(images)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", ["head", "all"])
+def test_the_mean_of_the_last_rounds_is_evaluated_and_exported_and_trains_nothing(
+    tiny: Tiny, tmp_path: Path, parts: str
+) -> None:
+    """Of rounds 2 and 3: against the adapters of runs without it that ended there."""
+    row, last = [], 0.0
+    for rounds in (1, 2, 3):
+        config = tiny("method.name=fedit", f"rounds={rounds}", f"run_dir={tmp_path / 'plain'}")
+        trained(config)
+        row.append(load_checkpoint(list_checkpoints(config.folder)[-1]).tensors["adapter"].double())
+        last = lorafair.RunResult(config.folder).content["mean_loss"]
+    given = ("method.name=fedit", "evaluation.average_rounds=2", f"evaluation.average_parts={parts}")
+    config = tiny(*given, "rounds=3")
+    trained(config)
+    tensors = load_checkpoint(list_checkpoints(config.folder)[-1]).tensors
+    assert torch.equal(tensors["adapter"].double(), row[2]), "training is what it was"
+    model = build_model(config.model, 4, config.seed).attach()
+    begin = 0 if parts == "all" else model.adapters.layout.adapter_length
+    expected = row[2].clone()
+    expected[begin:] = ((row[1] + row[2]) / 2)[begin:]
+    model.adapters.write(expected.float())
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            lorafair.RunResult(config.folder).load_model()(model.normalize(IMAGES)), model(IMAGES), rtol=1e-4, atol=1e-5
+        )
+    losses = [lorafair.RunResult(config.folder).metrics["eval/loss"][n] for n in (1, 3)]
+    assert losses[0] == lorafair.RunResult(tmp_path / "plain").metrics["eval/loss"][1], "there is one round so far"
+    assert losses[1] != last
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (("method.name=fedsa_lora", "average_parts=head"), "whose clients are evaluated with a model each; leave it"),
+        (("method.name=fedex_lora", "average_parts=all"), r"average_parts=all does not fit method\.name=fedex_lora"),
+        (("method.name=flex_lora", "average_parts=all"), "possible: head$"),
+    ],
+)
+def test_rounds_that_cannot_be_averaged_are_refused(tiny: Tiny, pairs: tuple[str, str], message: str) -> None:
+    config = tiny(pairs[0], "evaluation.average_rounds=2", f"evaluation.{pairs[1]}")
+    with pytest.raises(LorafairError, match=message):
+        method_of(config)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import lorafair.federation as federation_module
 from lorafair import third_party
 from lorafair.aggregation.base import ServerUpdate
+from lorafair.aggregation.coded_fold import Coding
 from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.client import training
 from lorafair.cluster.signals import Interrupted, handling_signals
@@ -34,7 +36,7 @@ from lorafair.communication.collectives import (
 from lorafair.config.loading import load_config
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.federation import run_federation
-from lorafair.model.adapter import PARTS, AdapterLayout
+from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors
 from tests.communication.recording import (
     BrokenRuleError,
     Operation,
@@ -57,6 +59,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "few": FEW,
     "few_sharded": (*FEW, "fabric.server=sharded"),
     "failed_client": (*MANY, "method.name=flora", "fabric.server=sharded"),  # folds; the LoRA ranks travel, too
+    "coded": (*MANY, "method.name=fedex_lora", "method.fold_bits=4", "federation.head_weighting=class"),
     "kept_by_clients": (*MANY, "method.name=fedsa_lora"),
     "stopped": (*MANY, "method.name=lora_fair", "fabric.server=sharded"),
 }
@@ -210,6 +213,13 @@ def test_every_tensor_that_is_handed_to_the_group_is_on_the_device(rank: int, mo
         assert exchange_columns(fabric, rows, clients, columns).device == device
         assert sum_over_ranks(fabric, torch.empty(2, device=device)).device == device
         broadcast_update(fabric, update if rank == 0 else None, LAYOUT, parts=PARTS, folds=False)
+        folded = {
+            path: LoRAFactors(A=torch.empty(3, a[1], device=device), B=torch.empty(b[0], 3, device=device))
+            for path, (a, b) in LAYOUT.factors.items()
+        }
+        coded = replace(update, folded=folded) if rank == 0 else None
+        row, found = broadcast_update(fabric, coded, LAYOUT, parts=PARTS, folds=True, coding=Coding(4, half_start=True))
+        assert {row.device, *(factors.A.device for factors in found.values())} == {device}
         assert gather_objects(fabric, "an object") == (["an object"] * 3 if rank == 0 else None)
         with pytest.raises(LorafairError if rank == 0 else SystemExit), same_error_on_all_ranks(fabric):
             raise ConfigError("the file is gone")

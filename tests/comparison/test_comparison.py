@@ -25,12 +25,16 @@ from lorafair.checkpointing.lock import LOCK, acquire
 from lorafair.cli import main
 from lorafair.commands.checks import check_comparison
 from lorafair.comparison import plan
-from lorafair.comparison.findings import Difference, Findings
+from lorafair.comparison.fairness import start_text
+from lorafair.comparison.figures import Figures, draw_figures
+from lorafair.comparison.findings import Findings
 from lorafair.comparison.listing import list_runs
+from lorafair.comparison.outcomes import Difference, Outcomes
 from lorafair.comparison.plan import Comparison
 from lorafair.comparison.report import write_report
 from lorafair.comparison.run import run_comparison
 from lorafair.comparison.section import load_comparison
+from lorafair.comparison.tables import map_table, overall_table
 from lorafair.errors import ConfigError, LorafairError
 from tests.conftest import launched, run_ranks
 
@@ -63,6 +67,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         run_comparison(launched(1), declared(folder, TWO_BY_TWO))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of single tests draw one kind of figure; that of `finished` is drawn in full, before this."""
+
+    def drawn(findings: Findings, width: str) -> Figures:
+        return draw_figures(findings, ["accuracy"], width)
+
+    monkeypatch.setattr("lorafair.comparison.report.draw_figures", drawn)
 
 
 @pytest.fixture
@@ -333,7 +347,7 @@ def test_a_run_in_progress_elsewhere_is_left_to_the_other_process(
     assert not list(copied.folder.rglob(LOCK))
 
 
-@pytest.mark.parametrize("name", ["report.md", "results.csv", "report"])
+@pytest.mark.parametrize("name", ["report.html", "report.md", "results.csv", "report"])
 def test_a_full_disk_at_the_report_names_the_file(
     name: str, copied: Comparison, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,7 +359,7 @@ def test_a_full_disk_at_the_report_names_the_file(
         return original(file, mode, *arguments, **options)
 
     monkeypatch.setattr(io, "open", opened)
-    monkeypatch.setattr("lorafair.comparison.report.draw_plots", lambda findings: {})
+    monkeypatch.setattr("lorafair.comparison.report.draw_figures", lambda findings, width: Figures({}, {}))
     with pytest.raises(LorafairError, match=rf"^{copied.folder / name} cannot be written: No space left on device$"):
         write_report(copied)
     assert capfd.readouterr().err == ""
@@ -467,7 +481,10 @@ def test_two_ranks_give_the_same_numbers_and_go_on_after_a_failure(finished: Pat
         name = f"out/default/fedit-seed{seed}"
         assert result_of(tmp_path / name)["accuracy"] == result_of(finished / name)["accuracy"]
         assert "every client returned NaN" in (tmp_path / f"out/default/broken-seed{seed}/failed.txt").read_text()
-    assert "WARNING: failed: default / broken-seed1: round 1" in (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "WARNING: failed: default / broken-seed0, default / broken-seed1: round 1"
+        in (tmp_path / "out" / "report.md").read_text()
+    )
     assert list_runs(comparison).count("  failed  ") == 2
 
 
@@ -601,15 +618,15 @@ def test_the_numbers_of_the_report(finished: Path, tmp_path: Path) -> None:
     report = (out / "report.md").read_text()
     rows = {cells[0]: cells for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in report.splitlines()
             if line.startswith("| ")) if len(cells) == 8}  # fmt: skip
-    for method in ("fedit", "lora_fair"):
+    for method, title in (("fedit", "FedIT"), ("lora_fair", "LoRA-FAIR")):
         both = [results[method, seed] for seed in (0, 1)]
         for column, domain in enumerate(("plain", "noisy", "inverted"), start=1):
             values = 100 * np.array([result["accuracy"][domain] for result in both])
-            assert rows[method][column] == f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+            assert rows[title][column] == f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
         means = 100 * np.array([result["mean_accuracy"] for result in both])
-        assert rows[method][4] == f"{means.mean():.1f} ± {means.std(ddof=1):.1f}"
-        assert rows[method][5] == "2"
-        assert float(rows[method][6]) == pytest.approx(np.mean([r["totals"]["bytes"] for r in both]) / 1e6, abs=0.006)
+        assert rows[title][4] == f"{means.mean():.1f} ± {means.std(ddof=1):.1f}"
+        assert rows[title][5] == "2"
+        assert float(rows[title][6]) == pytest.approx(np.mean([r["totals"]["bytes"] for r in both]) / 1e6, abs=0.006)
     test = stats.ttest_rel(*(
         [100 * results[method, seed]["mean_accuracy"] for seed in (0, 1)] for method in ("lora_fair", "fedit")
     ))  # fmt: skip
@@ -617,13 +634,13 @@ def test_the_numbers_of_the_report(finished: Path, tmp_path: Path) -> None:
     assert f"{low:+.2f} to {high:+.2f} |" in report
     assert "Same start: for every seed and setting" in report
     assert "There is 1 comparison" in report
-    for method in ("fedit", "lora_fair"):
+    for method, title in (("fedit", "FedIT"), ("lora_fair", "LoRA-FAIR")):
         bias = [curves_of(out / "default" / f"{method}-seed{seed}") for seed in (0, 1)]
         cells = [
             np.mean([curves[f"server/error_{when}"][number] for curves in bias])
             for when in ("before", "after") for number in (0, -1)
         ]  # fmt: skip
-        assert f"| {method} | {' | '.join(f'{cell:.3f}' for cell in cells)} |" in report
+        assert f"| {title} | {' | '.join(f'{cell:.3f}' for cell in cells)} |" in report
     for name in ("default-accuracy.png", "default-traffic.png", "default-bias.png"):
         assert (out / name).stat().st_size > 10_000
         assert f"]({name})" in report
@@ -635,6 +652,8 @@ def test_the_numbers_of_the_report(finished: Path, tmp_path: Path) -> None:
         result = results[line["method"], int(line["seed"])]
         expected = result["mean_accuracy"] if line["domain"] == "(mean)" else result["accuracy"][line["domain"]]
         assert float(line["accuracy"]) == pytest.approx(100 * expected, abs=1e-4)
+        recall = result["domains"].get(line["domain"], {}).get("balanced_accuracy", result["mean_balanced_accuracy"])
+        assert float(line["balanced_accuracy"]) == pytest.approx(100 * recall, abs=1e-4)
 
 
 def curves_of(folder: Path) -> dict[str, list[float]]:
@@ -659,24 +678,29 @@ def test_over_all_settings_every_pair_of_a_setting_and_a_seed_counts() -> None:
     accuracies = {  # of seeds 0 and 1; b has no seed 1 in the second setting
         ("one", "a"): [10.0, 20.0], ("one", "b"): [12.0, 19.0], ("two", "a"): [30.0, 40.0], ("two", "b"): [33.5],
     }  # fmt: skip
-    findings: Any = object.__new__(Findings)
-    findings.comparison = SimpleNamespace(methods=["a", "b"], settings=["one", "two"], seeds=(0, 1), baseline="a")
-    findings.finished = {
-        (setting, method): [
-            SimpleNamespace(
-                run=SimpleNamespace(seed=seed),
-                accuracy=value,
-                curves={"server/error_before": {1: bias, 2: bias / 2}},
-            )
-            for seed, value in enumerate(values)
-        ]
+    design: Any = SimpleNamespace(
+        methods={label: {"method.name": "fedit"} for label in "ab"},
+        settings={"one": {}, "two": {}},
+        seeds=(0, 1),
+        baseline="a",
+    )
+    runs: list[Any] = [
+        SimpleNamespace(
+            run=SimpleNamespace(setting=setting, method=method, seed=seed),
+            result={"rounds": 2},
+            accuracy=value,
+            curves={"server/error_before": {1: bias, 2: bias / 2}},
+        )
         for (setting, method), values in accuracies.items()
         for bias in [{"one": 0.2, "two": 0.4}[setting]]
-    }
+        for seed, value in enumerate(values)
+    ]
+    outcomes = Outcomes(design, runs)
     low, high = stats.ttest_1samp([2.0, -1.0, 3.5], 0).confidence_interval(0.95)
-    assert findings.overall_table()[1] == [["b", "2 of 3", "+1.50", f"{low:+.2f} to {high:+.2f}"]]
-    header, rows = findings.map_table()
-    assert header == ["setting", "bias of a", "b"]
+    assert overall_table(outcomes).texts == [["b", "2 of 3", "+1.50", f"{low:+.2f} to {high:+.2f}"]]
+    table = map_table(outcomes)
+    rows = table.texts
+    assert table.header == ["setting", "bias of a", "b"]
     assert [row[:2] for row in rows] == [["two", "0.300"], ["one", "0.150"]], "the largest bias first"
     assert rows[0][2] == "+3.50 (–)"
 
@@ -687,7 +711,7 @@ def test_a_method_that_began_elsewhere_is_named(copied: Comparison, capsys: pyte
     result["start"]["clients"] = "other"
     file.write_text(json.dumps(result))
     write_report(copied)
-    said = "WARNING: the methods did not begin alike: default, seed 1: lora_fair and fedit differ in clients."
+    said = "WARNING: the methods did not begin alike: default, seed 1: LoRA-FAIR and FedIT differ in clients."
     assert said in capsys.readouterr().out
 
 
@@ -697,7 +721,7 @@ def test_starts_that_differ_by_design_have_a_reason(tmp_path: Path) -> None:
     comparison = declared(tmp_path, f"compare: {{methods: {methods}, seeds: [0]}}", "rounds=1")
     for index in range(3):
         run_comparison(launched(1), comparison, index=index)
-    text = Findings(comparison).start_text()
+    text = start_text(Findings(comparison))
     assert text.startswith("Same start")
     assert "all (one client has the images of all)" in text
     assert "small (it sets model.lora.rank)" in text

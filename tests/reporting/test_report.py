@@ -107,12 +107,29 @@ def test_a_result_has_the_numbers_of_its_table(tiny: Tiny, capsys: pytest.Captur
     assert table in out
     assert table.startswith("lora_fair on synthetic, 1 round, seed 3\n")
     header, _, *rows = (line.split() for line in table.splitlines()[1:])
-    assert header == ["domain", "accuracy", "%", "loss", "test", "images"]
+    assert header == ["domain", "accuracy", "%", "balanced", "%", "loss", "test", "images"]
     for name, *numbers in rows[:-1]:
         values = result["domains"][name]
-        assert numbers == [f"{100 * values['accuracy']:.1f}", f"{values['loss']:.3f}", "32"]
+        accuracies = [f"{100 * values[kind]:.1f}" for kind in ("accuracy", "balanced_accuracy")]
+        assert numbers == [*accuracies, f"{values['loss']:.3f}", "32"]
         assert values["accuracy"] == result["accuracy"][name]
-    assert rows[-1] == ["mean", f"{100 * result['mean_accuracy']:.1f}", f"{result['mean_loss']:.3f}", "96"]
+    means = [f"{100 * result[f'mean_{kind}']:.1f}" for kind in ("accuracy", "balanced_accuracy")]
+    assert rows[-1] == ["mean", *means, f"{result['mean_loss']:.3f}", "96"]
+    curves = read_metrics(config.folder)
+    assert curves["eval/balanced_accuracy"] == {1: result["mean_balanced_accuracy"]}
+    assert curves["eval/balanced_accuracy/noisy"] == {1: result["domains"]["noisy"]["balanced_accuracy"]}
+    for kind in ("majority_class", "most_frequent_answer"):
+        of_domains = [values[kind] for values in result["domains"].values()]
+        assert curves[f"eval/{kind}"] == {1: pytest.approx(sum(of_domains) / 3)}
+    for name, recall in result["recall"].items():
+        assert len(recall) == 4
+        assert sum(recall.values()) / 4 == pytest.approx(result["domains"][name]["balanced_accuracy"])
+    older = {key: value for key, value in result.items() if key != "mean_balanced_accuracy"}
+    older["domains"] = {
+        name: {key: value for key, value in values.items() if key != "balanced_accuracy"}
+        for name, values in result["domains"].items()
+    }
+    assert "balanced" not in result_text(older), "a result of 0.1"
     assert version_of(config.folder) == result["versions"]["lorafair"]
     assert is_finished(config)
     assert not is_finished(dataclasses.replace(config, rounds=2)), "more rounds continue it"
