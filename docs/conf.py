@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -44,6 +43,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "whole_streams",
     "lorafair_reference",
 ]
 nitpicky = True
@@ -133,20 +133,8 @@ def _keep_colons(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
         lines[first : first + 1] = lines[first].replace(": ", f":\n{indent}", 1).split("\n")
 
 
-def _leave_out_missing(app: Any, docname: str, source: list[str]) -> None:
-    """Pages that are named in the index and not written yet."""
-    if docname == "index":
-        lines = source[0].splitlines()
-        source[0] = "\n".join(
-            line
-            for line in lines
-            if not re.fullmatch(r"[a-z_]+(/[a-z_]+)?", line) or (ROOT / "docs" / f"{line}.md").exists()
-        )
-
-
 def setup(app: Any) -> None:
     """Sphinx calls it."""
     get_cache(nb_execution_cache_path).db.dispose()  # made here, and not by two processes at once
     app.connect("env-before-read-docs", _spread_tutorials)
-    app.connect("source-read", _leave_out_missing)
     app.connect("autodoc-process-docstring", _keep_colons, priority=100)  # before napoleon

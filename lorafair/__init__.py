@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate
     from lorafair.aggregation.rank_pruning import RankPruning
     from lorafair.aggregation.registry import register_method
+    from lorafair.commands.clients import count_labels
     from lorafair.commands.compare import ComparisonResult, compare
     from lorafair.commands.plot import plot
     from lorafair.commands.run import RunResult, run
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         ModelConfig,
         PartitionConfig,
         ServerConfig,
+        TensorBoardConfig,
         load_config,
     )
     from lorafair.config.options import option
@@ -75,7 +77,9 @@ __all__ = [
     "RankPruning",
     "RunResult",
     "ServerConfig",
+    "TensorBoardConfig",
     "compare",
+    "count_labels",
     "from_datasets",
     "load_config",
     "option",
@@ -95,6 +99,7 @@ _MODULES = {
     "aggregation.base": ("Aggregator", "InitialLayer", "LayerUpdate"),
     "aggregation.rank_pruning": ("RankPruning",),
     "aggregation.registry": ("register_method",),
+    "commands.clients": ("count_labels",),
     "commands.compare": ("ComparisonResult", "compare"),
     "commands.plot": ("plot",),
     "commands.run": ("RunResult", "run"),

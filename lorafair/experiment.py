@@ -43,7 +43,7 @@ from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluator
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
-from lorafair.model.backbone import build_model
+from lorafair.model.backbone import build_model, weights_text
 from lorafair.model.side_by_side import clients_that_pay, clients_with_room
 from lorafair.registry import METHODS
 from lorafair.schedule import Scheduler
@@ -226,14 +226,18 @@ def _load_in_turns(fabric: Fabric, config: Config, aggregator: Aggregator, origi
     return loaded
 
 
+def clients_of(config: Config, data: ImageData) -> tuple[Client, ...]:
+    """The clients of a run on these images (N,). Raises PartitionError."""
+    train, seed = data.train, config.seed_of("partition")
+    return partition(config.partition, train.labels, train.domains, data.domains, seed)
+
+
 def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loaded:
     local = config.client
     begun = None if origin is None else images_begun_with(origin, config.data, config.seed)
     data = load_images(config.data, config.seed) if begun is None else begun.data
     images = data.fingerprint
-    clients = partition(
-        config.partition, data.train.labels, data.train.domains, data.domains, config.seed_of("partition")
-    )
+    clients = clients_of(config, data)
     if begun is not None:
         data, clients = begun.without_gone(clients)
     data = noting_damage(data, config.folder / CHECKPOINTS)
@@ -316,10 +320,11 @@ def check_client_ranks(config: Config, clients: int) -> None:
     """Raise ConfigError where the LoRA ranks are given client by client, and not for as many as there are."""
     lora = config.model.lora
     one_by_one = lora.client_ranks is not None and lora.client_rank_probabilities is None
-    if one_by_one and len(lora.client_ranks or ()) != clients:
+    ranks = list(lora.client_ranks or ())
+    if one_by_one and len(ranks) != clients:
         raise ConfigError(
-            f"model.lora.client_ranks has {len(lora.client_ranks or ())} ranks for {clients} clients; give one a "
-            "client, or levels with their model.lora.client_rank_probabilities"
+            f"model.lora.rank={ranks} lists {format_count(len(ranks), 'rank')} for {format_count(clients, 'client')}; "
+            "list one a client, give levels with their probabilities ({4: 0.5, 16: 0.5}), or one number for all"
         )
 
 
@@ -359,7 +364,7 @@ def _introduce(config: Config, loaded: _Loaded, cohort: int, world_size: int) ->
     beside = f", {cohort} side by side" if cohort > 1 else ""
     log.info(f"clients: {len(clients)} with {images.min():,} to {images.max():,} images each{beside}")
     log.info(
-        f"model: {config.model.name} ({config.model.weights}), LoRA rank {config.model.lora.rank} on "
+        f"model: {config.model.name} ({weights_text(config.model)}), LoRA rank {config.model.lora.rank} on "
         f"{len(layout.factors)} layers: {layout.adapter_length:,} adapter and "
         f"{layout.length - layout.adapter_length:,} head parameters a client"
     )

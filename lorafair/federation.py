@@ -261,6 +261,8 @@ def log_and_save(
                 seconds=this.clock.seconds,
                 traffic=traffic,
                 total_bytes=state.totals["bytes"],
+                total_seconds=state.totals["seconds"],
+                adapter=state.adapter,
             )
             this.report.round_ended(summary, state.totals)
         save(experiment, state)

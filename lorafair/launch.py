@@ -245,7 +245,7 @@ def set_threads(fabric: Fabric, threads: int | None) -> int:
         given = os.environ.get("OMP_NUM_THREADS", "")
         of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
         mine = len(os.sched_getaffinity(0)) // processes_of_node(fabric)
-        threads = next((int(value) for value in (given, of_task) if value.isdigit()), max(1, mine))
+        threads = next((int(value) for value in (given, of_task) if value.isdecimal() and int(value)), max(1, mine))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that Fabric starts, and so that it sets no other
     torch.set_num_threads(threads)
     return threads

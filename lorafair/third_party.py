@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_fabric.strategies.ddp import DDPStrategy
     from torch import Tensor
-    from torch.utils.tensorboard import SummaryWriter
 
 
 def make_torchvision_importable() -> None:
@@ -117,6 +117,17 @@ def import_fabric() -> None:
         del sys.modules["torchmetrics"]
 
 
+def import_timm() -> ModuleType:
+    """Import timm, without what tqdm says in every notebook that has no ipywidgets.
+
+    timm imports huggingface_hub, and that tqdm, which warns there that its progress bars will be text. They are
+    for downloads, and text is what a notebook then shows. Seen with tqdm 4.70.1.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")
+        return import_module("timm")
+
+
 def quiet_ddp_strategy(timeout: timedelta) -> DDPStrategy:
     """Fabric's "ddp", but for the thread that ends this process by SIGKILL when one that it has started fails.
 
@@ -185,15 +196,16 @@ def differences_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> Sequence[
     return torch._foreach_sub(list(left), list(right))
 
 
-def write_scalars(writer: SummaryWriter, values: Mapping[str, float], step: int) -> None:
-    """All scalars of a step as one event: `add_scalar` writes one for each, which takes longer than a server step.
+def font_file() -> Path | None:
+    """DejaVu Sans, which matplotlib brings along, without importing it; None where it is not there.
 
-    Private: `_get_file_writer`. Seen with torch 2.13.0, tensorboard 2.21.0.
+    Private: its place, mpl-data/fonts/ttf. Seen with matplotlib 3.11.2.
     """
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-    writer._get_file_writer().add_summary(summary, step)
+    spec = find_spec("matplotlib")
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return file if file.is_file() else None
 
 
 @contextmanager

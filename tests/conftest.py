@@ -8,7 +8,7 @@ import socket
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +24,10 @@ from lorafair import console, registry, third_party
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.launch import make_fabric
-from lorafair.reporting import report
-from lorafair.reporting.pictures import LARGEST
 from lorafair.seeding import seeded_numpy
 from tests.slurm_cluster import slurm  # noqa: F401
 
 third_party.make_torchvision_importable()  # tests may import torchmetrics or timm before lorafair does
-
-
-def blank_picture(confusion: Any, classes: Sequence[str], title: str) -> np.ndarray[Any, Any] | None:
-    """In place of a drawn one, which takes half of a tiny run; reporting/test_tracker.py and the commands draw it."""
-    return np.zeros((2, 2, 3), np.uint8) if len(classes) <= LARGEST else None
-
-
-report.confusion_picture = blank_picture  # here, so that ranks started below have it, too
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -21,7 +21,9 @@ from tests import test_cli
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.name not in ("results.md", "performance.md")]
+PAGES.append(ROOT / "README.md")
 SMALL = ["rounds=1", "fabric.devices=1", "data.train_images=24", "data.test_images=24", "data.cache=never"]
+WRITTEN = re.compile(r"^%%writefile (\S+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PLUGIN = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -31,10 +33,10 @@ def text_of(page: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with the plug-ins of all pages in it; what they register is taken back."""
+    """A working directory with the files of all pages in it; what plug-ins of them register is taken back."""
     monkeypatch.chdir(tmp_path)
-    for page in PAGES:
-        for name, code in PLUGIN.findall(page.read_text(encoding="utf-8")):
+    for text in [page.read_text(encoding="utf-8") for page in PAGES]:
+        for name, code in [*PLUGIN.findall(text), *WRITTEN.findall(text)]:
             (tmp_path / name).write_text(code)
     before = {kind: set(names.names) for kind, names in registry.REGISTRIES.items()}
     yield tmp_path
@@ -71,7 +73,7 @@ def test_the_commands_of_all_pages_are_right(folder: Path, monkeypatch: pytest.M
 def test_the_cheap_commands_of_the_pages_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those on made-up images, what reads their results, and what prints tables."""
     done = []
-    for page in ("howto/run.md", "howto/loggers.md", "howto/extend.md", "howto/export.md"):
+    for page in ("../README.md", "howto/run.md", "howto/loggers.md", "howto/extend.md", "howto/export.md"):
         for arguments in test_cli.commands(text_of(page)):
             line = shlex.join(arguments)
             runs = arguments[0] == "run" and "synthetic" in line and "plugins" not in line
@@ -88,7 +90,9 @@ def test_the_cheap_commands_of_the_pages_run(folder: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["howto/run.md", "howto/export.md", "howto/loggers.md", "reference/python.md"])
+@pytest.mark.parametrize(
+    "page", ["../README.md", "howto/run.md", "howto/export.md", "howto/loggers.md", "reference/python.md"]
+)
 def test_the_snippets_of_a_page_run(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     snippets = re.findall(r"^```python\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
     assert snippets

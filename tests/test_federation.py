@@ -861,7 +861,7 @@ def test_bytes_of_mixed_ranks(tiny: Tiny) -> None:
             ["method.name=fedrpca", "model.lora.client_ranks=[4,2,1]"],
             r"needs the same LoRA rank everywhere; methods .*flora",
         ),
-        (["model.lora.client_ranks=[4,2]"], r"has 2 ranks for 3 clients"),
+        (["model.lora.client_ranks=[4,2]"], r"lists 2 ranks for 3 clients"),
         (["method.name=ffa_lora", "federation.initialization=fresh"], r"does not fit .*ffa_lora; possible: average"),
         (["client.scaffold=true"], r"needs client.optimizer=sgd, not adamw"),
         (

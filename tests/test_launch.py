@@ -14,6 +14,7 @@ from lorafair import launch
 from lorafair.cluster import saved
 from lorafair.cluster.signals import TIME_LIMIT, Interrupted
 from lorafair.cluster.slurm import Job, TimeLimit, lead_in, slurm_job
+from tests.conftest import launched
 
 
 @pytest.fixture(autouse=True)
@@ -225,3 +226,14 @@ def test_what_happens_to_the_work_is_said_only_where_it_is_so(monkeypatch: pytes
     assert saved.outlook() == "; nothing was saved yet, and the same command begins anew"
     saved.note_saved()
     assert saved.outlook() == "; what is saved stays, and the same command continues from it"
+
+
+@pytest.mark.parametrize("given", ["0", "many", "", "²"])
+def test_a_number_of_threads_that_is_none_is_not_taken(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    try:
+        assert launch.set_threads(launched(1), None) >= 1
+    finally:
+        torch.set_num_threads(before)

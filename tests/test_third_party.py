@@ -41,6 +41,25 @@ def seen_with(**versions: str) -> Iterator[None]:
         pytest.fail(f"{type(error).__name__}: {error}\n{there}: see lorafair/third_party.py")
 
 
+# tqdm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("imported", "expected"), [("tqdm.auto", 1), ("lorafair.model.backbone", 0)])
+def test_import_timm_says_nothing_of_widgets(imported: str, expected: int) -> None:
+    """In a process that looks like a notebook's, whose ipywidgets are missing."""
+    code = (
+        "import sys, types\n"
+        "sys.modules['ipykernel.zmqshell'] = types.ModuleType('ipykernel.zmqshell')\n"
+        "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=object)\n"
+        "sys.modules['ipywidgets'] = None\n"
+        f"import {imported}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    with seen_with(tqdm="4.70.1"):
+        assert done.stderr.count("IProgress not found") == expected, done.stderr
+
+
 # torchvision
 
 
@@ -274,19 +293,14 @@ def test_differences_of() -> None:
         assert [f.tolist() for f in found] == [(one - other).tolist() for one, other in zip(left, right, strict=True)]
 
 
-def test_write_scalars(tmp_path: Path) -> None:
-    """`SummaryWriter._get_file_writer`: torch 2.13.0, tensorboard 2.21.0."""
-    with seen_with(torch="2.13.0", tensorboard="2.21.0"):
-        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-        from torch.utils.tensorboard import SummaryWriter
+def test_font_file() -> None:
+    """The place of DejaVu Sans: matplotlib 3.11.2."""
+    from PIL import ImageFont
 
-        with SummaryWriter(str(tmp_path)) as writer:
-            third_party.write_scalars(writer, {"eval/accuracy": 0.5, "train/loss": 1.25}, 7)
-        (file,) = tmp_path.iterdir()
-        events = [event for event in EventFileLoader(str(file)).Load() if event.summary.value]
-        assert [event.step for event in events] == [7]
-        values = {value.tag: value.tensor.float_val[0] for value in events[0].summary.value}
-        assert values == {"eval/accuracy": 0.5, "train/loss": 1.25}
+    with seen_with(matplotlib="3.11.2"):
+        file = third_party.font_file()
+        assert file is not None
+        assert ImageFont.truetype(str(file), 12).getname() == ("DejaVu Sans", "Book")
 
 
 def test_end_loader_workers() -> None:

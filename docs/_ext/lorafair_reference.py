@@ -25,6 +25,7 @@ from lorafair.config.describe import Description, describe_options, groups
 from lorafair.config.options import Option, all_options, group_of, option_of
 from lorafair.config.schema import Config
 from lorafair.model.adapter import PARTS
+from lorafair.reporting import tags
 
 _DESCRIBED = {described.key: described for described in describe_options()}
 _DECLARED = {key: option_of(declared) for key, declared in all_options(Config)}
@@ -226,6 +227,39 @@ def _classes(owner: type, prefix: str = "") -> Iterator[tuple[str, type]]:
             yield from _classes(group, f"{prefix}{declared.name}.")
 
 
+class Tags(FromCode):
+    """The tables of lorafair/reporting/tags.py."""
+
+    def text(self) -> Iterator[str]:
+        """Curves by group, pictures, charts, and the table of runs."""
+        curves = [curve for curve in tags.SCALARS if curve.tag]
+        yield "## Curves\n"
+        for group, same in itertools.groupby(sorted(curves, key=group_of_tag), key=group_of_tag):
+            yield f"### {group}\n\n| tag | `metrics.csv` | unit | value |\n|---|---|---|---|"
+            for curve in same:
+                unit = curve.unit if curve.scale == 1 else f"{curve.unit} (bytes in `metrics.csv`)"
+                name = f"`{curve.name}`" if curve.name else ""
+                yield f"| `{curve.tag}` | {name} | {unit} | {markdown(curve.meaning)} |"
+            yield ""
+        yield "## Pictures and texts\n\n| tag | when | content |\n|---|---|---|"
+        for shown in tags.PICTURES:
+            yield f"| `{shown.tag}` | {markdown(shown.when)} | {markdown(shown.meaning)} |"
+        yield "\n## Charts in the tab Custom Scalars\n\n| group | chart |\n|---|---|"
+        for chart in tags.CHARTS:
+            condition = " (`tensorboard.layers=curves`)" if chart.needs_curves else ""
+            yield f"| {chart.category} | {chart.title}{condition} |"
+        yield "\n## Columns of the tab HParams\n\n| column | content | shown at first |\n|---|---|---|"
+        for column in tags.COLUMNS:
+            yield f"| {column.name} | {markdown(column.meaning)} | {'yes' if column.is_shown else 'no'} |"
+        for title, tag in tags.RESULTS.items():
+            yield f"| {title} | the last value of `{tag}` | yes |"
+
+
+def group_of_tag(curve: tags.Scalar) -> str:
+    """The group that TensorBoard shows a curve in."""
+    return curve.tag.partition("/")[0]
+
+
 class Command(FromCode):
     """The subcommands with all that they take."""
 
@@ -260,6 +294,7 @@ def setup(app: Any) -> dict[str, bool]:
         "traffic": Traffic,
         "configs": Configs,
         "command": Command,
+        "tags": Tags,
     }
     for name, directive in found.items():
         app.add_directive(f"lorafair-{name}", directive)

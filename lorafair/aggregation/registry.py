@@ -121,7 +121,7 @@ def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
     mixed = config.model.lora.client_ranks is not None
     if mixed and not _takes_mixed_lora_ranks(method):
         raise ConfigError(
-            f"model.lora.client_ranks: method.name={name} needs the same LoRA rank everywhere; "
+            f"model.lora.rank: method.name={name} needs the same LoRA rank everywhere; "
             f"methods for mixed LoRA ranks: {', '.join(_methods_that(_takes_mixed_lora_ranks))}"
         )
     if method.selects_directions and config.model.lora.client_scaling == "own":
@@ -135,7 +135,7 @@ def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
     if config.client.scaffold and config.client.optimizer != "sgd":
         raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {config.client.optimizer}")
     if config.client.scaffold and mixed:
-        raise ConfigError("client.scaffold=true needs clients of the same LoRA rank; leave model.lora.client_ranks out")
+        raise ConfigError("client.scaffold=true needs clients of the same LoRA rank; set one number as model.lora.rank")
 
 
 def _check_initialization(config: Config, method: Aggregator, name: str) -> None:

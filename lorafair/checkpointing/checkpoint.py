@@ -29,7 +29,7 @@ from lorafair.cluster.slurm import Job
 from lorafair.config.identity import differences, differing_keys
 from lorafair.console import log
 from lorafair.errors import ConfigError
-from lorafair.files.writing import fsync, write_atomically
+from lorafair.files.writing import fsync, open_to_others, write_atomically
 
 FORMAT = 1
 _RENAMED = {"own": "personal_adapters"}  # tensors, from what they were called in 0.1
@@ -63,6 +63,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         partial.mkdir()
         tensors = partial / "state.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, tensors)
+        open_to_others(tensors)
         meta = {
             "format": FORMAT,
             "completed_rounds": checkpoint.completed_rounds,
@@ -176,6 +177,11 @@ def find_checkpoint(
         return _check_identity(checkpoint, identity, accept, str(path))
     if paths:
         log.warning(f"no readable checkpoint is left in {run_dir}; starting anew")
+    elif (run_dir / "result.json").exists():
+        raise CheckpointError(
+            f"run_dir={run_dir} has the result of a run and none of its checkpoints, so it would be computed again and "
+            "overwritten; choose another run_dir, or resume=never, which moves the earlier run aside"
+        )
     return None
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from lorafair.aggregation.registry import build_aggregator
 from lorafair.checkpointing.checkpoint import BASE, check_tensors, list_checkpoints, load_checkpoint
 from lorafair.checkpointing.folder import CheckpointError
-from lorafair.config.loading import load_config
+from lorafair.config.loading import load_config_of_run
 from lorafair.config.schema import Config, ModelConfig
 from lorafair.errors import ConfigError, LorafairError, one_line
-from lorafair.files.writing import naming
+from lorafair.files.writing import naming, open_to_others
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import LoRAFactors
-from lorafair.model.backbone import build_model, create_backbone, plain_head, size_option
+from lorafair.model.backbone import build_model, create_backbone, has_second_head, plain_head, size_option
 from lorafair.model.lora import ClientHead, LoRALinear
 from lorafair.registry import BACKBONES
 from lorafair.reporting.run_dir import CONFIG_FILE
@@ -91,9 +91,11 @@ class TrainedModel:
 
 def _load_run(run_dir: Path) -> TrainedModel:
     checkpoints = list_checkpoints(run_dir)
-    if not checkpoints or not (run_dir / CONFIG_FILE).is_file():
+    if not checkpoints:
         raise CheckpointError(f"{run_dir} is no run directory with a checkpoint")
-    config, checkpoint = load_config(str(run_dir / CONFIG_FILE)), load_checkpoint(checkpoints[-1])
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{run_dir / CONFIG_FILE} is missing, and tells which model it is; put the file back")
+    config, checkpoint = load_config_of_run(run_dir), load_checkpoint(checkpoints[-1])
     method = build_aggregator(config.method)
     if method.personal_parts:
         name = config.method["name"]
@@ -137,6 +139,7 @@ def write_merged(trained: TrainedModel, out: Path) -> str:
     # A copy of each: safetensors takes no two that share their memory, as the position encodings of CoaT do.
     tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in backbone.state_dict().items()}
     save_file(tensors, file)
+    open_to_others(file)
     if BACKBONES.is_from_plugin(name):
         code = f"model.load_state_dict(safetensors.torch.load_file({_quoted(file)}))"
         return f"{code}  # a {name} of {trained.classes} classes"
@@ -174,6 +177,7 @@ def write_peft(trained: TrainedModel, out: Path) -> str:
             getattr(module, name.rpartition(".")[2]).copy_(tensor)
     _check_same_logits(trained.model, wrapped)
     wrapped.save_pretrained(out)
+    open_to_others(out / "adapter_model.safetensors")
     what = config.model.name
     if not BACKBONES.is_from_plugin(what):
         what = f"timm.create_model({_arguments(config.model, backbone, trained.classes)})"
@@ -195,6 +199,8 @@ def _check_same_logits(model: AdaptedModel, wrapped: nn.Module) -> None:
 def _arguments(config: ModelConfig, backbone: nn.Module, classes: int) -> str:
     """What timm.create_model needs to make this backbone again, as code."""
     options = {"num_classes": classes, **size_option(config)}
+    if has_second_head(backbone):
+        options["use_aux_head"] = False
     return ", ".join([_quoted(config.name), *(f"{key}={value}" for key, value in options.items())]) + _pooling(backbone)
 
 

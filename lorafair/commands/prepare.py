@@ -10,7 +10,7 @@ from lorafair.config.schema import Config, DataConfig, ModelConfig
 from lorafair.console import log
 from lorafair.data.sources import load_images
 from lorafair.files.cache import cache_dir
-from lorafair.model.backbone import build_model, check_model
+from lorafair.model.backbone import build_model, check_model, weights_text
 
 
 def prepare(configs: Sequence[Config]) -> None:
@@ -24,7 +24,7 @@ def prepare(configs: Sequence[Config]) -> None:
             seen.append(config.model)
             check_model(config.model)
             build_model(config.model, classes=2, seed=config.seed)
-            log.info(f"weights:  {config.model.name} ({config.model.weights})")
+            log.info(f"weights:  {config.model.name} ({weights_text(config.model)})")
         if config.data not in seen:
             seen.append(config.data)
             data = load_images(config.data, config.seed)

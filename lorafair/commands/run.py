@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +18,16 @@ from lorafair.checkpointing.lock import check_free
 from lorafair.cluster.placement import processes_started, without_launch
 from lorafair.cluster.saved import begin_start, continues, note_resume
 from lorafair.cluster.signals import INTERRUPTED, Interrupted, handle_only, handling_signals
-from lorafair.cluster.watchdog import CALLER
-from lorafair.config.loading import load_config, settle, to_yaml
+from lorafair.cluster.watchdog import CALLER, deadline
+from lorafair.config.loading import load_config, load_config_of_run, settle, to_yaml
 from lorafair.config.schema import Config
 from lorafair.console import printing, write_text
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_placement, run_until_stopped
-from lorafair.reporting.run_dir import CONFIG_FILE, Curve, read_metrics, read_result
+from lorafair.reporting.run_dir import Curve, read_metrics, read_result
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lorafair.reporting.callbacks import Callback
 
@@ -63,13 +64,13 @@ class RunResult:
 
     @cached_property
     def metrics(self) -> dict[str, Curve]:
-        """Every scalar by TensorBoard tag, as {round: value}."""
+        """Every scalar by its name in metrics.csv, as {round: value}."""
         return read_metrics(self.run_dir)
 
     @cached_property
     def config(self) -> Config:
         """The complete configuration."""
-        return load_config(str(self.run_dir / CONFIG_FILE))
+        return load_config_of_run(self.run_dir)
 
     def load_model(self) -> nn.Module:
         """The global model of the last round, on the CPU, in evaluation mode.
@@ -77,7 +78,7 @@ class RunResult:
         Returns:
             A timm model (or the module of a plug-in's backbone) with the adapters merged into its weights and the
             trained head in its place. Its input are images normalised as the run has done it (`model.pretrained_cfg`
-            tells, unless model.normalization names another one).
+            tells, unless model.normalization names another one): `transform` makes them.
 
         Raises:
             LorafairError: The run has no global model, as its clients keep one each.
@@ -85,6 +86,25 @@ class RunResult:
         from lorafair.commands.export import merged_model
 
         return merged_model(self.run_dir)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the model's logits."""
+        from lorafair.commands.inference import classes_of
+
+        return classes_of(self.run_dir)
+
+    @cached_property
+    def transform(self) -> Callable[..., Tensor]:
+        """Makes a Pillow image, or the file of an image, the input of the loaded model: float32 (3, S, S).
+
+        Example:
+            >>> logits = result.load_model()(result.transform("cat.jpg").unsqueeze(0))
+            >>> result.classes[int(logits.argmax())]
+        """
+        from lorafair.commands.inference import transform_of
+
+        return transform_of(self.run_dir)
 
     def __repr__(self) -> str:
         accuracy = ", ".join(f"{domain} {100 * value:.1f}" for domain, value in self.accuracy.items())
@@ -144,15 +164,22 @@ def run_command(config: Config) -> int:
 
     from lorafair.commands.checks import check_data, check_devices, check_run
 
-    check_devices(config, placement)
-    check_data(config)
-    check_run(config)
-    check_free(config.folder)
+    with limited_checks(config):
+        check_devices(config, placement)
+        check_data(config)
+        check_run(config)
+        check_free(config.folder)
 
     from lorafair.federation import run_federation
 
     fabric = launch(config.fabric, placement, f"run directory {config.folder}")
     return run_until_stopped(fabric, config.fabric, placement, lambda: run_federation(fabric, config))
+
+
+def limited_checks(config: Config) -> AbstractContextManager[None]:
+    """A deadline for the checks before processes start: they build models, which may be a plug-in's."""
+    minutes = None if config.client.timeout_minutes is None else config.fabric.timeout_minutes
+    return deadline("the checks before the start", minutes, "fabric.timeout_minutes")
 
 
 def check_called_once(command: str) -> None:

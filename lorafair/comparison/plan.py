@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from lorafair import __version__
 from lorafair.config.identity import differences, run_identity
-from lorafair.config.loading import load_config
+from lorafair.config.loading import load_config_of_run
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError
 from lorafair.reporting.run_dir import CONFIG_FILE, RESULT_FILE, read_result, version_of
@@ -175,7 +175,7 @@ def state_of(run: Run, config: Config) -> State:
             return "done"
     elif (folder / CONFIG_FILE).exists():
         try:
-            begun = load_config([str(folder / CONFIG_FILE)])
+            begun = load_config_of_run(folder)
         except ConfigError as error:
             raise ConfigError(f"{folder} holds something else than a run of this comparison: {error}") from error
         _check_settings(folder, run_identity(begun), config)

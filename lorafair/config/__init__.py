@@ -14,6 +14,7 @@ from lorafair.config.schema import (
     ModelConfig,
     PartitionConfig,
     ServerConfig,
+    TensorBoardConfig,
 )
 from lorafair.errors import ConfigError
 
@@ -30,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "PartitionConfig",
     "ServerConfig",
+    "TensorBoardConfig",
     "identity_settings",
     "load_config",
     "settle",

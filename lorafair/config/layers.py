@@ -21,6 +21,7 @@ from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean, first_line, one_line
 from lorafair.files.shipped import find_configuration, shipped_configurations
 
+_OF_RUN = ("checkpoints", "metrics.csv")  # beside the config.yaml of a run that has begun
 VERSION_LINE = "# lorafair "  # so begins config.yaml in the directory of a run; the version follows
 
 
@@ -30,6 +31,7 @@ class ConfigLayer:
 
     origin: str  # what the message about a mistake in it begins with, e.g. "conf/demo.yaml: "
     values: DictConfig
+    run_folder: Path | None = None  # of the run whose config.yaml this is, where more of the run is there
 
 
 def flat_arguments(arguments: Sequence[str | Path | Sequence[str]]) -> list[str]:
@@ -76,7 +78,8 @@ def plain(value: Any) -> Any:
 def _read_yaml(argument: str) -> ConfigLayer:
     file = find_configuration(argument)
     if file is None and Path(argument).is_dir():
-        raise ConfigError(f"{argument} is a folder; name a YAML file")
+        example = f", such as {Path(argument, 'config.yaml')}" if Path(argument, "config.yaml").is_file() else ""
+        raise ConfigError(f"{argument} is a folder; name a YAML file{example}")
     if file is None:
         hint = did_you_mean(argument.removeprefix("conf/"), shipped_configurations())
         raise ConfigError(
@@ -93,7 +96,9 @@ def _read_yaml(argument: str) -> ConfigLayer:
     content = OmegaConf.create(_nested(cast(dict[str, Any], OmegaConf.to_container(content)), f"{argument}: "))
     if of_run:
         _rename_options(content)
-    return ConfigLayer(f"{argument}: ", _with_absolute_paths(content, file.parent))
+    is_beside_run = of_run and any((file.parent / name).exists() for name in _OF_RUN)
+    values = _with_absolute_paths(content, file.parent)
+    return ConfigLayer(f"{argument}: ", values, file.parent if is_beside_run else None)
 
 
 def _nested(group: Mapping[Any, Any], origin: str, prefix: str = "") -> dict[Any, Any]:
@@ -142,6 +147,13 @@ def _literal(pair: str) -> str:
 
 
 def _read_pairs(given: Sequence[str]) -> ConfigLayer:
+    for pair in given:
+        key, _, text = pair.partition("=")
+        if key and not text.strip():
+            raise ConfigError(
+                f"{key}= has no value: a variable of the shell may not be set; give one, {key}=null for none, or leave "
+                "it out for the default"
+            )
     pairs = [_literal(pair) for pair in given]
     for pair in pairs:  # one by one: of data=3 and data.source=folder together, the first would vanish
         try:

@@ -51,7 +51,26 @@ def load_config(*arguments: str | Path | Sequence[str], **options: Any) -> Confi
     layers = read_layers(given)
     if options:
         layers.append(layer_of(options))
+    _check_moved(layers)
     return config_of(layers, Path("runs", name_of(given)))
+
+
+def load_config_of_run(run_dir: Path) -> Config:
+    """The configuration of the run in this directory, wherever it was begun. Raises ConfigError."""
+    return load_config(str(run_dir / "config.yaml"), run_dir=str(run_dir))
+
+
+def _check_moved(layers: Sequence[ConfigLayer]) -> None:
+    """Raise ConfigError where run_dir is that of a config.yaml whose run was moved or copied to where it lies."""
+    written = [(layer, cast(dict[str, Any], OmegaConf.to_container(layer.values)).get("run_dir")) for layer in layers]
+    last, there = next(((layer, value) for layer, value in reversed(written) if value is not None), (None, ""))
+    if last is None or (here := last.run_folder) is None:
+        return
+    if Path(str(there)).expanduser().resolve() != here.resolve():
+        raise ConfigError(
+            f"{last.origin}run_dir is {there}, and the run in {here} was moved or copied from there, or begun in "
+            f"another working directory; say which one is meant: run_dir={here} or run_dir={there}"
+        )
 
 
 def settle(config: Config) -> Config:

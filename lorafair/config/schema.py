@@ -455,6 +455,35 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class TensorBoardConfig:
+    """What TensorBoard shows beside the curves that every run has."""
+
+    layers: Literal["pictures", "curves"] = option(
+        "pictures",
+        """pictures: each metric of the layers as one picture, layer by round. curves: also a curve for each metric and
+        layer. metrics.csv has their values in any case.""",
+        identity=False,
+    )
+    pictures_every: int = option(
+        10,
+        """Draw the pictures of layers and of clients' losses at most every n rounds, and so seldom that they take 0.2 %
+        of the time; after the last round always.""",
+        at_least=1,
+        identity=False,
+    )
+    histograms: bool = option(
+        False, "Histograms of the norms of the factors: rows of A, columns of B, after each round.", identity=False
+    )
+    samples: int = option(
+        6,
+        "Training images of each client that are shown at the start, fewer where there are many clients (0: none).",
+        at_least=0,
+        at_most=20,
+        identity=False,
+    )
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """What a preempted run continues from."""
 
@@ -615,6 +644,7 @@ class Config:
     federation: FederationConfig = field(default_factory=FederationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
 

@@ -38,8 +38,9 @@ class _LeftOut:
     def warn(self) -> None:
         """Count and name each kind."""
         if self.of_systems:
-            count = format_count(len(self.of_systems), "file")
-            log.warning(f"{count} of other systems left out, such as {self.of_systems[0]}")
+            of_kind = Counter("folder" if path.is_dir() else "file" for path in self.of_systems)
+            counts = " and ".join(format_count(count, kind) for kind, count in of_kind.items())
+            log.warning(f"{counts} of other systems left out, such as {self.of_systems[0]}")
         if self.with_other_endings:
             endings = Counter(file.suffix or "no ending" for file in self.with_other_endings)
             kinds = [f"{count:,} {ending}" for ending, count in endings.most_common()]
@@ -80,11 +81,15 @@ def _load(root: Path, config: DataConfig, seed: int) -> ImageCollection:
     used = set(config.domains or domains)
     check_spelling("domains", {place: used.intersection(names) for place, names in domains_in.items()})
     rows: list[Row] = []
-    left_out = _LeftOut(unsorted=[file for base in sorted({"", *bases}) for file in _images_beside(root / base)])
+    found: list[Path] = []
+    above = [root / base for base in sorted({"", *bases})]
+    left_out = _LeftOut(unsorted=[file for folder in above for file in _images_beside(folder)])
+    left_out.of_systems += [path for folder in above for path in _of_systems_in(folder)]
     classes_in: dict[str, set[str]] = defaultdict(set)
     for base, (d, domain) in itertools.product(bases, enumerate(domains)):
         for name, files in _classes_in(root / base / domain, left_out):
             classes_in[domain] |= {name} if files else set()
+            found += [root / base / domain / name] if files and domain in used else []
             held_out = [base == "test"] * len(files)
             if not has_split:
                 held_out = _hold_out(len(files), config, seed, domain, name)
@@ -95,6 +100,7 @@ def _load(root: Path, config: DataConfig, seed: int) -> ImageCollection:
             f"{_what_it_holds(root, left_out)}"
         )
     left_out.warn()
+    _check_links(found)
     check_spelling("classes", {domain: names for domain, names in classes_in.items() if domain in used})
     _check_classes({row[1] for row in rows}, root)
     label_of = {name: label for label, name in enumerate(sorted({row[1] for row in rows}))}
@@ -117,6 +123,19 @@ def _check_domains(root: Path, domains: Sequence[str], wanted: Sequence[str], ha
         )
 
 
+def _check_links(folders: Sequence[Path]) -> None:
+    """Raise DataError for folders of classes that are one: by a link of theirs, or of the domain's or split's."""
+    first_of: dict[tuple[int, int], Path] = {}
+    for folder in folders:
+        status = folder.stat()
+        first = first_of.setdefault((status.st_dev, status.st_ino), folder)
+        if first is not folder:
+            raise DataError(
+                f"{first} and {folder} are one folder by a link, whose images would count twice; remove the link, or "
+                "name the domains to use in data.domains"
+            )
+
+
 def _check_classes(classes: set[str], root: Path) -> None:
     if all(name.casefold() in _SPLIT_NAMES for name in classes):
         raise DataError(
@@ -127,6 +146,12 @@ def _check_classes(classes: set[str], root: Path) -> None:
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_of_system(entry.name))
+
+
+def _of_systems_in(folder: Path) -> list[Path]:
+    """Folders of other systems with images in them, such as pictures made smaller or thrown away."""
+    found = (path for path in folder.iterdir() if is_of_system(path.name) and not path.name.startswith("."))
+    return sorted(path for path in found if path.is_dir() and _has_images(path))
 
 
 def _images_beside(folder: Path) -> list[Path]:
@@ -145,6 +170,7 @@ def _classes_in(domain: Path, left_out: _LeftOut) -> Iterator[tuple[str, list[st
     if not domain.is_dir():
         return
     left_out.too_high += _images_beside(domain)
+    left_out.of_systems += _of_systems_in(domain)
     for name in _subfolders(domain):
         yield name, _images_in(domain / name, left_out)
 
@@ -172,7 +198,10 @@ def _has_images(folder: Path) -> bool:
 def _what_it_holds(root: Path, left_out: _LeftOut) -> str:
     """Where the images are, for who has given the wrong folder."""
     if left_out.too_deep:
-        return f"there are some deeper, in {some(left_out.too_deep)}: give the folder whose folders are the domains"
+        return (
+            f"there are some deeper, in {some(left_out.too_deep)}: give the folder whose folders are the domains, or "
+            "move the folders of classes right into those of their domains"
+        )
     if left_out.too_high:
         image = left_out.too_high[0]
         return (

@@ -18,8 +18,11 @@ from lorafair.data.images import DataError, ImageCollection
 
 SPLITS = ("train", "test")
 
-# What other systems leave in folders, beside names that begin with a dot.
-_OF_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
+# What other systems leave in folders, beside names that begin with a dot: macOS, Windows, disks on a network, Linux.
+_OF_SYSTEMS = {
+    "__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found", "__pycache__",
+}  # fmt: skip
 
 # An image: path below the root, class, index of its domain, whether it is for the test.
 Row = tuple[str, str, int, bool]
@@ -36,7 +39,7 @@ def existing_root(config: DataConfig) -> Path:
 
 def is_of_system(name: str) -> bool:
     """Whether a file or folder belongs to another system's file manager and holds nothing of the user."""
-    return name.startswith(".") or name in _OF_SYSTEMS
+    return name.startswith(".") or name.casefold() in _OF_SYSTEMS
 
 
 def check_spelling(what: str, places: Mapping[str, Iterable[str]], label_of: Mapping[str, int] | None = None) -> None:

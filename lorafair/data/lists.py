@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import posixpath
@@ -52,7 +53,7 @@ def load_lists(config: DataConfig, seed: int) -> ImageCollection:
         log.info(f"lists: paths are read without their first folders: {shortened[0]}")
     check_spelling("classes", classes_in, label_of)
     _warn_of_shared_labels(label_of)
-    _check_repeated([row for row in rows if domains[row[2]] in used], lists)
+    _check_repeated([row for row in rows if domains[row[2]] in used], root, lists)
     return collection(root, rows, domains, label_of, f"{config.source}: real images of data.root, split by its lists")
 
 
@@ -110,6 +111,8 @@ def _lines(file: Path) -> list[str]:
             text = content.decode("utf-8-sig", errors="surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); it is one of the lists of data.root") from error
+    if "\0" in text:
+        raise DataError(f"{file} is no text in UTF-8, nor one in UTF-16 that begins as such; save it as UTF-8")
     return re.split(r"\r\n|\r|\n", text)  # splitlines would also split at characters that names may hold
 
 
@@ -158,13 +161,18 @@ def _warn_of_shared_labels(label_of: dict[str, int]) -> None:
         )
 
 
-def _check_repeated(rows: Sequence[Row], lists: Path) -> None:
-    """Raise DataError for images in a training and a test list; warn of those that are listed twice in one."""
-    splits_of: dict[str, list[bool]] = {}
+def _check_repeated(rows: Sequence[Row], root: Path, lists: Path) -> None:
+    """Raise DataError for images in a training and a test list; warn of those that are listed twice in one.
+
+    An image is the same however its path is written: absolute, with dots in it or through a link to a folder.
+    """
+    real_folder = functools.cache(os.path.realpath)
+    listed: dict[str, list[tuple[str, bool]]] = {}
     for entry, _, _, held_out in rows:
-        splits_of.setdefault(posixpath.normpath(entry), []).append(held_out)
-    repeated = [entry for entry, splits in splits_of.items() if len(splits) > 1]
-    leaked = [entry for entry in repeated if len(set(splits_of[entry])) > 1]
+        folder, _, name = posixpath.join(root, entry).rpartition("/")
+        listed.setdefault(f"{real_folder(folder)}/{name}", []).append((posixpath.normpath(entry), held_out))
+    repeated = [lines[0][0] for lines in listed.values() if len(lines) > 1]
+    leaked = [lines[0][0] for lines in listed.values() if len({held_out for _, held_out in lines}) > 1]
     if leaked:
         raise DataError(
             f"in {lists}: {format_count(len(leaked), 'image')} both in a training and in a test list, such as "

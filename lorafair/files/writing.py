@@ -65,6 +65,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             partial.write_text(content, encoding="utf-8")
 
 
+def open_to_others(path: Path) -> None:
+    """Give a file the rights of every new file (umask): safetensors makes its own readable by the owner alone."""
+    mask = os.umask(0o077)  # it can only be read by being set
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def fsync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

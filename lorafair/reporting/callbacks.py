@@ -25,7 +25,7 @@ class Callback:
         """A round begins; rounds are numbered from 1."""
 
     def on_round_end(self, round: int, scalars: Mapping[str, float]) -> None:
-        """A round is done; `scalars` are its values by TensorBoard tag."""
+        """A round is done; `scalars` are its values by their names in metrics.csv."""
 
     def on_evaluation(self, round: int, evaluation: Evaluation) -> None:
         """The model after a round was evaluated."""

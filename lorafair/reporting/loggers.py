@@ -27,8 +27,8 @@ def register_logger(name: str) -> Callable[[Callable[..., Logger]], Callable[...
 
     Returns:
         A decorator for a function of the run's directory and the options, by name, that returns a
-        lightning.fabric.loggers.Logger. Its `log_metrics` gets the scalars of each round by TensorBoard tag,
-        and at the end numbers of the whole run with step=None.
+        lightning.fabric.loggers.Logger. Its `log_metrics` gets the scalars of each round by their names in
+        metrics.csv, and at the end numbers of the whole run with step=None.
 
     Raises:
         ConfigError: The name is taken.

@@ -1,10 +1,12 @@
-"""From the results of a round, or of an evaluation, to scalars by their TensorBoard tag."""
+"""From the results of a round, or of an evaluation, to scalars by name; tags.py says what each of them is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from lorafair.communication.collectives import ClientResults
 from lorafair.communication.traffic import Traffic
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
+from lorafair.model.adapter import AdapterLayout
+from lorafair.reporting.tags import NORMS_OF_A, NORMS_OF_B
 from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
 
 CLIENT_CURVES = 1000  # clients of a run of which each has a curve of its own; TensorBoard stalls with many more
@@ -29,6 +33,8 @@ class RoundSummary:
     seconds: Mapping[str, float]  # of the phases
     traffic: Traffic
     total_bytes: float  # since round 1
+    total_seconds: float  # since round 1
+    adapter: Tensor  # (P,) where clients start next
 
     @property
     def train_loss(self) -> float:
@@ -39,9 +45,11 @@ class RoundSummary:
 def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, float]:
     """Everything that is recorded of a round."""
     rate = with_scheduled_learning_rate(experiment.local, summary.round - 1).learning_rate
+    losses = summary.results.losses
     scalars = {"train/loss": summary.train_loss, "train/learning_rate": rate}
+    scalars |= {"train/loss_highest": max(losses), "train/loss_lowest": min(losses)}
     if len(experiment.clients) <= CLIENT_CURVES:
-        for client, loss in zip(summary.results.clients, summary.results.losses, strict=True):
+        for client, loss in zip(summary.results.clients, losses, strict=True):
             scalars[f"train/loss/{experiment.clients[client].name}"] = loss
     scalars |= _server_scalars(list(experiment.layout.factors), summary.bias)
     scalars |= {
@@ -51,6 +59,7 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
         "server/dropped_clients": len(summary.results.dropped),
     }
     scalars |= {f"time/{phase}": seconds for phase, seconds in summary.seconds.items()}
+    scalars |= {"time/round": sum(summary.seconds.values()), "time/total": summary.total_seconds}
     scalars |= _idle_fractions(summary.plan, summary.results)
     if summary.evaluation is not None:
         scalars |= evaluation_scalars(experiment, summary.evaluation)
@@ -69,11 +78,21 @@ def evaluation_scalars(experiment: Experiment, evaluation: Evaluation) -> dict[s
         scalars[f"eval/accuracy/{domain}"] = float(evaluation.accuracy[:, index].mean())
         scalars[f"eval/balanced_accuracy/{domain}"] = float(balanced[index])
         scalars[f"eval/loss/{domain}"] = float(evaluation.loss[:, index].mean())
+    scalars["eval/accuracy_worst_domain"] = float(evaluation.accuracy.mean(0).min())
     own = own_domain_mask(experiment, evaluation)
     if own is not None:
         scalars["eval/accuracy_own_domain"] = float(evaluation.accuracy[own].mean())
         scalars["eval/accuracy_other_domains"] = float(evaluation.accuracy[~own].mean())
     return scalars | {f"eval/{name}": value for name, value in evaluation.metrics.items()}
+
+
+def factor_norms(layout: AdapterLayout, adapter: Tensor) -> dict[str, np.ndarray[Any, Any]]:
+    """The norms of the rows of every A and of the columns of every B, (L R,) each, by the tag of their histogram."""
+    factors = layout.unpack(adapter.cpu()).factors.values()
+    return {
+        NORMS_OF_A: torch.cat([layer.A.norm(dim=1) for layer in factors]).numpy(),
+        NORMS_OF_B: torch.cat([layer.B.norm(dim=0) for layer in factors]).numpy(),
+    }
 
 
 def own_domain_mask(experiment: Experiment, evaluation: Evaluation) -> Tensor | None:
@@ -94,6 +113,8 @@ def _server_scalars(paths: Sequence[str], bias: Mapping[str, Tensor]) -> dict[st
     for name, row in zip(bias, values.tolist(), strict=True):
         scalars[f"server/{name}"] = sum(row) / len(row)
         scalars |= {f"server/{name}/{path}": v for path, v in zip(paths, row, strict=True)}
+        if name == "error_after":
+            scalars |= {"server/error_after_largest": max(row), "server/error_after_smallest": min(row)}
     return scalars
 
 

@@ -19,11 +19,13 @@ from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.files.writing import write_atomically
 from lorafair.reporting.callbacks import Callback, Callbacks, make_callback
+from lorafair.reporting.introduction import introduce
 from lorafair.reporting.loggers import open_loggers
-from lorafair.reporting.metrics import RoundSummary, evaluation_scalars, round_scalars
+from lorafair.reporting.metrics import RoundSummary, evaluation_scalars, factor_norms, round_scalars
 from lorafair.reporting.pictures import LARGEST, confusion_picture
 from lorafair.reporting.results import result_text, write_result
 from lorafair.reporting.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_result, version_of
+from lorafair.reporting.tags import CONFUSION
 from lorafair.reporting.tracker import Tracker
 
 
@@ -35,7 +37,10 @@ class Report:
         config.folder.mkdir(exist_ok=True)  # resume=never has put an earlier run aside
         write_config(config, continued=completed_rounds > 0)
         self._callbacks = Callbacks([*callbacks, *(make_callback(name) for name in config.callbacks)])
-        self._tracker = Tracker(config.folder, completed_rounds, dataclasses.asdict(config), open_loggers(config))
+        settings, loggers = dataclasses.asdict(config), open_loggers(config)
+        self._tracker = Tracker(config.folder, completed_rounds, settings, loggers, config.tensorboard)
+        introduce(experiment, self._tracker.board)
+        self._tracker.recall()
         self._completed = completed_rounds
         self._began: float | None = None  # of the first whole round, on the monotonic clock
         self._whole_rounds = 0
@@ -52,6 +57,9 @@ class Report:
         """Record one round and print its line; `totals` since round 1 give the pace while no whole round is done."""
         scalars = round_scalars(self._experiment, summary)
         self._tracker.scalars(scalars, summary.round)
+        if self._experiment.config.tensorboard.histograms:
+            for tag, norms in factor_norms(self._experiment.layout, summary.adapter).items():
+                self._tracker.board.histogram(tag, norms, summary.round)
         self._completed = summary.round
         parts = [f"loss {summary.train_loss:.3f}"]
         if summary.evaluation is not None:
@@ -71,10 +79,12 @@ class Report:
         """Write result.json and confusion matrices; print the final table."""
         experiment, config = self._experiment, self._experiment.config
         classes = experiment.data.classes
+        board = self._tracker.board
+        board.draw(config.rounds)
         for index, domain in enumerate(experiment.data.domains):
             picture = confusion_picture(evaluation.confusion[index], classes, domain)
             if picture is not None:
-                self._tracker.picture(f"eval/confusion/{domain}", picture, config.rounds)
+                board.picture(CONFUSION.replace("<domain>", domain), picture, config.rounds)
         if len(classes) > LARGEST:
             log.info(
                 f"no pictures of confusion matrices: {len(classes)} classes; pictures are drawn for at most {LARGEST}"

@@ -1,4 +1,4 @@
-"""Where scalars and pictures go: TensorBoard, metrics.csv (round, name, value), and Fabric's loggers."""
+"""Where scalars go: TensorBoard, metrics.csv (round, name, value), and Fabric's loggers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from lorafair import third_party
 from lorafair.checkpointing.folder import free_name
 from lorafair.config.identity import flatten
+from lorafair.config.schema import TensorBoardConfig
 from lorafair.console import format_count, log
 from lorafair.errors import one_line
 from lorafair.files.writing import naming, replacing
+from lorafair.reporting.board import Board
 from lorafair.reporting.run_dir import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -30,7 +29,12 @@ class Tracker:
     """Writes the scalars of each round; scalars are named group/name, e.g. eval/accuracy/sketch."""
 
     def __init__(
-        self, run_dir: Path, completed_rounds: int, settings: Mapping[str, Any], loggers: list[Logger]
+        self,
+        run_dir: Path,
+        completed_rounds: int,
+        settings: Mapping[str, Any],
+        loggers: list[Logger],
+        board: TensorBoardConfig | None = None,
     ) -> None:
         self._loggers = list(loggers)
         self._settings = {
@@ -40,9 +44,14 @@ class Tracker:
         self._show_settings()
         self._run_dir = run_dir
         # A continued run repeats the rounds after its checkpoint: their earlier values are dropped in both places.
-        with self._writing_events():
-            self._writer = SummaryWriter(str(run_dir), purge_step=completed_rounds + 1)
-        self._csv_file, self._csv = _reopen_csv(run_dir / METRICS_FILE, completed_rounds)
+        self.board = Board(run_dir, completed_rounds, board or TensorBoardConfig())
+        self._csv_file, self._csv, self._kept = _reopen_csv(run_dir / METRICS_FILE, completed_rounds)
+
+    def recall(self) -> None:
+        """Give the board the values of the rounds before, for its pictures."""
+        for round, name, value in self._kept:
+            self.board.remember({name: float(value)}, int(round))
+        self._kept = []
 
     def _show_settings(self) -> None:
         """To the loggers that take them: not all do, and config.yaml has them in any case."""
@@ -56,39 +65,22 @@ class Tracker:
 
     def scalars(self, values: Mapping[str, float], round: int) -> None:
         """Record values after this many rounds and make them visible at once."""
-        with self._writing_events():
-            third_party.write_scalars(self._writer, values, round)
-            self._writer.flush()
+        self.board.scalars(values, round)
         with naming(self._run_dir / METRICS_FILE):
             self._csv.writerows([round, name, repr(float(value))] for name, value in values.items())
             self._csv_file.flush()
         self._call_loggers(lambda logger: logger.log_metrics(dict(values), step=round))
 
-    def picture(self, tag: str, picture: np.ndarray[Any, Any], round: int) -> None:
-        """Show a picture (H, W, 3) uint8 in TensorBoard."""
-        with self._writing_events():
-            self._writer.add_image(tag, picture, round, dataformats="HWC")
-            self._writer.flush()
-
     def final(self, metrics: Mapping[str, float]) -> None:
-        """Record numbers of the whole run: in TensorBoard's table of runs, and at no step in loggers."""
-        with self._writing_events():
-            self._writer.add_hparams(self._settings, dict(metrics), run_name=".")
+        """Give loggers numbers of the whole run, at no step."""
         self._call_loggers(lambda logger: logger.log_metrics(dict(metrics)))
 
     def close(self, status: str) -> None:
         """Flush and close everything; `status` is "success" or "failed"."""
         self._call_loggers(lambda logger: logger.finalize(status))
-        with self._writing_events():
-            self._writer.close()
+        self.board.close(status)
         with naming(self._run_dir / METRICS_FILE):
             self._csv_file.close()
-
-    @contextmanager
-    def _writing_events(self) -> Iterator[None]:
-        """TensorBoard's file is written in the block, by a thread; its errors are raised here, with the file."""
-        with naming(self._run_dir / "events.out.tfevents"), third_party.one_error_of_events():
-            yield
 
     def _call_loggers(self, what: Callable[[Logger], object]) -> None:
         """Call each logger; one that fails is left out from then on, and the run continues."""
@@ -120,12 +112,13 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
-def _reopen_csv(path: Path, completed_rounds: int) -> tuple[TextIO, Any]:
+def _reopen_csv(path: Path, completed_rounds: int) -> tuple[TextIO, Any, list[list[str]]]:
+    """The file with the lines of the rounds that are done, what writes to it, and those lines."""
     kept = _rows_of(path, completed_rounds) if completed_rounds else []
     with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["round", "name", "value"], *kept])
     handle = path.open("a", newline="", encoding="utf-8")
-    return handle, csv.writer(handle)
+    return handle, csv.writer(handle), kept
 
 
 def _rows_of(path: Path, completed_rounds: int) -> list[list[str]]:

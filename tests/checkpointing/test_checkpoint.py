@@ -49,6 +49,13 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert find(tmp_path) is not None
 
 
+def test_who_may_read_the_files_of_a_user_may_read_those_of_a_checkpoint(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.touch()
+    files = list(save_checkpoint(tmp_path, checkpoint(1), keep=1).iterdir())
+    assert {file.stat().st_mode for file in files} == {other.stat().st_mode}
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for rounds in (1, 2, 11, 12):
         save_checkpoint(tmp_path, checkpoint(rounds), keep=2)
@@ -151,6 +158,16 @@ def test_never_moves_no_directory_that_holds_anything_else(tmp_path: Path, monke
     with pytest.raises(CheckpointError, match="choose another run_dir"):
         find(Path(".."), "never")
     assert (tmp_path / "precious.txt").exists()
+
+
+def test_a_result_whose_checkpoints_were_removed_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "result.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has the result of a run and none of its checkpoints.*resume=never"):
+        find(tmp_path / "run")
+    assert find(tmp_path / "run", "never") is None
+    assert (tmp_path / "run.1" / "result.json").is_file()
 
 
 def test_an_empty_or_missing_directory_starts_anew(tmp_path: Path) -> None:

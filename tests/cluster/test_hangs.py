@@ -26,6 +26,7 @@ from lorafair import cli
 from lorafair.caching import shared_array
 from lorafair.client import training
 from lorafair.cluster import backstop
+from lorafair.commands import checks
 from lorafair.reporting.report import Report
 
 folder, arguments, calls = sys.argv[1], sys.argv[2:], []
@@ -47,6 +48,7 @@ def second(hang, otherwise):
 
 
 PLACES = {
+    "checks": (checks, "check_model", sleep),
     "client, locked": (training._Trainer, "train", second(hold, training._Trainer.train)),
     "server, locked": (federation.Server, "aggregate_shard", hold),
     "evaluation, locked": (federation, "initial_adapters", hold),
@@ -99,6 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("place", "line"),
     [
+        ("checks", r"the checks before the start has got no further for 6 seconds \(fabric.timeout_minutes\)"),
         ("server", r"the server step of round 1 has got no further for 6 seconds \(client.timeout_minutes\)"),
         ("checkpoint", "the report and checkpoint of round 1 has got no further"),
         ("report", "the report and checkpoint of round 1 has got no further"),
@@ -113,8 +116,8 @@ def test_a_hang_anywhere_ends_with_a_line_that_names_the_place(runs: Path, place
     assert f"{place}: 1\n" in (runs / "statuses").read_text()
     log = (runs / f"{place}.log").read_text()
     assert re.search(f"^error: process 0 on .*: {line}", log.splitlines()[-1]), log
-    assert ("; what is saved stays" in log) == (place != "tokens")
-    assert ("; nothing was saved yet" in log) == (place == "tokens")
+    assert ("; what is saved stays" in log) == (place not in ("checks", "tokens"))
+    assert ("; nothing was saved yet" in log) == (place in ("checks", "tokens"))
     if place in ("server", "checkpoint", "report"):  # the clients that were done
         (unfinished,) = list_unfinished(runs / place).values()
         assert list(unfinished.glob("clients_*.safetensors"))

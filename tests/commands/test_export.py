@@ -49,6 +49,7 @@ def trained(config: Config) -> torch.Tensor:
         ("test_convnext", "mlp.fc1", False),
         ("coat_tiny", "serial_blocks1.*.fc1", True),  # some of its modules are shared
         ("nest_tiny", "levels.2.*.0.mlp.fc1", True),  # how it pools is a module of its own
+        ("volo_d1_224", "network.4.*.mlp.fc1", True),  # without the second head
     ],
 )
 def test_the_line_that_is_printed_runs_as_it_is(tmp_path: Path, name: str, target: str, takes_size: bool) -> None:

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch.nn import functional as F
 
 import lorafair
@@ -29,13 +31,16 @@ from lorafair.cluster.saved import note_saved
 from lorafair.cluster.signals import Interrupted
 from lorafair.commands import run as run_module
 from lorafair.commands.run import RunResult
-from lorafair.config.loading import load_config
+from lorafair.config.loading import load_config, to_yaml
 from lorafair.config.schema import Config
 from lorafair.console import write_text
+from lorafair.data.images import resize
+from lorafair.data.resizing import resize_without_antialias
 from lorafair.data.sources import load_images
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.evaluation import Evaluation
 from lorafair.registry import CALLBACKS, METHODS, METRICS
+from lorafair.seeding import seeded_numpy
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +142,35 @@ def test_the_loaded_model_does_what_the_run_has_evaluated(finished: RunResult) -
         assert float(loss) == pytest.approx(found["loss"], abs=1e-5)
         right = (logits[of_domain].argmax(1) == labels[of_domain]).double().mean()
         assert float(right) == pytest.approx(found["accuracy"], abs=1e-9)
+
+
+def test_classes_and_transform_are_those_of_the_run(finished: RunResult, tmp_path: Path) -> None:
+    """What they make of each test image, the model answers as it did in the run."""
+    model, config = finished.load_model(), finished.config
+    data = load_images(config.data, config.seed)
+    pictures = [Image.fromarray(data.test.images.read(index, 32)) for index in range(len(data.test))]
+    inputs = torch.stack([finished.transform(picture) for picture in pictures])
+    with torch.inference_mode():
+        right = (model(inputs).argmax(1).numpy() == data.test.labels).mean()
+    assert finished.mean_accuracy == pytest.approx(right)
+    assert finished.classes == data.classes
+    pictures[0].save(tmp_path / "picture.png")
+    assert torch.equal(finished.transform(tmp_path / "picture.png"), inputs[0])
+    with pytest.raises(LorafairError, match=r"no_picture\.png is no image that can be read"):
+        finished.transform(str(tmp_path / "no_picture.png"))
+    with pytest.raises(LorafairError, match="is no run directory with a checkpoint"):
+        _ = RunResult(tmp_path).classes
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_the_transform_of_other_settings(tmp_path: Path, antialias: bool) -> None:
+    """A named normalisation, images that are made smaller, with and without a filter; grey becomes RGB."""
+    config = load_config(TINY, **{"model.normalization": "clip", "data.antialias": antialias})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    picture = Image.fromarray(seeded_numpy(0, "picture").integers(0, 256, (80, 64), np.uint8))
+    shrunk = (resize if antialias else resize_without_antialias)(picture.convert("RGB"), 32) / 255
+    made = RunResult(tmp_path).transform(picture).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(made * OPENAI_CLIP_STD + OPENAI_CLIP_MEAN, shrunk, atol=1e-6)
 
 
 def test_a_run_without_a_global_model_says_so(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafair.config.loading import load_config, settle, to_yaml
+from lorafair.config.loading import load_config, load_config_of_run, settle, to_yaml
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError
 
@@ -64,6 +64,26 @@ def test_a_path_is_expanded_or_refused(tmp_path: Path, monkeypatch: pytest.Monke
         load_config(file)
 
 
+def test_a_run_directory_that_was_moved_says_which_one_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config.yaml names where it was: the run there would go on, or begin anew."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    new.mkdir()
+    (new / "config.yaml").write_text(f"# lorafair 0.2.0\nmethod: {{name: fedit}}\nrun_dir: {old}\n")
+    assert load_config(new / "config.yaml").run_dir == old  # a file alone, kept for the next run
+    (new / "metrics.csv").touch()
+    with pytest.raises(ConfigError, match=f"moved or copied from there.*: run_dir={new} or run_dir={old}$"):
+        load_config(new / "config.yaml")
+    assert load_config(new / "config.yaml", f"run_dir={new}").run_dir == new
+    assert load_config_of_run(new).run_dir == new
+    (new / "config.yaml").write_text("# lorafair 0.2.0\nmethod: {name: fedit}\nrun_dir: new\n")
+    with pytest.raises(ConfigError, match="or begun in another working directory"):
+        load_config(new / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("new/config.yaml").run_dir == Path("new")
+
+
 def test_keys_with_dots_in_a_file_are_groups(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("model.lora.rank: 4\nmodel: {lora: {alpha: 8}, lora.dropout: 0.5}\nmethod.name: fedit\n")
@@ -112,6 +132,8 @@ def test_ranks_are_one_number_a_list_or_a_distribution(tmp_path: Path) -> None:
         (["clint.optimizer=sgd"], r"no option clint; did you mean client\? options: seed, rounds"),
         (["client.optimizer=lion"], r"client\.optimizer=lion is not possible; possible: sgd, adamw$"),
         (["rounds=many"], r"rounds: Value 'many'"),
+        (["data.train_images="], r"^data\.train_images= has no value: a variable of the shell may not be set"),
+        (["run_dir= "], r"^run_dir= has no value"),
         (["rounds=0"], r"rounds=0 is out of range: it must be at least 1"),
         (["client.learning_rate=nan"], r"client\.learning_rate=nan is out of range"),
         (["client.momentum=1.5"], r"client\.momentum=1\.5 is out of range: .* up to but not including 1"),

@@ -260,6 +260,34 @@ def test_files_of_other_systems_are_left_out_and_counted(photos: Path, capsys: p
     assert f"warning: 2 files of other systems left out, such as {of_class / '._im0.jpg'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"])
+def test_folders_of_other_systems_are_no_domains_and_no_classes(
+    photos: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    before = load_folder(photos)
+    domain = photos / before.domains[0]
+    for folder in (photos / name / "cat", domain / name):
+        write_image(folder / "im.jpg")
+    capsys.readouterr()
+    after = load_folder(photos)
+    assert (after.domains, after.classes, names(after.train)) == (before.domains, before.classes, names(before.train))
+    assert "2 folders of other systems left out, such as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("link", ["art/cat_old -> art/cat", "latest -> art", "photo/dog -> art/dog"])
+def test_folders_that_are_one_by_a_link_are_refused(tmp_path: Path, link: str) -> None:
+    """Their images would count twice, and be in training and test by the draw."""
+    for domain, name, n in itertools.product(("art", "photo"), ("cat", "cow"), range(2)):
+        write_image(tmp_path / domain / name / f"{n}.png")
+    write_image(tmp_path / "art" / "dog" / "0.png")
+    new, _, old = link.partition(" -> ")
+    (tmp_path / new).symlink_to(tmp_path / old)
+    with pytest.raises(DataError, match="are one folder by a link, whose images would count twice"):
+        load_folder(tmp_path)
+    if new == "latest":
+        assert load_folder(tmp_path, domains=("art", "photo")).domains == ("art", "photo")
+
+
 def test_an_empty_domain_is_an_error_unless_it_is_left_out(photos: Path) -> None:
     (photos / "fog").mkdir()
     with pytest.raises(DataError, match=r"domain fog of folder has no training images .*data\.domains"):
@@ -528,6 +556,23 @@ def test_a_test_image_under_another_spelling_of_its_path_is_a_leak(domainnet: Pa
     line = (domainnet / "clipart_test.txt").read_text().splitlines()[0]
     train.write_text(train.read_text() + f"clipart/./{line.removeprefix('clipart/')}\n")
     with pytest.raises(DataError, match=r"1 image both in a training and in a test list"):
+        load(domainnet)
+
+
+@pytest.mark.parametrize("written", ["{root}/{entry}", "../{root.name}/{entry}", "link/{inner}"])
+def test_a_test_image_by_a_path_from_elsewhere_is_a_leak(domainnet: Path, written: str) -> None:
+    entry = (domainnet / "sketch_test.txt").read_text().split()[0]
+    (domainnet / "link").symlink_to(domainnet / "sketch")
+    with (domainnet / "sketch_train.txt").open("a") as lines:
+        lines.write(f"{written.format(root=domainnet, entry=entry, inner=entry.partition('/')[2])} 0\n")
+    with pytest.raises(DataError, match="1 image both in a training and in a test list"):
+        load(domainnet)
+
+
+@pytest.mark.parametrize("content", ["a/b/c.jpg 0\n".encode("utf-16-le"), b"\x1f\x8b\x08\0\0"])
+def test_a_list_that_is_no_text_is_said(domainnet: Path, content: bytes) -> None:
+    (domainnet / "sketch_train.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"sketch_train\.txt is no text in UTF-8"):
         load(domainnet)
 
 

@@ -56,6 +56,17 @@ def test_everything_but_factors_and_head_is_frozen() -> None:
     assert model.adapters.flat.numel() == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def test_no_second_classifier_adds_what_was_drawn_for_it(tmp_path: Path) -> None:
+    """VOLO's, of all tokens: a file may hold it, and it is left out."""
+    config = ModelConfig(name="volo_d1_224", weights="random", image_size=32, lora=LoRAConfig(rank=1, targets=("kv",)))
+    save_file(timm.create_model(config.name, img_size=32).state_dict(), tmp_path / "volo.safetensors")
+    model = build(replace(config, weights=str(tmp_path / "volo.safetensors")))
+    assert model.backbone.aux_head is None
+    head = torch.zeros(model.adapters.layout.length)
+    model.adapters.write(head)
+    assert not model(IMAGES).any()
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_local_weights_of_another_image_size_and_number_of_classes(tmp_path: Path, suffix: str) -> None:
     torch.manual_seed(0)

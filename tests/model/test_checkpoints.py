@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import decimal
 import json
 import os
 import pathlib
 import pickle
 import re
+import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,7 +27,7 @@ from lorafair import third_party
 from lorafair.config.schema import LoRAConfig, ModelConfig
 from lorafair.console import printing
 from lorafair.errors import ConfigError
-from lorafair.model.backbone import build_model, check_model, create_backbone, register_backbone
+from lorafair.model.backbone import build_model, check_model, create_backbone, register_backbone, weights_text
 from lorafair.registry import BACKBONES
 
 third_party.make_torchvision_importable()
@@ -42,6 +45,10 @@ def state_of(name: str = "test_vit", seed: int = 0, **options: Any) -> dict[str,
 
 STATE, OTHER = state_of(), state_of(seed=1)
 BODY = {name: tensor for name, tensor in STATE.items() if not name.startswith("head.")}
+
+
+def renamed(state: Mapping[str, Tensor], pattern: str, replacement: str) -> dict[str, Tensor]:
+    return {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor] = STATE) -> dict[str, Tensor]:
@@ -127,6 +134,26 @@ CHECKPOINTS: list[Any] = [
         id="MoCo v3",
     ),
     pytest.param({"net": prefixed("encoder.")}, "section net, encoder. removed from the names", id="any name"),
+    pytest.param(
+        {"teacher": prefixed("backbone.", renamed(STATE, r"^blocks\.(\d)", r"blocks.0.\1"))},
+        "section teacher, backbone. removed from the names, names of DINOv2 converted",
+        id="DINOv2 in chunks",
+    ),
+    pytest.param(
+        renamed(STATE, r"blocks\.1\.", "blocks.1._orig_mod._checkpoint_wrapped_module."),
+        "_orig_mod and _checkpoint_wrapped_module removed within the names",
+        id="blocks that are compiled alone",
+    ),
+    pytest.param(
+        prefixed("_fsdp_wrapped_module.", renamed(STATE, r"\.attn\.", "._fsdp_wrapped_module.attn.")),
+        "_fsdp_wrapped_module. removed from the names, _fsdp_wrapped_module removed within the names",
+        id="FSDP",
+    ),
+    pytest.param(
+        {"state_dict": STATE, "day": datetime.date(2026, 1, 1), "id": uuid.UUID(int=3), "rate": decimal.Decimal(1)},
+        "section state_dict",
+        id="dates and numbers of other kinds",
+    ),
     pytest.param(
         {"model": {**BODY, "mask_token": torch.ones(1, 1, 64), "decoder_pos_embed": torch.ones(1, 5, 8),
                    "decoder_blocks.0.norm1.weight": torch.ones(8)}},
@@ -355,6 +382,14 @@ def test_npz_is_loaded_by_timm_and_whole(tmp_path: Path, capsys: pytest.CaptureF
         create_backbone(replace(VIT, weights=str(file)), 5, 0)
 
 
+def test_an_address_and_the_directory_of_a_run_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is an address; fetch the file"):
+        check_model(replace(VIT, weights="https:/example.org/vit.pth"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").touch()
+    assert "is the directory of a run; lorafair export" in complaint(tmp_path)
+
+
 def test_a_plug_ins_backbone_takes_its_own_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Module(nn.Module):
         def __init__(self) -> None:
@@ -368,6 +403,7 @@ def test_a_plug_ins_backbone_takes_its_own_names(tmp_path: Path, capsys: pytest.
     register_backbone("weights_test", head="head", image_size=8, targets=("model.1",))(lambda config: Module())
     try:
         state, config = Module().state_dict(), replace(VIT, name="weights_test", image_size=None)
+        assert weights_text(replace(config, weights="pretrained")) == "of a plug-in, asked for pretrained weights"
         for content in (state, {"model": prefixed("module.", state), "step": 3}):
             backbone, _ = taken(saved(tmp_path, content), capsys, config)
             assert_holds(backbone, state)
@@ -460,6 +496,25 @@ def test_what_holds_no_weights_is_named_in_one_line(
 ) -> None:
     assert message in complaint(make(tmp_path))
     assert "this code ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("has_sums", [True, False])
+def test_a_changed_bit_in_a_file_of_pytorchs_is_found_by_its_sums(tmp_path: Path, has_sums: bool) -> None:
+    """PyTorch reads such a file without a word."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(has_sums)
+    try:
+        file = saved(tmp_path, STATE)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    content = bytearray(file.read_bytes())
+    values = bytes(STATE["patch_embed.proj.weight"].numpy().tobytes())
+    content[content.index(values) + 101] ^= 1
+    file.write_bytes(content)
+    if has_sums:
+        assert "is damaged: its part weights/data/" in complaint(file)
+    else:
+        create_backbone(replace(VIT, weights=str(file)), 5, 0)
 
 
 WEIGHT = "blocks.1.mlp.fc1.weight"

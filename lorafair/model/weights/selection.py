@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ _ORDER = (
     "teacher", "state_dict", "model", "encoder", "base_encoder", "encoder_q", "student",
 )  # fmt: skip
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of single blocks, too
 _ENOUGH = 0.5  # of the model's tensors have to be found by name, else names are converted
 _ALIKE = 0.9  # of the tensors of the best section: such a section holds the model, too
 
@@ -38,6 +39,7 @@ class Selected:
     section: str = ""  # a group in the file, with dots between nested ones; empty: the whole file
     prefix: str = ""  # what stood before each name
     layout: str = ""  # whose names were converted; empty: none
+    wrappers: tuple[str, ...] = ()  # parts within the names that were removed
     others: tuple[str, ...] = ()  # sections that hold the model, too
     left_out: Mapping[str, int] = field(default_factory=dict)  # how many tensors, by the beginning of their names
 
@@ -49,8 +51,9 @@ class Selected:
                 f"{section or 'the whole file'} and not {' or '.join(self.others)} (model.weights_section chooses)"
             )
         removed = f"{self.prefix} removed from the names" if self.prefix else ""
+        within = f"{' and '.join(self.wrappers)} removed within the names" if self.wrappers else ""
         converted = f"names of {self.layout} converted" if self.layout else ""
-        return ", ".join(part for part in (section, removed, converted) if part)
+        return ", ".join(part for part in (section, removed, within, converted) if part)
 
 
 def select(content: Mapping[str, Any], shapes: Shapes, wanted: str | None, path: Path) -> Selected:
@@ -62,6 +65,14 @@ def select(content: Mapping[str, Any], shapes: Shapes, wanted: str | None, path:
     tensors, groups = _flat(content)
     if not tensors:
         raise WeightsError(f"model.weights={path} holds no state dict: names and tensors, alone or in a group")
+    tensors, wrappers = _unwrapped(tensors, shapes)
+    selected = _select(tensors, groups, shapes, wanted, path)
+    return replace(selected, wrappers=wrappers)
+
+
+def _select(
+    tensors: Mapping[str, Tensor], groups: Counter[str], shapes: Shapes, wanted: str | None, path: Path
+) -> Selected:
     best: list[str] = []
     for layout in ("", *LAYOUTS):
         flat = renamed(tensors, layout) if layout else tensors
@@ -88,6 +99,25 @@ def _flat(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Counter[str]]:
 
     walk(content, "")
     return tensors, groups
+
+
+def _unwrapped(tensors: dict[str, Tensor], shapes: Shapes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors without the wrappers of single blocks in their names, and these: blocks.0._orig_mod.norm1.weight.
+
+    Wrappers before the model's names stay: they are of what is found before them.
+    """
+    of_model = {part for name in shapes for part in name.split(".")}
+    found: dict[str, Tensor] = {}
+    removed: dict[str, None] = {}
+    for name, tensor in tensors.items():
+        kept: list[str] = []
+        for part in name.split("."):
+            if part in _INNER_WRAPPERS and kept and kept[-1] in of_model:
+                removed[part] = None
+            else:
+                kept.append(part)
+        found[".".join(kept)] = tensor
+    return (found, tuple(removed)) if len(found) == len(tensors) else (tensors, ())
 
 
 def _places(flat: Mapping[str, Tensor], shapes: Shapes) -> list[str]:

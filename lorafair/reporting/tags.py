@@ -1,0 +1,252 @@
+"""What TensorBoard shows of a run: the tag, unit and meaning of every scalar, its pictures, charts and table of runs.
+
+TensorBoard sorts groups by name and opens the first two, so the groups carry numbers. metrics.csv, loggers, callbacks
+and `RunResult.metrics` have the names alone. Nothing heavy is imported: a reference page can be made from these tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+_PLACE = re.compile(r"<\w+>")  # stands for a name in a tag or a name of a scalar
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A curve. <domain>, <client>, <layer>, <rank>, <phase> and <metric> stand for names."""
+
+    name: str  # in metrics.csv; empty where the value is in TensorBoard alone
+    tag: str
+    unit: str
+    meaning: str
+    scale: float = 1.0  # from the unit of metrics.csv
+
+
+_FRACTION, _NATS, _SECONDS, _RATIO = "fraction", "nats", "seconds", "ratio"
+_ERROR = "‖ΔW − X‖/‖ΔW‖, mean of the layers"
+
+SCALARS = (
+    Scalar("eval/accuracy", "1 accuracy/mean of domains", _FRACTION, "Top-1 accuracy, unweighted mean of the domains"),
+    Scalar(
+        "eval/accuracy_worst_domain", "1 accuracy/minimum of domains", _FRACTION,
+        "Accuracy on the domain where it is lowest",
+    ),
+    Scalar(
+        "eval/accuracy_own_domain", "1 accuracy/mean on own domain", _FRACTION,
+        "Clients with models of their own: each on its domain, mean",
+    ),
+    Scalar(
+        "eval/accuracy_other_domains", "1 accuracy/mean on other domains", _FRACTION,
+        "Clients with models of their own: each on the other domains, mean",
+    ),
+    Scalar(
+        "eval/balanced_accuracy", "1 accuracy/mean, balanced over classes", _FRACTION,
+        "Mean recall of the classes that a domain has test images of, unweighted mean of the domains",
+    ),
+    Scalar(
+        "eval/balanced_accuracy/<domain>", "1 accuracy/other balanced on <domain>", _FRACTION, "The same of one domain"
+    ),
+    Scalar(
+        "eval/majority_class", "1 accuracy/other majority class", _FRACTION,
+        "Accuracy of always answering the class with most test images, mean of the domains",
+    ),
+    Scalar(
+        "eval/most_frequent_answer", "1 accuracy/other most frequent answer", _FRACTION,
+        "Fraction of all answers that are one class, mean of the domains; where there is one global model",
+    ),
+    Scalar("eval/accuracy/<domain>", "1 accuracy/on <domain>", _FRACTION, "Top-1 accuracy on the domain's test images"),
+    Scalar("eval/<metric>", "1 accuracy/other <metric>", "of the metric", "A metric of evaluation.metrics"),
+    Scalar("train/loss", "2 loss/local training", _NATS, "Mean over a client's steps, weighted mean of the clients"),
+    Scalar("eval/loss", "2 loss/test mean of domains", _NATS, "Cross-entropy on test images, mean of the domains"),
+    Scalar("eval/loss/<domain>", "2 loss/test on <domain>", _NATS, "Cross-entropy on the domain's test images"),
+    Scalar(
+        "server/error_after", "3 aggregation/bias after", _RATIO, f"{_ERROR}; X: what clients hold after the method"
+    ),
+    Scalar("server/error_before", "3 aggregation/bias before", _RATIO, f"{_ERROR}; X: plain averaging of the factors"),
+    Scalar(
+        "server/error_after_largest", "3 aggregation/bias after, largest", _RATIO,
+        "The same of the layer where it is largest",
+    ),
+    Scalar(
+        "server/error_after_smallest", "3 aggregation/bias after, smallest", _RATIO,
+        "The same of the layer where it is smallest",
+    ),
+    Scalar("server/cosine_after", "3 aggregation/cosine after", "-1 to 1", "Cosine of ΔW and what clients hold"),
+    Scalar("server/cosine_before", "3 aggregation/cosine before", "-1 to 1", "Cosine of ΔW and plain averaging"),
+    Scalar("server/norm_ratio", "3 aggregation/norm of B", _RATIO, "‖B'‖/‖B̄‖: B after the method and the mean B"),
+    Scalar("server/correction_ratio", "3 aggregation/norm of correction", _RATIO, "‖B' − B̄‖/‖B̄‖"),
+    Scalar("server/<metric>/<layer>", "8 layers/<metric> <layer>", _RATIO, "With tensorboard.layers=curves"),
+    Scalar("comm/up_bytes", "4 traffic/up MB", "MB", "What the round's clients would send", 1e-6),
+    Scalar("comm/down_bytes", "4 traffic/down MB", "MB", "What the round's clients would receive", 1e-6),
+    Scalar("comm/total_bytes", "4 traffic/total MB", "MB", "Both, since round 1", 1e-6),
+    Scalar("time/round", "5 time/round", _SECONDS, "All phases of the round"),
+    Scalar("time/total", "5 time/total", _SECONDS, "All rounds since round 1"),
+    Scalar(
+        "time/idle_fraction/<rank>", "5 time/waiting <rank>", _FRACTION,
+        "Part of the training phase that the process waited",
+    ),
+    Scalar("time/<phase>", "5 time/<phase>", _SECONDS, "train, gather, server, broadcast, evaluate"),
+    Scalar("server/dropped_clients", "6 clients/dropped", "clients", "Left out because of NaN or infinity"),
+    Scalar("train/learning_rate", "6 clients/learning rate", "", "Of the round, as client.schedule sets it"),
+    Scalar("train/loss_highest", "6 clients/loss highest", _NATS, "Of the client with the highest training loss"),
+    Scalar("train/loss_lowest", "6 clients/loss lowest", _NATS, "Of the client with the lowest training loss"),
+    Scalar("train/loss/<client>", "6 clients/loss of <client>", _NATS, "In runs of up to 1,000 clients"),
+    Scalar("", "9 stacked time/<phase>", _SECONDS, "From the start of the round to the end of the phase, for a chart"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture, a histogram or a text."""
+
+    tag: str
+    when: str
+    meaning: str
+
+
+_OFTEN = "after the last round and at most every tensorboard.pictures_every rounds"
+CARD, LABEL_COUNTS, SAMPLES, CONFUSION = "run", "6 clients/label counts", "6 clients/samples", "7 confusion/<domain>"
+LOSSES, NORMS_OF_A, NORMS_OF_B = "6 clients/loss by client", "3 aggregation/norms of A", "3 aggregation/norms of B"
+
+PICTURES = (
+    Shown(CARD, "at the start", "Text: command, settings, clients, versions, where to read on"),
+    Shown("3 aggregation/<metric> by layer", _OFTEN, "Every metric of the group as layer × round"),
+    Shown(NORMS_OF_A, "after each round with tensorboard.histograms", "Histogram: norms of the rows of every A"),
+    Shown(NORMS_OF_B, "after each round with tensorboard.histograms", "Histogram: norms of the columns of every B"),
+    Shown(LABEL_COUNTS, "at the start", "Training images of each client and class"),
+    Shown(SAMPLES, "at the start", "tensorboard.samples training images of each client"),
+    Shown(LOSSES, _OFTEN, "Training loss as client × round"),
+    Shown(CONFUSION, "at the end", "Predicted by true class, in percent of the true class; up to 150 classes"),
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the tab Custom Scalars: lines, or bands (value, lower edge, upper edge)."""
+
+    category: str
+    title: str
+    lines: tuple[str, ...] = ()
+    bands: tuple[tuple[str, str, str], ...] = ()
+    needs_curves: bool = False  # tensorboard.layers=curves
+    most_clients: int | None = None  # of a run; lines of more cannot be told apart
+
+
+PHASES = ("train", "gather", "server", "broadcast", "evaluate")  # of a round, in their order
+_EDGES = tuple(f"9 stacked time/{place} {name}" for place, name in enumerate(("start", *PHASES)))
+
+CHARTS = (
+    Chart("Accuracy", "All domains", ("1 accuracy/on <domain>",)),
+    Chart(
+        "Accuracy", "Mean and worst domain",
+        bands=(("1 accuracy/mean of domains", "1 accuracy/minimum of domains", "1 accuracy/mean of domains"),),
+    ),
+    Chart("Loss", "Training and test", ("2 loss/local training", "2 loss/test mean of domains")),
+    Chart("Loss", "Test, all domains", ("2 loss/test on <domain>",)),
+    Chart(
+        "Loss", "Clients: mean, lowest and highest",
+        bands=(("2 loss/local training", "6 clients/loss lowest", "6 clients/loss highest"),),
+    ),
+    Chart("Loss", "All clients", ("6 clients/loss of <client>",), most_clients=50),
+    Chart("Aggregation", "Bias before and after", ("3 aggregation/bias before", "3 aggregation/bias after")),
+    Chart(
+        "Aggregation", "Bias after: mean, smallest and largest of the layers",
+        bands=(
+            (
+                "3 aggregation/bias after", "3 aggregation/bias after, smallest",
+                "3 aggregation/bias after, largest",
+            ),
+        ),
+    ),
+    Chart("Aggregation", "Bias after, every layer", ("8 layers/bias after <layer>",), needs_curves=True),
+    Chart("Traffic", "MB of a round", ("4 traffic/up MB", "4 traffic/down MB")),
+    Chart("Traffic", "MB since round 1", ("4 traffic/total MB",)),
+    Chart(
+        "Time", "Seconds of a round: phases on top of each other",
+        bands=tuple((after, before, after) for before, after in pairwise(_EDGES)),
+    ),
+    Chart("Time", "Seconds of a round: each phase", tuple(f"5 time/{phase}" for phase in PHASES)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tab HParams that tells runs apart. TensorBoard shows five, the others where they are ticked."""
+
+    name: str
+    meaning: str
+    is_shown: bool = False
+
+
+COLUMNS = (
+    Column("method", "method.name", is_shown=True),
+    Column("options", "The other options of method that are set", is_shown=True),
+    Column("setting", "The folder that the run directory lies in", is_shown=True),
+    Column("seed", "seed", is_shown=True),
+    Column("rounds", "rounds"),
+    Column("learning rate", "client.learning_rate", is_shown=True),
+    Column("LoRA rank", "model.lora.rank"),
+    Column("clients", "Clients of the run"),
+    Column("clients a round", "federation.clients_per_round, or all"),
+    Column("data", "data.source"),
+    Column("model", "model.name"),
+)
+RESULTS = {  # title of a metric of that tab -> the curve whose last value it is
+    "accuracy": "1 accuracy/mean of domains",
+    "worst domain": "1 accuracy/minimum of domains",
+    "bias": "3 aggregation/bias after",
+    "MB": "4 traffic/total MB",
+    "seconds": "5 time/total",
+}
+
+_EXACT = {scalar.name: scalar for scalar in SCALARS if scalar.name and "<" not in scalar.name}
+_PATTERNS = sorted(  # the longest beginning first
+    (
+        (scalar.name.partition("<")[0], scalar)
+        for scalar in SCALARS
+        if "<" in scalar.name and scalar.name.count("<") == 1
+    ),
+    key=lambda found: -len(found[0]),
+)
+
+
+def split_layer(name: str) -> tuple[str, str] | None:
+    """(metric, layer) of a scalar of one layer; None for any other."""
+    group, _, rest = name.partition("/")
+    metric, slash, layer = rest.partition("/")
+    return (f"server/{metric}", layer) if group == "server" and slash else None
+
+
+def title_of(name: str) -> str:
+    """What a scalar is called within its group: `bias after` for server/error_after."""
+    return shown_as(name)[0].rpartition("/")[2]
+
+
+def shown_as(name: str) -> tuple[str, float]:
+    """The tag of a scalar, and what its value is multiplied by; a name that is in no table is its own tag."""
+    if (exact := _EXACT.get(name)) is not None:
+        return exact.tag, exact.scale
+    if (found := split_layer(name)) is not None:
+        metric, layer = found
+        return f"8 layers/{title_of(metric)} {layer}", 1.0
+    for beginning, scalar in _PATTERNS:
+        if name.startswith(beginning):
+            before, after = _PLACE.split(scalar.tag)
+            return f"{before}{name.removeprefix(beginning)}{after}", scalar.scale
+    return name, 1.0
+
+
+def pattern(tag: str) -> str:
+    """A regular expression for a tag, with any text for what stands for a name."""
+    return f"^{'.+'.join(re.escape(part) for part in _PLACE.split(tag))}$"
+
+
+def edges(values: Mapping[str, float]) -> dict[str, float]:
+    """The seconds from the start of a round to its start and to the end of each phase, by tag."""
+    seconds = [values[name] for phase in PHASES if (name := f"time/{phase}") in values]
+    if len(seconds) < len(PHASES):
+        return {}
+    return dict(zip(_EDGES, accumulate(seconds, initial=0.0), strict=True))
