@@ -152,8 +152,8 @@ def _check_initialization(config: Config, method: Aggregator, name: str) -> None
     if kind != "kaiming" and config.federation.initialization == "fresh":
         raise ConfigError(f"{key}={kind} does not fit federation.initialization=fresh, which draws factors every round")
     if kind != "kaiming" and (config.model.lora.client_ranks is not None or method.rank_pruning is not None):
-        option = "model.lora.client_ranks" if method.rank_pruning is None else "method.pruning"
-        raise ConfigError(f"{key}={kind} needs clients of the same LoRA rank; leave {option} out")
+        remedy = "set one number as model.lora.rank" if method.rank_pruning is None else "leave method.pruning out"
+        raise ConfigError(f"{key}={kind} needs clients of the same LoRA rank; {remedy}")
 
 
 def _check_core(config: Config, method: Aggregator, name: str) -> None:
@@ -161,8 +161,8 @@ def _check_core(config: Config, method: Aggregator, name: str) -> None:
     if method.core is None:
         return
     if mixed or config.federation.initialization != "average":
-        key = "model.lora.client_ranks" if mixed else f"federation.initialization={config.federation.initialization}"
-        raise ConfigError(f"{key} does not fit method.name={name}, whose clients train a matrix between A and B")
+        key = "different LoRA ranks" if mixed else f"federation.initialization={config.federation.initialization}"
+        raise ConfigError(f"{key} cannot go with method.name={name}, whose clients train a matrix between A and B")
     if rank % method.core.heads:
         raise ConfigError(
             f"model.lora.rank={rank} cannot be dealt out to the {method.core.heads} heads of method.name={name}; "

@@ -207,7 +207,7 @@ def test_ravan_starts_from_orthonormal_bases_of_the_seed() -> None:
     ("options", "message"),
     [
         (["model.lora.rank=6"], "model.lora.rank=6 cannot be dealt out to the 4 heads of method.name=ravan"),
-        (["model.lora.client_ranks=[4,2,1]"], "model.lora.client_ranks"),
+        (["model.lora.client_ranks=[4,2,1]"], "needs the same LoRA rank everywhere"),
         (["federation.initialization=fresh"], "federation.initialization=fresh does not fit method.name=ravan"),
         (["model.lora.initialization=pissa"], "model.lora.initialization=pissa does not fit method.name=ravan"),
     ],
