@@ -25,7 +25,7 @@ from lorafair.reporting.results import versions
 from lorafair.reporting.run_dir import CONFIG_FILE
 from lorafair.reporting.tags import CARD, COLUMNS, LABEL_COUNTS, SAMPLES
 
-DOCUMENTATION = "https://github.com/lorafair/lorafair#readme"
+DOCUMENTATION = "https://lorafair.readthedocs.io/en/latest/"
 _TILE = 40  # pixels of a sample image
 _TILES = 120  # samples of all clients together: a few tenths of a second to decode
 _ROWS = 300  # clients of a picture

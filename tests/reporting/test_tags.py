@@ -6,7 +6,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -76,16 +75,3 @@ def test_the_table_is_light_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr
-
-
-def test_the_reference_page_has_every_tag() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "reference" / "tags.md").read_text(encoding="utf-8")
-    rows = [
-        f"| `{s.tag}` | {f'`{s.name}`' if s.name else 'none'} | {s.unit or 'none'} | {s.meaning} |"
-        for s in tags.SCALARS
-    ]
-    rows += [f"| `{shown.tag}` | {shown.when} | {shown.meaning} |" for shown in tags.PICTURES]
-    rows += [f"| {chart.category} | {chart.title}" for chart in tags.CHARTS]
-    rows += [f"| {title} | `{tag}` |" for title, tag in tags.RESULTS.items()]
-    assert [row for row in rows if row not in page] == []
-    assert [column.name for column in tags.COLUMNS if f"| {column.name} |" not in page] == []
