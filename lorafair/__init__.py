@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorafair.aggregation.base import Aggregator, LayerUpdate
+    from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate
+    from lorafair.aggregation.rank_pruning import RankPruning
     from lorafair.aggregation.registry import register_method
     from lorafair.commands.clients import count_labels
     from lorafair.commands.compare import ComparisonResult, compare
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from lorafair.data.sources import register_source
     from lorafair.errors import ConfigError, LorafairError
     from lorafair.evaluation import Evaluation, register_metric
-    from lorafair.model.adapter import LoRAFactors
+    from lorafair.model.adapter import CoreShape, LoRAFactors
     from lorafair.model.backbone import register_backbone
     from lorafair.reporting.callbacks import Callback, register_callback
     from lorafair.reporting.loggers import register_logger
@@ -58,6 +59,7 @@ __all__ = [
     "ComparisonResult",
     "Config",
     "ConfigError",
+    "CoreShape",
     "DataConfig",
     "Evaluation",
     "EvaluationConfig",
@@ -65,12 +67,14 @@ __all__ = [
     "FederationConfig",
     "Figures",
     "ImageCollection",
+    "InitialLayer",
     "LayerUpdate",
     "LoRAConfig",
     "LoRAFactors",
     "LorafairError",
     "ModelConfig",
     "PartitionConfig",
+    "RankPruning",
     "RunResult",
     "ServerConfig",
     "TensorBoardConfig",
@@ -92,7 +96,8 @@ __all__ = [
 
 # Where each of them is; imported when it is asked for.
 _MODULES = {
-    "aggregation.base": ("Aggregator", "LayerUpdate"),
+    "aggregation.base": ("Aggregator", "InitialLayer", "LayerUpdate"),
+    "aggregation.rank_pruning": ("RankPruning",),
     "aggregation.registry": ("register_method",),
     "commands.clients": ("count_labels",),
     "commands.compare": ("ComparisonResult", "compare"),
@@ -106,7 +111,7 @@ _MODULES = {
     "data.sources": ("register_source",),
     "errors": ("ConfigError", "LorafairError"),
     "evaluation": ("Evaluation", "register_metric"),
-    "model.adapter": ("LoRAFactors",),
+    "model.adapter": ("CoreShape", "LoRAFactors"),
     "model.backbone": ("register_backbone",),
     "reporting.callbacks": ("Callback", "register_callback"),
     "reporting.loggers": ("register_logger",),

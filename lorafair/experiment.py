@@ -52,6 +52,7 @@ from lorafair.seeding import seeded
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_HALF_PRECISION_SCALE = 4096.0  # lifts gradients over half precision's smallest number, 6e-8
 _HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what linear layers compute in
 
 
@@ -137,6 +138,11 @@ class Experiment:
         if local.steps is not None:
             return [local.steps * min(local.batch_size, size) for size in self.sizes]
         return [(local.epochs or 1) * size for size in self.sizes]
+
+    @property
+    def loss_scale(self) -> float:
+        """By which the loss is multiplied, so that gradients are within the range of half precision."""
+        return _HALF_PRECISION_SCALE if self.config.fabric.precision == "16-mixed" else 1.0
 
     @property
     def personal_parts(self) -> tuple[Part, ...]:
@@ -242,7 +248,7 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
         if local.steps is not None:  # as many images a round as the clients of a federated round see together
             local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
         clients = pooled(data.train.labels)
-    model = build_model(config.model, len(data.classes), config.seed)
+    model = build_model(config.model, len(data.classes), config.seed, aggregator.core)
     return _Loaded(data, images, clients, lora_ranks_of_clients(config, len(clients)), local, model)
 
 

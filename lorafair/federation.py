@@ -36,8 +36,22 @@ from lorafair.reporting.results import is_finished
 from lorafair.reporting.tracker import Clock
 from lorafair.schedule import RoundPlan, update_client_seconds
 from lorafair.server.recent import evaluated_adapter
-from lorafair.server.state import ServerState, check_fits, checkpoint_of, initial_adapters, start_or_resume
-from lorafair.server.step import Server, ServerResult, apply_update, make_server, update_controls
+from lorafair.server.state import (
+    ServerState,
+    check_fits,
+    checkpoint_of,
+    initial_adapters,
+    lora_ranks_of,
+    start_or_resume,
+)
+from lorafair.server.step import (
+    Server,
+    ServerResult,
+    apply_update,
+    broadcast_lora_ranks,
+    make_server,
+    update_controls,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -194,6 +208,7 @@ def broadcast_and_apply(
             folds=aggregator.folds,
             coding=aggregator.coding,
         )
+        broadcast_lora_ranks(experiment, state, clients, result)
     update_controls(experiment, state, clients)
     apply_update(experiment, state, clients, received, folded)
 
@@ -261,7 +276,7 @@ def add_to_totals(state: ServerState, seconds: float, traffic: Traffic, dropped:
 
 def traffic_of(experiment: Experiment, state: ServerState, plan: RoundPlan, result: ServerResult) -> Traffic:
     """What the clients of the round just completed would have sent and received."""
-    lora_ranks = [experiment.lora_ranks[client] for client in plan.clients]
+    lora_ranks = lora_ranks_of(experiment, state, plan.clients)
     round_index = state.completed_rounds - 1
     traffic = round_traffic(experiment.layout, experiment.aggregator, result.update, round_index, lora_ranks)
     if experiment.config.client.scaffold:

@@ -100,8 +100,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "lora_fair_aligned": ("method.name=lora_fair", "method.align=true", "method.fold=true", "method.residual=both"),
     **{name: (f"method.name={name}",) for name in (
         "ffa_lora", "ro_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "het_lora", "florist", "raflora",
-        "fedrot_lora", "fedrpca", "fedsa_lora",
+        "fedrot_lora", "fedrpca", "fedsa_lora", "flora_na", "fedmomentum",
+        "frlora", "ravan", "fed_sb",
     )},
+    "fedrot_lora_in_turns": ("method.name=fedrot_lora", "method.turns=true", "rounds=3"),
     "coded_fold": (
         "method.name=lora_fair", "method.fold=true", "method.fold_bits=4", "method.fold_rank=16", "rounds=3",
         "federation.head_weighting=class",
@@ -116,11 +118,32 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "method.name=lora_fair", "method.solver=sgd", "method.sgd_start=xavier", "method.sgd_steps=5",
         "model.lora.client_ranks=[4,2,1]", "model.lora.client_scaling=own", "data.antialias=false",
     ),
+    "pissa": ("method.name=lora_fair", "model.lora.initialization=pissa"),
+    "olora": ("method.name=frlora", "model.lora.initialization=olora", "server.optimizer=fedavgm"),
+    "ravan_partial": (
+        "method.name=ravan", "method.heads=2", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
+        "partition.min_images=5", "federation.clients_per_round=3", "client.cohort=2", "client.optimizer=sgd",
+        "client.scaffold=true", "model.lora.dropout=0.1",
+    ),
+    "fed_plora": (
+        "method.name=fed_plora", "model.lora.client_ranks=[1,3]", "model.lora.client_rank_probabilities=[0.5,0.5]",
+        "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=4", "client.cohort=2", "client.clip_norm=0.5",
+    ),
+    "het_lora_pruning": (
+        "method.name=het_lora", "method.pruning=0.5", "method.pruning_penalty=3", "rounds=3",
+        "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=4", "client.cohort=2", "client.optimizer=sgd",
+    ),
     "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
         "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_probabilities=[0.5,0.5]",
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=3", "client.cohort=2",
+    ),
+    "fed_alora": (
+        "method.name=fed_alora", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
+        "partition.min_images=5", "federation.clients_per_round=3", "client.cohort=2", "client.optimizer=sgd",
     ),
     "fedsa_partial": (
         "method.name=fedsa_lora", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
@@ -179,9 +202,13 @@ def run_all(
     return left
 
 
+NOT_SHARDED = {
+    "local", "het_lora_pruning", "client.scaffold=true", "method.name=fedsa_lora", "method.name=fed_alora",
+    "method.name=local_only",
+}  # fmt: skip
 SHARDED = [
     name for name, options in VARIANTS.items()
-    if not {"local", "method.name=fedsa_lora", "method.name=local_only", "client.scaffold=true"} & {name, *options}
+    if not NOT_SHARDED & {name, *options}
     and name not in ("side_by_side", "augmented", "no_cache")  # of local training alone, and slow to start
 ]  # fmt: skip
 

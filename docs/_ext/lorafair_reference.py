@@ -24,6 +24,7 @@ from lorafair.cli import SUBCOMMANDS
 from lorafair.config.describe import Description, describe_options, groups
 from lorafair.config.options import Option, all_options, group_of, option_of
 from lorafair.config.schema import Config
+from lorafair.model.adapter import PARTS
 from lorafair.reporting import tags
 
 _DESCRIBED = {described.key: described for described in describe_options()}
@@ -164,7 +165,8 @@ def facts(method: Aggregator) -> Iterator[tuple[str, str]]:
     """What is true of a method, as the code has it."""
 
     def rounds(parts: Callable[[int], Iterable[str]]) -> str:
-        first, second = (", ".join(parts(at)) or "nothing" for at in (0, 1))
+        has = [part for part in PARTS if part != "core" or method.core is not None]
+        first, second = (", ".join(part for part in has if part in parts(at)) or "nothing" for at in (0, 1))
         return first if first == second else f"{first}; in every second round {second}"
 
     yield "Clients train", rounds(method.trains)

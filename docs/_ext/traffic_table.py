@@ -11,11 +11,10 @@ from functools import cache
 import torch
 from matplotlib.figure import Figure
 
-from lorafair import LoRAFactors
 from lorafair.aggregation.base import aggregate
 from lorafair.aggregation.registry import build_aggregator
 from lorafair.communication.traffic import Traffic, round_traffic
-from lorafair.model.adapter import AdapterLayout, AdapterState
+from lorafair.model.adapter import AdapterLayout
 from lorafair.registry import METHODS
 from lorafair.seeding import seeded
 
@@ -29,14 +28,12 @@ def layer_traffic(
     The factors are random numbers, and the update is what the method makes of them, so its size is what a run sends.
     """
     count, largest = len(lora_ranks), max(lora_ranks)
-    layout = AdapterLayout.of({"layer": ((largest, inputs), (outputs, largest))}, {})
+    aggregator = build_aggregator({"name": method})
+    layout = AdapterLayout.of({"layer": ((largest, inputs), (outputs, largest))}, {}, aggregator.core)
     generator = seeded(0, "traffic table")
     rows = torch.randn(count, layout.length, generator=generator)
     clients = layout.unpack(layout.truncated(rows, torch.tensor(lora_ranks)))
-    start = AdapterState(
-        {"layer": LoRAFactors(*(torch.randn(s, generator=generator) for s in layout.factors["layer"]))}, {}
-    )
-    aggregator = build_aggregator({"name": method})
+    start = layout.unpack(torch.randn(layout.length, generator=generator))
     weights = torch.full((count,), 1 / count, dtype=torch.float64)
     update = aggregate(aggregator, clients, weights, start, aggregator.receives(round_index))
     return round_traffic(layout, aggregator, update, round_index, lora_ranks)

@@ -7,6 +7,8 @@ Letters: K clients, R LoRA rank, I in_features, O out_features.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,19 +16,23 @@ from lorafair.aggregation.factor_algebra import directions_of
 from lorafair.model.adapter import LoRAFactors
 
 
-def aligned(clients: LoRAFactors, start: LoRAFactors, strength: float = 1.0) -> LoRAFactors:
+def aligned(
+    clients: LoRAFactors, start: LoRAFactors, strength: float = 1.0, by: Literal["A", "B"] | None = None
+) -> LoRAFactors:
     """Clients' factors (B_k Q_k, Q_kᵀA_k) in float64, turned towards `start` (R, I), (O, R).
 
     Q_k is the rotation that minimises ‖Q_kᵀA_k − A‖² + c‖B_k Q_k − B‖² (orthogonal Procrustes), where c makes the two
     factors of `start` count the same; B counts nothing while it is zero. Below `strength` 1 the rotation is the one
-    next to (1 − strength)·I + strength·Q_k. A client of smaller LoRA rank is turned within its own directions: what
-    went into others could be lost on the way down.
+    next to (1 − strength)·I + strength·Q_k. With `by`, the distance of that factor alone counts. A client of smaller
+    LoRA rank is turned within its own directions: what went into others could be lost on the way down.
     """
     A, B, target = clients.A.to(torch.float64), clients.B.to(torch.float64), start.to(torch.float64)
     target_a, target_b = target.A.to(A.device), target.B.to(A.device)
     square_b = target_b.square().sum()
     balance = torch.where(square_b > 0, target_a.square().sum() / square_b, 0.0)
-    turn = nearest_rotation(_within(A @ target_a.mT + balance * (B.mT @ target_b), directions_of(clients)))  # (K, R, R)
+    near_a, near_b = A @ target_a.mT, B.mT @ target_b  # (K, R, R)
+    closeness = {None: near_a + balance * near_b, "A": near_a, "B": near_b}[by]
+    turn = nearest_rotation(_within(closeness, directions_of(clients)))
     if strength < 1:
         identity = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
         turn = nearest_rotation((1 - strength) * identity + strength * turn)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from lorafair.aggregation.coded_fold import Coding
-from lorafair.aggregation.factor_algebra import nonzero_rows
+from lorafair.aggregation.factor_algebra import nonzero_rows, weighted_mean
 from lorafair.aggregation.head_mean import class_mean_head, mean_head
+from lorafair.aggregation.rank_pruning import RankPruning
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.options import option_of
 from lorafair.errors import ConfigError, LorafairError, of_plugin
-from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
+from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, Core, CoreShape, LoRAFactors, Part
 from lorafair.seeding import seeded
 
 T = TypeVar("T")
@@ -39,6 +40,24 @@ class LayerUpdate:
     factors: LoRAFactors  # (R, I) and (O, R): where every client starts the next round
     folded: LoRAFactors | None = None  # first merged into the frozen weight as s·B·A; its rank may be anything
     sent_lora_rank: int | None = None  # beyond it B is zero and A is known to the clients: neither is sent (all R)
+    core: Core | None = None  # what `initialize` has made of it
+
+
+@dataclass(frozen=True)
+class InitialLayer:
+    """What a method may make of a layer before the first round.
+
+    Example:
+        >>> def initialize(self, layer):  # of an Aggregator: A from the first rows of W0, which stays as it is
+        ...     A = layer.weight[: layer.drawn.rank]
+        ...     return lorafair.LayerUpdate(lorafair.LoRAFactors(A=A, B=layer.drawn.B))
+    """
+
+    drawn: LoRAFactors  # A (R, I) Kaiming-uniform, B (O, R) zero
+    weight: Tensor  # W0 (O, I)
+    scaling: float  # s of the update s·B·A
+    generator: torch.Generator  # on the CPU, seeded for this layer: for what else is to be drawn
+    gradient: Tensor | None = None  # (O, I) of the loss by W0, of `images_at_start` training images
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,7 @@ class ServerUpdate:
     folded: dict[str, LoRAFactors]  # only the layers that have any
     head: dict[str, Tensor]
     sent_lora_rank: dict[str, int]  # rows of A and columns of B the clients are sent
+    cores: dict[str, Core] = dataclasses.field(default_factory=dict)  # of a method that has them
 
     def to(self, device: torch.device | str) -> ServerUpdate:
         """The same on another device."""
@@ -57,7 +77,13 @@ class ServerUpdate:
             return {path: LoRAFactors(A=f.A.to(device), B=f.B.to(device)) for path, f in layers.items()}
 
         head = {name: tensor.to(device) for name, tensor in self.head.items()}
-        return replace(self, factors=moved(self.factors), folded=moved(self.folded), head=head)
+        cores = {path: Core(core.H.to(device), core.scales.to(device)) for path, core in self.cores.items()}
+        return replace(self, factors=moved(self.factors), folded=moved(self.folded), head=head, cores=cores)
+
+    @property
+    def adapter(self) -> AdapterState:
+        """Where clients start."""
+        return AdapterState(self.factors, self.head, self.cores)
 
     @staticmethod
     def joined(updates: Sequence[ServerUpdate], paths: Sequence[str]) -> ServerUpdate:
@@ -71,6 +97,7 @@ class ServerUpdate:
             folded=ordered({path: f for update in updates for path, f in update.folded.items()}),
             head={name: tensor for update in updates for name, tensor in update.head.items()},
             sent_lora_rank=ordered({path: r for update in updates for path, r in update.sent_lora_rank.items()}),
+            cores=ordered({path: core for update in updates for path, core in update.cores.items()}),
         )
 
 
@@ -97,10 +124,16 @@ class Aggregator(ABC):
     """Every round starts from fresh factors; what was learned is in the folded part."""
     mixed_lora_ranks: ClassVar[bool] = True
     """Clients may have factors of smaller LoRA rank, padded with zeros to R."""
+    selects_directions: ClassVar[bool] = False
+    """Clients of smaller LoRA rank hold all R directions, and train as many as they can, drawn anew every round."""
     decomposes: ClassVar[bool] = False
     """The factors that come back are a new decomposition of the update: their difference from the old says nothing."""
     initializations: ClassVar[tuple[str, ...]] = ("average", "fresh", "local")
     """Values of federation.initialization that fit the method; the first leaves it as published."""
+    lora_initializations: ClassVar[tuple[str, ...]] = ("kaiming", "pissa", "olora")
+    """Values of model.lora.initialization that fit the method; the first is taken where none is set."""
+    resets: ClassVar[bool] = False
+    """Every round starts from the factors of the first one; before, what clients are sent is merged, less those."""
     personal_parts: ClassVar[tuple[Part, ...]] = ()
     """What each client keeps to itself from round to round. Where it is not empty, every client is evaluated."""
 
@@ -122,6 +155,16 @@ class Aggregator(ABC):
     def folds(self) -> bool:
         """Whether updates of `combine` may have a folded part."""
         return False
+
+    @property
+    def rank_pruning(self) -> RankPruning | None:
+        """How clients lower their LoRA rank by themselves, of a method where they do."""
+        return None
+
+    @property
+    def core(self) -> CoreShape | None:
+        """The square matrix between A and B that clients train, of a method that has one."""
+        return None
 
     @property
     def coding(self) -> Coding | None:
@@ -149,6 +192,23 @@ class Aggregator(ABC):
     def sends(self, round_index: int) -> tuple[Part, ...]:
         """What clients send up after this round."""
         return tuple(part for part in self.trains(round_index) if part not in self.personal_parts)
+
+    @property
+    def images_at_start(self) -> int:
+        """Training images whose gradient by the frozen weights `initialize` is given."""
+        return 0
+
+    def initialize(self, layer: InitialLayer) -> LayerUpdate:
+        """Where one layer starts the first round, and what is folded into its weight before: as drawn, and nothing."""
+        return LayerUpdate(layer.drawn)
+
+    def combine_core(self, cores: Tensor, weights: Tensor) -> Tensor:
+        """One layer's core of the next round (h, R/h, R/h), from s_i H_i (K, h, R/h, R/h) that the clients send."""
+        return weighted_mean(cores, weights)
+
+    def in_round(self, round_index: int) -> Aggregator:
+        """The method as it aggregates after this round (from 0); itself, where it does the same after every round."""
+        return self
 
     @abstractmethod
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
@@ -193,13 +253,13 @@ def aggregate(
     """
     initial_factors = None if start is None else start.factors
     if isinstance(aggregator, JointAggregator) and clients.factors:
-        with _of_method(aggregator, "combine_layers"):
+        with of_method(aggregator, "combine_layers"):
             updates = aggregator.combine_layers(clients.factors, weights, initial_factors)
     else:
         updates = {}
         for path, factors in clients.factors.items():
             heartbeat()
-            with _of_method(aggregator, f"combine of layer {path}"):
+            with of_method(aggregator, f"combine of layer {path}"):
                 sent = None if initial_factors is None else initial_factors[path]
                 updates[path] = aggregator.combine(factors, weights, sent)
     _check_updates(aggregator, clients, updates)
@@ -208,6 +268,7 @@ def aggregate(
     if initial_factors is not None and not (aggregator.personal_parts or aggregator.restarts):
         updates = {path: _keep_unsent(update, initial_factors[path], receives) for path, update in updates.items()}
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
+    cores = {path: _core_of(aggregator, core, weights) for path, core in clients.cores.items()}
     if class_counts is None or start is None:
         head = mean_head(clients.head, weights)
     else:
@@ -224,7 +285,17 @@ def aggregate(
             path: update.factors.rank if update.sent_lora_rank is None else update.sent_lora_rank
             for path, update in updates.items()
         },
+        cores=cores,
     )
+
+
+def _core_of(aggregator: Aggregator, clients: Core, weights: Tensor) -> Core:
+    with of_method(aggregator, "combine_core"):
+        combined = aggregator.combine_core(clients.scaled, weights)
+    if combined.shape != clients.H.shape[1:]:
+        method, wanted = type(aggregator).__name__, tuple(clients.H.shape[1:])
+        raise LorafairError(f"method {method}: combine_core returned {tuple(combined.shape)}; it must be {wanted}")
+    return Core(H=combined.to(clients.H.dtype), scales=torch.ones_like(clients.scales[0]))
 
 
 def try_out(aggregator: Aggregator, layout: AdapterLayout) -> None:
@@ -237,7 +308,12 @@ def try_out(aggregator: Aggregator, layout: AdapterLayout) -> None:
     made = LoRAFactors(*(torch.randn(2, *shape, generator=generator) for shape in (of_A, of_B)))
     start = LoRAFactors(A=made.A[0], B=made.B[0])
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    update = aggregate(aggregator, AdapterState({path: made}, head={}), weights, AdapterState({path: start}, head={}))
+    cores = {}
+    if path in layout.cores:
+        of_h, of_scales = layout.cores[path]
+        cores[path] = Core(H=torch.randn(2, *of_h, generator=generator), scales=torch.ones(2, *of_scales))
+    clients = AdapterState({path: made}, {}, cores)
+    update = aggregate(aggregator, clients, weights, AdapterState({path: start}, {}))
     check_finite(aggregator, update)
 
 
@@ -246,6 +322,8 @@ def check_finite(aggregator: Aggregator, update: ServerUpdate) -> None:
     layers = {path: [factors.A, factors.B] for path, factors in update.factors.items()}
     for path, factors in update.folded.items():
         layers[path] += [factors.A, factors.B]
+    for path, core in update.cores.items():
+        layers[path] += [core.H, core.scales]
     finite = {path: torch.stack([tensor.isfinite().all() for tensor in layers[path]]).all() for path in layers}
     if finite and not torch.stack(list(finite.values())).all():  # a GPU is waited for once
         path = next(path for path, is_finite in finite.items() if not is_finite)
@@ -254,7 +332,7 @@ def check_finite(aggregator: Aggregator, update: ServerUpdate) -> None:
         )
 
 
-def _of_method(aggregator: Aggregator, what: str) -> AbstractContextManager[None]:
+def of_method(aggregator: Aggregator, what: str) -> AbstractContextManager[None]:
     """Names a plug-in's method in its errors; an error of a shipped one keeps its traceback."""
     method = type(aggregator)
     shipped = method.__module__.startswith("lorafair.")
@@ -268,14 +346,19 @@ def _check_updates(aggregator: Aggregator, clients: AdapterState, updates: Mappi
         raise LorafairError(f"{method}: combine_layers must return an update for each of the layers, and no other")
     for path, update in updates.items():
         layer = f"{method}: combine of layer {path}"
-        if not isinstance(update, LayerUpdate):
-            raise LorafairError(f"{layer} returned a {type(update).__name__}; it must be a lorafair.LayerUpdate")
+        check_layer_update(update, layer, clients.factors[path])
         if update.folded is not None and not aggregator.folds:
             raise LorafairError(f"{layer} returned a folded part; `folds` of the method must be True then")
-        (_, lora_rank, inputs), outputs = clients.factors[path].A.shape, clients.factors[path].B.shape[1]
-        _check_factors(update.factors, f"{layer} returned factors", lora_rank, inputs, outputs)
-        if update.folded is not None:
-            _check_factors(update.folded, f"{layer} returned a folded part", None, inputs, outputs)
+
+
+def check_layer_update(update: Any, layer: str, like: LoRAFactors) -> None:
+    """Raise LorafairError for what is no update of a layer whose factors are (..., R, I) and (..., O, R) as `like`."""
+    if not isinstance(update, LayerUpdate):
+        raise LorafairError(f"{layer} returned a {type(update).__name__}; it must be a lorafair.LayerUpdate")
+    (lora_rank, inputs), outputs = like.A.shape[-2:], like.B.shape[-2]
+    _check_factors(update.factors, f"{layer} returned factors", lora_rank, inputs, outputs)
+    if update.folded is not None:
+        _check_factors(update.folded, f"{layer} returned a folded part", None, inputs, outputs)
 
 
 def _check_factors(factors: Any, what: str, lora_rank: int | None, inputs: int, outputs: int) -> None:

@@ -5,7 +5,7 @@ Letters: K clients, R LoRA rank, I in_features, O out_features, L adapted layers
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ def bias_metrics(clients: AdapterState, weights: Tensor, update: ServerUpdate) -
     paths = list(clients.factors)
     if not paths:
         return {}
+    clients, update = clients.with_cores_in_b(), replace(update, factors=update.adapter.with_cores_in_b().factors)
     ideals = [split_ideal_update(clients.factors[path], weights) for path in paths]
     new = [update.factors[path].to(torch.float64) for path in paths]
     layers = zip(ideals, new, (update.folded.get(path) for path in paths), strict=True)

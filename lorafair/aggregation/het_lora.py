@@ -12,12 +12,49 @@ from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.aggregation.factor_algebra import blocks_of, mean_factors
+from lorafair.aggregation.rank_pruning import RankPruning
+from lorafair.config.options import option, when_given
 from lorafair.model.adapter import LoRAFactors
 
 
 @dataclass(frozen=True)
 class HETLoRA(Aggregator):
-    """Weights ∝ ‖B_k A_k‖ instead of data sizes (arXiv 2401.06432); without pruning of LoRA ranks by the clients."""
+    """Weights ∝ ‖B_k A_k‖ instead of data sizes; with `pruning` clients lower their LoRA ranks (arXiv 2401.06432)."""
+
+    pruning: float | None = option(
+        None,
+        """γ: a client of LoRA rank r goes down to γ·r, rounded down, where training has made the directions beyond
+        smaller (no pruning).""",
+        above=0,
+        below=1,
+    )
+    pruning_penalty: float | None = option(
+        None,
+        "λ, the weight of the norms of these directions in the loss of clients.",
+        at_least=0,
+        requires=when_given("method.pruning"),
+        conditional_default=0.01,
+    )
+    smallest_rank: int | None = option(
+        None,
+        "No client prunes below this LoRA rank.",
+        at_least=1,
+        requires=when_given("method.pruning"),
+        conditional_default=1,
+    )
+
+    @property
+    def rank_pruning(self) -> RankPruning | None:
+        """Where `pruning` is set."""
+        if self.pruning is None:
+            return None
+        penalty = 0.01 if self.pruning_penalty is None else self.pruning_penalty
+        return RankPruning(self.pruning, penalty, self.smallest_rank or 1)
+
+    @property
+    def needs_all_layers(self) -> bool:
+        """A client gives up directions of all layers, or of none."""
+        return self.pruning is not None
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Σ w_k A_k and Σ w_k B_k with w_k = ‖B_k A_k‖ / Σ ‖B_j A_j‖; the given weights where all products are zero."""

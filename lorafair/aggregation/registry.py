@@ -92,6 +92,8 @@ def method_of(config: Config) -> Aggregator:
             f"possible: {', '.join(method.initializations)}"
         )
     _check_client_ranks(config, method, name)
+    _check_initialization(config, method, name)
+    _check_core(config, method, name)
     _check_sharding(config, method, name)
     if config.federation.head_weighting == "class" and not _averages_the_head(method):
         raise ConfigError(
@@ -122,10 +124,50 @@ def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:
             f"model.lora.rank: method.name={name} needs the same LoRA rank everywhere; "
             f"methods for mixed LoRA ranks: {', '.join(_methods_that(_takes_mixed_lora_ranks))}"
         )
+    if method.selects_directions and config.model.lora.client_scaling == "own":
+        raise ConfigError(
+            f"model.lora.client_scaling=own does not fit method.name={name}, whose clients all hold the whole adapter; "
+            "possible: common"
+        )
+    if method.rank_pruning is not None and (config.client.scaffold or config.federation.initialization != "average"):
+        key = "client.scaffold=true" if config.client.scaffold else "federation.initialization"
+        raise ConfigError(f"{key} does not fit method.name={name} with method.pruning, by which LoRA ranks change")
     if config.client.scaffold and config.client.optimizer != "sgd":
         raise ConfigError(f"client.scaffold=true needs client.optimizer=sgd, not {config.client.optimizer}")
     if config.client.scaffold and mixed:
         raise ConfigError("client.scaffold=true needs clients of the same LoRA rank; set one number as model.lora.rank")
+
+
+def _check_initialization(config: Config, method: Aggregator, name: str) -> None:
+    """What is made of the frozen weight is made once, and of one size."""
+    given = config.model.lora.initialization
+    possible = ("kaiming",) if method.restarts else method.lora_initializations
+    if given is not None and given not in possible:
+        raise ConfigError(
+            f"model.lora.initialization={given} does not fit method.name={name}; possible: {', '.join(possible)}"
+        )
+    kind, key = given or possible[0], "model.lora.initialization"
+    if kind != "kaiming" and type(method).initialize is not Aggregator.initialize:
+        raise ConfigError(f"{key}={kind} has no effect: method.name={name} makes its own initial factors")
+    if kind != "kaiming" and config.federation.initialization == "fresh":
+        raise ConfigError(f"{key}={kind} does not fit federation.initialization=fresh, which draws factors every round")
+    if kind != "kaiming" and (config.model.lora.client_ranks is not None or method.rank_pruning is not None):
+        remedy = "set one number as model.lora.rank" if method.rank_pruning is None else "leave method.pruning out"
+        raise ConfigError(f"{key}={kind} needs clients of the same LoRA rank; {remedy}")
+
+
+def _check_core(config: Config, method: Aggregator, name: str) -> None:
+    rank, mixed = config.model.lora.rank, config.model.lora.client_ranks is not None
+    if method.core is None:
+        return
+    if mixed or config.federation.initialization != "average":
+        key = "different LoRA ranks" if mixed else f"federation.initialization={config.federation.initialization}"
+        raise ConfigError(f"{key} cannot go with method.name={name}, whose clients train a matrix between A and B")
+    if rank % method.core.heads:
+        raise ConfigError(
+            f"model.lora.rank={rank} cannot be dealt out to the {method.core.heads} heads of method.name={name}; "
+            "take a multiple of them"
+        )
 
 
 def _check_sharding(config: Config, method: Aggregator, name: str) -> None:
@@ -144,7 +186,7 @@ def _check_sharding(config: Config, method: Aggregator, name: str) -> None:
     if method.needs_all_layers:
         raise ConfigError(
             f"fabric.server=sharded does not fit method.name={name} with its options, for which one process has to see "
-            "all layers (method.sgd_patience of lora_fair); possible: fabric.server=rank0"
+            "all layers (method.sgd_patience of lora_fair, method.pruning of het_lora); possible: fabric.server=rank0"
         )
 
 
@@ -155,7 +197,8 @@ def _check_average(config: Config, method: Aggregator, name: str) -> None:
             f"evaluation.average_rounds={rounds} does not fit method.name={name}, whose clients are evaluated with a "
             "model each; leave it out"
         )
-    moving = method.decomposes or method.restarts or method.folds or config.federation.initialization == "fresh"
+    changing = method.decomposes or method.restarts or method.resets or method.folds
+    moving = changing or config.federation.initialization == "fresh"
     if parts == "all" and moving:
         raise ConfigError(
             f"evaluation.average_parts=all does not fit method.name={name} with these options: its factors of one "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -31,6 +31,8 @@ class Cohort:
     steps: Sequence[CohortStep]
     generators: Sequence[torch.Generator]  # (C,) each client's own, for dropout
     corrections: Tensor | None = None  # (C, P) added to every gradient (SCAFFOLD)
+    fixed: Tensor | None = None  # (C, P) bool: what stays as it is, of clients that train some directions only
+    penalty: Callable[[Tensor, Tensor], None] | None = None  # adds to gradients (c, P), in place, at values (c, P)
     scales: Tensor | None = None  # (C,) s_k / s of clients whose update has a scaling of its own; `start` has it in B
 
 
@@ -66,7 +68,8 @@ class LocalTraining:
         adapters.scale_clients(cohort.scales)
         columns = adapters.train_only(self.parts, separately=config.b_learning_rate_ratio != 1)
         optimizer = make_optimizer(columns, config)
-        rule = GradientRule(config.clip_norm, config.proximal, start, cohort.corrections, self.loss_scale)
+        rule = GradientRule(config.clip_norm, config.proximal, start, cohort.corrections, self.loss_scale, cohort.fixed)
+        rule = replace(rule, penalty=cohort.penalty)
         trained = adapters.flat.data  # (C, P) all rows, also those that leave
         losses = torch.zeros(len(start), device=trained.device)  # (C,)
         for step, batch in zip(cohort.steps, inputs, strict=True):
@@ -95,6 +98,7 @@ class LocalTraining:
         (losses.sum() * rule.loss_scale).backward()
         rule.apply(gradient, self.model.adapters.flat.data)
         optimizer.step()
+        rule.restore(self.model.adapters.flat.data)
         return losses.detach()
 
 
@@ -114,6 +118,8 @@ class GradientRule:
     start: Tensor | None = None  # (C, P) where the clients started
     corrections: Tensor | None = None  # (C, P) c − c_k of SCAFFOLD (arXiv 1910.06378, equation 3), not clipped
     loss_scale: float = 1.0  # by which the gradient is too large
+    fixed: Tensor | None = None  # (C, P) what has no gradient and stays as it is at the start
+    penalty: Callable[[Tensor, Tensor], None] | None = None  # of the method, added to the loss
 
     def apply(self, gradient: Tensor, values: Tensor) -> None:
         """Change `gradient` (c, P) at the parameters `values` (c, P) in place; the first c clients are at work."""
@@ -121,6 +127,10 @@ class GradientRule:
         if self.loss_scale != 1:  # half precision: what overflows counts as zero
             gradient.div_(self.loss_scale)
             gradient.masked_fill_(~gradient.isfinite().all(dim=1, keepdim=True), 0.0)
+        if self.penalty is not None:
+            self.penalty(gradient, values)
+        if self.fixed is not None:
+            gradient.masked_fill_(self.fixed[:active], 0.0)
         if self.proximal:
             assert self.start is not None
             gradient.add_(values - self.start[:active], alpha=self.proximal)
@@ -129,6 +139,13 @@ class GradientRule:
             gradient.mul_((self.clip_norm / (norms + 1e-6)).clamp(max=1.0))
         if self.corrections is not None:
             gradient.add_(self.corrections[:active])
+
+    def restore(self, values: Tensor) -> None:
+        """Take back what an optimiser's step has done to values (c, P) that stay: it may have decayed them."""
+        if self.fixed is not None:
+            assert self.start is not None
+            active = len(values)
+            torch.where(self.fixed[:active], self.start[:active], values, out=values)
 
 
 def client_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lorafair.aggregation.rank_pruning import add_penalty
 from lorafair.checkpointing.partial_round import PartialRound
 from lorafair.client.cohort import Cohort, LocalTraining
 from lorafair.cluster.watchdog import heartbeat, within
@@ -27,10 +28,9 @@ from lorafair.errors import ConfigError, first_line
 from lorafair.experiment import Experiment
 from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
 from lorafair.seeding import seeded
-from lorafair.server.state import ServerState, initial_adapters
+from lorafair.server.state import ServerState, initial_adapters, lora_ranks_of
 
 T = TypeVar("T")
-HALF_PRECISION_SCALE = 4096.0  # lifts gradients over half precision's smallest number, 6e-8
 
 
 def train_clients(
@@ -154,7 +154,7 @@ class _Trainer:
             config=with_scheduled_learning_rate(experiment.local, state.completed_rounds),
             parts=experiment.aggregator.trains(state.completed_rounds),
             autocast=experiment.fabric.autocast,
-            loss_scale=HALF_PRECISION_SCALE if experiment.config.fabric.precision == "16-mixed" else 1.0,
+            loss_scale=experiment.loss_scale,
         )
         return _Trainer(experiment, state, training)
 
@@ -168,12 +168,42 @@ class _Trainer:
             ]
         )
 
+    def lora_ranks_of(self, cohort: Sequence[int]) -> list[int]:
+        """Of these clients, in this round."""
+        return lora_ranks_of(self.experiment, self.state, cohort)
+
+    def penalty_of(self, cohort: Sequence[int]) -> Callable[[Tensor, Tensor], None] | None:
+        """What these clients add to the gradient (c, P) of their loss, in place, at their parameters (c, P)."""
+        layout, pruning = self.experiment.layout, self.experiment.aggregator.rank_pruning
+        if pruning is None or not pruning.penalty:
+            return None
+        last = pruning.last_directions(self.lora_ranks_of(cohort), self.experiment.config.model.lora.rank)
+        last, weight = last.to(self.experiment.fabric.device, non_blocking=True), pruning.penalty
+
+        def add(gradient: Tensor, values: Tensor) -> None:
+            gradients, at = layout.unpack(gradient).factors, layout.unpack(values).factors
+            add_penalty(gradients, at, last[: len(values)], weight)
+
+        return add
+
+    def fixed_of(self, cohort: Sequence[int]) -> Tensor | None:
+        """What these clients do not train (C, P), of a method that deals out directions; None where they train all."""
+        rank, lora_ranks = self.experiment.config.model.lora.rank, self.lora_ranks_of(cohort)
+        if not self.experiment.aggregator.selects_directions or all(lora_rank == rank for lora_rank in lora_ranks):
+            return None
+        seed, round_index = self.experiment.config.seed_of("client"), self.state.completed_rounds
+        chosen = torch.zeros(len(cohort), rank, dtype=torch.bool)
+        for row, client, lora_rank in zip(chosen, cohort, lora_ranks, strict=True):
+            order = torch.randperm(rank, generator=seeded(seed, round_index, client, "directions"))
+            row[order[:lora_rank]] = True
+        return self.experiment.layout.outside(chosen.to(self.experiment.fabric.device, non_blocking=True))
+
     def scales_of(self, cohort: Sequence[int]) -> Tensor | None:
         """s_k / s = R / r_k of these clients (C,), where model.lora.client_scaling=own."""
         lora, device = self.experiment.config.model.lora, self.experiment.fabric.device
         if lora.client_scaling != "own":
             return None
-        scales = torch.tensor([lora.rank / self.experiment.lora_ranks[client] for client in cohort])
+        scales = torch.tensor([lora.rank / lora_rank for lora_rank in self.lora_ranks_of(cohort)])
         return scales.to(device, non_blocking=True)
 
     def train(
@@ -193,6 +223,8 @@ class _Trainer:
                 steps=steps,
                 generators=[seeded(seed, round_index, c, "dropout", device=device) for c in cohort],
                 corrections=None if state.controls is None else state.controls.corrections(cohort),
+                fixed=self.fixed_of(cohort),
+                penalty=self.penalty_of(cohort),
                 scales=self.scales_of(cohort),
             ),
             inputs,

@@ -80,7 +80,8 @@ class TrainedModel:
     @property
     def factors(self) -> dict[str, LoRAFactors]:
         """Of the global adapter, by layer."""
-        return self.model.adapters.layout.unpack(self.model.adapters.flat.detach().squeeze(0)).factors
+        adapter = self.model.adapters.layout.unpack(self.model.adapters.flat.detach().squeeze(0))
+        return adapter.with_cores_in_b().factors
 
     @property
     def head(self) -> dict[str, Tensor]:
@@ -95,11 +96,12 @@ def _load_run(run_dir: Path) -> TrainedModel:
     if not (run_dir / CONFIG_FILE).is_file():
         raise CheckpointError(f"{run_dir / CONFIG_FILE} is missing, and tells which model it is; put the file back")
     config, checkpoint = load_config_of_run(run_dir), load_checkpoint(checkpoints[-1])
-    if build_aggregator(config.method).personal_parts:
+    method = build_aggregator(config.method)
+    if method.personal_parts:
         name = config.method["name"]
         raise ConfigError(f"{run_dir} has no global model: with method.name={name} every client has its own")
     classes = len(checkpoint.identity["classes"])
-    model = build_model(config.model, classes, config.seed).attach()
+    model = build_model(config.model, classes, config.seed, method.core).attach()
     needed = {f"{BASE}{path}": weight for path, weight in model.adapters.base_weights().items()}
     layout = model.adapters.layout
     needed["adapter"] = torch.empty(layout.length, device="meta")

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lorafair.aggregation.base import ServerUpdate
 from lorafair.aggregation.coded_fold import Coding, integers
-from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
+from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, Part
 
 
 def start_dtype(part: Part, coding: Coding) -> torch.dtype:
     """What the numbers of a part are sent in."""
-    return torch.float16 if coding.half_start and part != "head" else torch.float32
+    return torch.float16 if coding.half_start and part in ("A", "B") else torch.float32
 
 
 def message_length(layout: AdapterLayout, parts: Sequence[Part], folded_ranks: Sequence[int], coding: Coding) -> int:
@@ -33,7 +33,7 @@ def message_length(layout: AdapterLayout, parts: Sequence[Part], folded_ranks: S
 
 def encode(update: ServerUpdate, layout: AdapterLayout, parts: Sequence[Part], coding: Coding) -> Tensor:
     """The message as bytes (uint8), on the device of the update."""
-    row = layout.pack(AdapterState(factors=update.factors, head=update.head))
+    row = layout.pack(update.adapter)
     message = [_bytes(layout.select(row, (part,)).to(start_dtype(part, coding))) for part in PARTS if part in parts]
     for path in layout.factors:
         if path in update.folded:

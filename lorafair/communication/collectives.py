@@ -33,7 +33,7 @@ from lorafair.aggregation.base import ServerUpdate
 from lorafair.aggregation.coded_fold import Coding
 from lorafair.aggregation.factor_algebra import clients_at_a_time, is_identity
 from lorafair.communication.coding import decode, encode, folded_ranks, message_length
-from lorafair.model.adapter import AdapterLayout, AdapterState, LoRAFactors, Part, take_columns
+from lorafair.model.adapter import AdapterLayout, LoRAFactors, Part, take_columns
 from lorafair.schedule import RoundPlan
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def broadcast_update(
     rows = [(0, _BOTH)] * len(layout.factors)  # (L, LoRA rank and what is sent)
     numbers: list[Tensor] = []
     if update is not None:
-        numbers.append(layout.select(layout.pack(AdapterState(factors=update.factors, head=update.head)), parts))
+        numbers.append(layout.select(layout.pack(update.adapter), parts))
         for index, path in enumerate(layout.factors):
             if path in update.folded:
                 factors = update.folded[path]

@@ -5,6 +5,7 @@ Letters: R LoRA rank, I in_features, O out_features.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ def round_traffic(
 ) -> Traffic:
     """What the clients of a round, of these LoRA ranks, send and receive; nothing where data is pooled.
 
-    A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send. A
-    folded part counts as it is sent between processes: as factors, or as a matrix (O, I) where the server keeps that;
-    a coded message counts its bytes.
+    A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send;
+    where a method selects directions, all of them come down. A folded part counts as it is sent between processes: as
+    factors, or as a matrix (O, I) where the server keeps that; a coded message counts its bytes.
     """
     if aggregator.pools_data:
         return Traffic()
@@ -52,10 +53,11 @@ def round_traffic(
     sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
     up = down = 0
     for lora_rank, clients in Counter(lora_ranks).items():
-        factors, head = _numbers(layout, sends, lora_rank, {})
-        up += clients * BYTES_PER_NUMBER * (factors + head)
-        factors, head = _numbers(layout, receives, lora_rank, update.sent_lora_rank)
-        down += clients * (of_factors * factors + BYTES_PER_NUMBER * head + folded)
+        factors, rest = _numbers(layout, sends, lora_rank, {})
+        up += clients * BYTES_PER_NUMBER * (factors + rest)
+        received = None if aggregator.selects_directions else lora_rank
+        factors, rest = _numbers(layout, receives, received, update.sent_lora_rank)
+        down += clients * (of_factors * factors + BYTES_PER_NUMBER * rest + folded)
     return Traffic(up, down)
 
 
@@ -80,10 +82,15 @@ def with_class_counts(traffic: Traffic, clients: int, classes: int) -> Traffic:
 
 
 def _numbers(
-    layout: AdapterLayout, parts: Sequence[Part], lora_rank: int, sent_lora_rank: Mapping[str, int]
+    layout: AdapterLayout, parts: Sequence[Part], lora_rank: int | None, sent_lora_rank: Mapping[str, int]
 ) -> tuple[int, int]:
-    """Numbers in these parts of one client's adapter of this LoRA rank: of the factors, and of the head."""
-    total, head = 0, layout.length_of(("head",)) if "head" in parts else 0
+    """Numbers in these parts of one client's adapter of this LoRA rank, None for all directions: factors, and the rest.
+
+    The rest is the head and the cores, whose scales stay where they are.
+    """
+    total, rest = 0, layout.length_of(("head",)) if "head" in parts else 0
+    rest += sum(math.prod(H) for H, _ in layout.cores.values()) if "core" in parts else 0
     for path, (a, b) in layout.factors.items():
-        total += min(lora_rank, sent_lora_rank.get(path, lora_rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
-    return total, head
+        rank = a[0] if lora_rank is None else lora_rank
+        total += min(rank, sent_lora_rank.get(path, rank)) * (("A" in parts) * a[1] + ("B" in parts) * b[0])
+    return total, rest

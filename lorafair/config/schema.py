@@ -179,6 +179,12 @@ class LoRAConfig:
         2402.11505): s_k / s is part of the B_k that the server gets, and taken out on the way down.""",
         requires=when_given("model.lora.client_ranks"),
     )
+    initialization: Literal["kaiming", "pissa", "olora"] | None = option(
+        None,
+        """Where A and B start (what the method asks for: pissa for frlora, else kaiming). kaiming: A drawn, B zero;
+        pissa: the principal singular triples of the frozen weight (arXiv 2404.02948); olora: the first columns and rows
+        of its QR decomposition (arXiv 2406.01775); both are taken out of it, so that the model is as it was.""",
+    )
     dropout: float = option(0.0, "Dropout on the input of A during local training.", at_least=0, below=1)
     targets: tuple[str, ...] | None = option(
         None,

@@ -22,6 +22,7 @@ from lorafair.config.schema import ModelConfig
 from lorafair.console import log
 from lorafair.errors import ConfigError, first_line, of_plugin
 from lorafair.model.adapted_model import AdaptedModel
+from lorafair.model.adapter import CoreShape
 from lorafair.model.lora import ClientHead, add_lora, block_of
 from lorafair.model.proof import prove_used
 from lorafair.model.weights.files import check_file
@@ -97,8 +98,8 @@ def register_backbone(
     return register
 
 
-def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
-    """The configured backbone on the CPU, frozen, with adapters and a head for `classes` classes.
+def build_model(config: ModelConfig, classes: int, seed: int, core: CoreShape | None = None) -> AdaptedModel:
+    """The configured backbone on the CPU, frozen, with adapters, with a core each or without, and a head.
 
     Raises ConfigError for an unknown model, unusable weights, image size or targets.
     """
@@ -112,6 +113,7 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> AdaptedModel:
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
         last_blocks=config.lora.last_blocks,
+        core=core,
     )
     assert head_path not in paths
     mean, std = _normalization(config, backbone)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from lorafair.errors import ConfigError
 from lorafair.model.adapted_product import AdaptedWeight, adapted_product
-from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, Part
+from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, Core, CoreShape, LoRAFactors, Part
 from lorafair.seeding import seeded
 
 
@@ -56,7 +58,9 @@ class LoRALinear(nn.Module):
     A: nn.Parameter  # (C, R, I)
     B: nn.Parameter  # (C, O, R)
 
-    def __init__(self, base: nn.Linear, lora_rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: nn.Linear, lora_rank: int, alpha: float, dropout: float = 0.0, core: CoreShape | None = None
+    ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scaling = alpha / lora_rank
@@ -66,12 +70,26 @@ class LoRALinear(nn.Module):
         device = base.weight.device
         self.A = nn.Parameter(torch.empty(1, lora_rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(1, base.out_features, lora_rank, device=device))
+        self.core = core
+        if core is not None:  # (C, h, R/h, R/h) and (C, h)
+            of_h, of_scales = core.of_rank(lora_rank)
+            self.H = nn.Parameter(torch.zeros(1, *of_h, device=device))
+            self.scales = nn.Parameter(torch.ones(1, *of_scales, device=device))
 
     def draw(self, generator: torch.Generator) -> LoRAFactors:
         """Fresh factors as LoRA starts: A Kaiming-uniform, B zero, so that the update is zero."""
         bound = 1 / math.sqrt(self.base.in_features)  # kaiming_uniform with a = sqrt(5), as in the LoRA authors' code
         A = torch.empty(self.A.shape[1:]).uniform_(-bound, bound, generator=generator)  # (R, I)
         return LoRAFactors(A=A, B=torch.zeros(self.B.shape[1:]))
+
+    def draw_core(self) -> Core:
+        """Cores start at zero, with scales of 1, so that the update is zero."""
+        return Core(H=torch.zeros(self.H.shape[1:]), scales=torch.ones(self.scales.shape[1:]))
+
+    @property
+    def outgoing(self) -> Tensor:
+        """B (C, O, R), times the core where there is one."""
+        return self.B if self.core is None else Core(self.H, self.scales).after(self.B)
 
     @property
     def weight(self) -> AdaptedWeight:
@@ -83,16 +101,17 @@ class LoRALinear(nn.Module):
         (bias,) = given or (self.base.bias,)
         cohort = self.A.shape[0]
         A = self.A if self.client_scales is None else self.A * self.client_scales[:cohort]
+        B = self.outgoing
         kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
         if x.is_cuda and not torch.compiler.is_compiling():  # compilers fuse by themselves
             rows = x.reshape(cohort, -1, x.shape[-1])  # (C, N..., I)
             dropped = None if kept is x else kept.reshape(rows.shape)
-            product = adapted_product(rows, self.base.weight, bias, A, self.B, self.scaling, dropped)
+            product = adapted_product(rows, self.base.weight, bias, A, B, self.scaling, dropped)
             return product.view(*x.shape[:-1], product.shape[-1])
         out = F.linear(x, self.base.weight, bias)
         hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)
-        return torch.baddbmm(stacked, hidden, self.B.mT, alpha=self.scaling).view_as(out)
+        return torch.baddbmm(stacked, hidden, B.mT, alpha=self.scaling).view_as(out)
 
 
 class ClientHead(nn.Module):
@@ -125,6 +144,7 @@ def add_lora(
     alpha: float,
     dropout: float,
     last_blocks: int | None,
+    core: CoreShape | None = None,
 ) -> list[str]:
     """Wrap the linear layers that `targets` name, in place; returns their module paths.
 
@@ -143,7 +163,7 @@ def add_lora(
             )
     for path in chosen:  # in the order of the model, so that the packed order does not depend on the order of targets
         parent, _, name = path.rpartition(".")
-        wrapped = LoRALinear(chosen[path], lora_rank, alpha, dropout)
+        wrapped = LoRALinear(chosen[path], lora_rank, alpha, dropout, core)
         setattr(backbone.get_submodule(parent), name, wrapped)
     return [path for path in linear if path in chosen]
 
@@ -224,6 +244,7 @@ class AdapterParameters:
         self.layout = AdapterLayout.of(
             {path: (m.A.shape[1:], m.B.shape[1:]) for path, m in self._layers.items()},
             {name: parameter.shape[1:] for name, parameter in self._head_parameters().items()},
+            next(iter(self._layers.values())).core,
         )
         device = next(iter(self._layers.values())).A.device
         self._values = torch.zeros(max_cohort, self.layout.length, device=device)
@@ -246,6 +267,9 @@ class AdapterParameters:
         for module in self._layers.values():
             module.A.requires_grad_("A" in parts)
             module.B.requires_grad_("B" in parts)
+            if module.core is not None:
+                module.H.requires_grad_("core" in parts)
+                module.scales.requires_grad_("core" in parts)
         for parameter in self._head_parameters().values():
             parameter.requires_grad_("head" in parts)
         groups = [(part,) for part in PARTS if part in parts] if separately else [tuple(parts)]
@@ -253,6 +277,7 @@ class AdapterParameters:
             TrainedColumns(group, span, nn.Parameter(_columns(self._values, span)))
             for group in groups
             for span in self.layout.spans(group)
+            if span.stop > span.start
         ]
         self._show(len(self.flat))
         return self._trained
@@ -273,6 +298,9 @@ class AdapterParameters:
         for path, module in self._layers.items():
             _view(module.A, values.factors[path].A, gradients.factors[path].A)
             _view(module.B, values.factors[path].B, gradients.factors[path].B)
+        for path in self.layout.cores:
+            _view(self._layers[path].H, values.cores[path].H, gradients.cores[path].H)
+            _view(self._layers[path].scales, values.cores[path].scales, gradients.cores[path].scales)
         for name, parameter in self._head_parameters().items():
             _view(parameter, values.head[name], gradients.head[name])
 
@@ -300,7 +328,8 @@ class AdapterParameters:
             for path, module in self._heads.items()
             for name, tensor in module.draw(seeded(seed, "head", round_index, path)).items()
         }
-        return self.layout.pack(AdapterState(factors=factors, head=head))
+        cores = {path: self._layers[path].draw_core() for path in self.layout.cores}
+        return self.layout.pack(AdapterState(factors, head, cores))
 
     @torch.no_grad()
     def fold_into_base(self, folded: Mapping[str, LoRAFactors]) -> None:
@@ -319,6 +348,32 @@ class AdapterParameters:
     def base_weights(self) -> dict[str, Tensor]:
         """The frozen weights (O, I) under the adapters, which folding changes."""
         return {path: layer.base.weight.detach() for path, layer in self._layers.items()}
+
+    @contextmanager
+    def base_gradients(self) -> Iterator[dict[str, Tensor]]:
+        """In the block, what `backward` gives is added up: gradients (O, I) of the frozen weights, float32, by path."""
+        weights = self.base_weights()
+        gradients = {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in weights.items()}
+
+        def watch(path: str) -> RemovableHandle:
+            def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                entering = inputs[0].detach().flatten(0, -2).float()  # (N..., I)
+
+                def add(gradient: Tensor) -> None:
+                    gradients[path].addmm_(gradient.flatten(0, -2).float().mT, entering)
+
+                if output.requires_grad:  # not in the first pass of gradient checkpointing
+                    output.register_hook(add)
+
+            return self._layers[path].register_forward_hook(note)
+
+        handles = [watch(path) for path in self._layers]
+        try:
+            yield gradients
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._gradients.zero_()
 
     def _head_parameters(self) -> dict[str, nn.Parameter]:
         return {f"{path}.{name}": p for path, head in self._heads.items() for name, p in head.named_parameters()}

@@ -6,6 +6,7 @@ Letters: C clients of a cohort, N clients of the run, P packed length.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
 from lorafair.server.optimizer import Moments
 from lorafair.server.recent import RECENT, RecentAdapters
 from lorafair.server.scaffold import ControlVariates
+from lorafair.server.start import initial_adapter
 
 
 @dataclass
@@ -33,6 +35,8 @@ class ServerState:
         None  # of the server optimiser; of use for the layers a rank aggregates, on rank 0 for all
     )
     controls: ControlVariates | None = None  # of SCAFFOLD
+    lora_ranks: Tensor | None = None  # (N,) int64 of the clients, for a method that changes them
+    initial_factors: Tensor | None = None  # A and B of the first round, packed, for a method that resets to them
     recent: RecentAdapters | None = None  # of the last rounds, where their mean is evaluated
     folded: bool = False  # the frozen weights have changed
     unfinished_rounds: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
@@ -50,6 +54,10 @@ class ServerState:
             tensors |= {"moments.first": self.moments.first, "moments.second": self.moments.second}
         if self.controls is not None:
             tensors |= {"controls.server": self.controls.server, "controls.clients": self.controls.clients}
+        if self.lora_ranks is not None:
+            tensors["lora_ranks"] = self.lora_ranks
+        if self.initial_factors is not None:
+            tensors["initial_factors"] = self.initial_factors
         if self.recent is not None:
             tensors[RECENT] = self.recent.rows
         return tensors
@@ -58,7 +66,11 @@ class ServerState:
 def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> ServerState:
     """The state after a checkpoint, or that before the first round. Call on every rank."""
     fabric, config, adapters = experiment.fabric, experiment.config, experiment.model.adapters
-    state = _at_start(experiment, adapters.draw(config.seed_of("model"), 0).to(fabric.device))
+    drawn = adapters.draw(config.seed_of("model"), 0).to(fabric.device)
+    adapter, folded = initial_adapter(experiment, drawn) if checkpoint is None else (drawn, {})
+    state = _at_start(experiment, adapter)
+    adapters.fold_into_base(folded)
+    state.folded = bool(folded)
     if checkpoint is not None:
         base = base_weights_in(checkpoint)
         adapters.load_base_weights(base)
@@ -77,13 +89,15 @@ def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> Se
 
 def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
     """Before the first round, from the initial adapter (P,)."""
-    config, clients = experiment.config, len(experiment.clients)
+    config, clients, layout = experiment.config, len(experiment.clients), experiment.layout
     return ServerState(
         completed_rounds=0,
         adapter=adapter,
         personal_adapters=adapter.repeat(clients, 1) if experiment.personal_parts else None,
         moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
         controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
+        lora_ranks=torch.tensor(experiment.lora_ranks) if experiment.aggregator.rank_pruning is not None else None,
+        initial_factors=layout.select(adapter, ("A", "B")).clone() if experiment.aggregator.resets else None,
         recent=RecentAdapters.at_start(config.evaluation, experiment.layout, adapter.device),
     )
 
@@ -116,6 +130,12 @@ def checkpoint_of(experiment: Experiment, state: ServerState) -> Checkpoint:
     )
 
 
+def lora_ranks_of(experiment: Experiment, state: ServerState, clients: Sequence[int]) -> list[int]:
+    """The LoRA ranks that these clients have now."""
+    ranks = experiment.lora_ranks if state.lora_ranks is None else state.lora_ranks.tolist()
+    return [ranks[client] for client in clients]
+
+
 def initial_adapters(
     experiment: Experiment, state: ServerState, clients: tuple[int, ...], shard: AdapterLayout | None = None
 ) -> Tensor:
@@ -128,7 +148,8 @@ def initial_adapters(
         rows = state.adapter.expand(len(clients), -1)
     else:
         rows = take_columns(state.adapter, layout.columns_of(shard, PARTS)).expand(len(clients), -1)
-    lora_ranks = [experiment.lora_ranks[client] for client in clients]
-    if all(lora_rank == experiment.config.model.lora.rank for lora_rank in lora_ranks):
+    lora_ranks = lora_ranks_of(experiment, state, clients)
+    whole = all(lora_rank == experiment.config.model.lora.rank for lora_rank in lora_ranks)
+    if whole or experiment.aggregator.selects_directions:
         return rows
     return (shard or layout).truncated(rows, torch.tensor(lora_ranks).to(rows.device, non_blocking=True))

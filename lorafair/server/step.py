@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lorafair.aggregation.base import ServerUpdate, aggregate, check_finite
 from lorafair.aggregation.bias import bias_metrics
+from lorafair.aggregation.factor_algebra import add
+from lorafair.aggregation.rank_pruning import tail_products
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import (
     ClientResults,
@@ -25,11 +27,12 @@ from lorafair.communication.collectives import (
 )
 from lorafair.data.loading import number_of_batches
 from lorafair.experiment import Experiment
-from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, LoRAFactors, put_columns, take_columns
+from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, put_columns, take_columns
+from lorafair.model.lora import AdapterParameters
 from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
 from lorafair.server.optimizer import Moments, server_step
 from lorafair.server.recent import averaged_parts
-from lorafair.server.state import ServerState, initial_adapters
+from lorafair.server.state import ServerState, initial_adapters, lora_ranks_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ServerResult:
     update: ServerUpdate
     bias: dict[str, Tensor]  # metrics of what is left in every layer (L,), where adapters are averaged
     moments: Moments | None  # of the server optimiser, moved on
+    lora_ranks: list[int] | None = None  # (K,) of the clients of the round, where they change them
 
     def to(self, device: torch.device | str) -> ServerResult:
         """The same on another device."""
@@ -47,6 +51,7 @@ class ServerResult:
             update=self.update.to(device),
             bias={name: values.to(device) for name, values in self.bias.items()},
             moments=None if moments is None else Moments(moments.first.to(device), moments.second.to(device)),
+            lora_ranks=self.lora_ranks,
         )
 
 
@@ -103,22 +108,25 @@ class Server(ABC):
             return ServerResult(ServerUpdate(factors={}, folded={}, head={}, sent_lora_rank={}), bias={}, moments=None)
         weights = torch.tensor(results.weights, dtype=torch.float64, device=results.rows.device)
         columns = self.experiment.layout.columns_of(shard, PARTS)
-        clients, start = shard.unpack(results.rows), take_columns(state.adapter, columns)
+        start = take_columns(state.adapter, columns)
+        rows, lora_ranks = pruned_rows(self.experiment, state, shard, results, start)
+        clients = shard.unpack(rows)
         received = aggregator.receives(state.completed_rounds)
+        of_round = aggregator.in_round(state.completed_rounds)
         counts = self.experiment.head_class_counts
         if counts is not None:
             counts = counts[list(results.clients)]
-        update, moments = aggregate(aggregator, clients, weights, shard.unpack(start), received, counts), None
+        update, moments = aggregate(of_round, clients, weights, shard.unpack(start), received, counts), None
         check_finite(aggregator, update)
         if state.moments is not None:
             moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
-            proposed = shard.pack(AdapterState(factors=update.factors, head=update.head))
+            proposed = shard.pack(update.adapter)
             spans = shard.spans(received)
             moved = shard.unpack(server_step(self.experiment.config.server, moments, start, proposed, spans))
-            update = replace(update, factors=moved.factors, head=moved.head)
+            update = replace(update, factors=moved.factors, head=moved.head, cores=moved.cores)
             self.store_moments(state, shard, moments)
         averaged = not (aggregator.personal_parts or aggregator.pools_data)
-        return ServerResult(update, bias_metrics(clients, weights, update) if averaged else {}, moments)
+        return ServerResult(update, bias_metrics(clients, weights, update) if averaged else {}, moments, lora_ranks)
 
     def store_moments(self, state: ServerState, shard: AdapterLayout, moments: Moments | None) -> None:
         """Keep the moments of some layers: rank 0 those of all, other ranks at least their own."""
@@ -173,6 +181,29 @@ def make_server(experiment: Experiment) -> Server:
     return servers[experiment.config.fabric.server](experiment)
 
 
+def pruned_rows(
+    experiment: Experiment, state: ServerState, layout: AdapterLayout, results: ClientResults, start: Tensor
+) -> tuple[Tensor, list[int] | None]:
+    """Packed adapters (K, P) without the directions that clients have given up, and their LoRA ranks after that."""
+    pruning = experiment.aggregator.rank_pruning
+    if pruning is None:
+        return results.rows, None
+    ranks = lora_ranks_of(experiment, state, results.clients)
+    last = pruning.last_directions(ranks, experiment.config.model.lora.rank)
+    before, after = (tail_products(layout.unpack(t).factors.values(), last) for t in (start, results.rows))
+    kept = pruning.pruned(before, after, ranks)
+    return layout.truncated(results.rows, torch.tensor(kept, device=results.rows.device)), kept
+
+
+def broadcast_lora_ranks(
+    experiment: Experiment, state: ServerState, results: ClientResults, result: ServerResult | None
+) -> None:
+    """Let every rank know the LoRA ranks that clients have after the round, where they change. Call on every rank."""
+    if state.lora_ranks is not None:
+        ranks = experiment.fabric.broadcast(None if result is None else result.lora_ranks)
+        state.lora_ranks[list(results.clients)] = torch.tensor(ranks)
+
+
 def update_controls(experiment: Experiment, state: ServerState, results: ClientResults) -> None:
     """Move SCAFFOLD's control variates on, from where the clients started and ended; before the state moves on."""
     if state.controls is None:
@@ -213,8 +244,23 @@ def apply_update(
     if config.federation.initialization == "fresh":
         adapters.fold_into_base(layout.unpack(state.adapter).factors)
         state.folded = True
+    if state.initial_factors is not None:
+        _fold_and_reset(adapters, state)
     if config.federation.initialization == "fresh" or aggregator.restarts:
         fresh = adapters.draw(config.seed_of("model"), state.completed_rounds).to(received.device)
         state.adapter = layout.replaced(state.adapter, ("A", "B"), layout.select(fresh, ("A", "B")))
     if state.personal_adapters is not None:
         state.personal_adapters[list(results.clients)] = results.rows
+
+
+def _fold_and_reset(adapters: AdapterParameters, state: ServerState) -> None:
+    """Merge how far the factors are from those of the first round, W0 += s·(B·A − B0·A0), and go back to these."""
+    assert state.initial_factors is not None
+    layout = adapters.layout
+    received = layout.unpack(state.adapter).factors
+    state.adapter = layout.replaced(state.adapter, ("A", "B"), state.initial_factors)
+    initial = layout.unpack(state.adapter).factors
+    adapters.fold_into_base(
+        {path: add(received[path], LoRAFactors(A=old.A, B=-old.B)) for path, old in initial.items()}
+    )
+    state.folded = True

@@ -344,3 +344,32 @@ def test_a_client_with_a_scaling_of_its_own_trains_as_a_model_of_its_rank(parts:
     large.adapters.resize(1)
     [unscaled] = training.train(other, images_of(list(other.steps))).rows
     torch.testing.assert_close(layout.pack(row_of(found, 1)), unscaled, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW, PROXIMAL], ids=["sgd", "adamw", "proximal"])
+def test_directions_that_are_not_chosen_stay_and_take_part_as_if_folded(config: ClientConfig) -> None:
+    """Beside one of all directions: a smaller adapter on frozen weights that hold the others trains the same."""
+    m, chosen = model(cohort=2), torch.tensor([[False, True, False, True], [True] * 4])
+    layout, own = m.adapters.layout, torch.tensor([False, True, False, True])
+    start = torch.randn(layout.length, generator=seeded(0, "start")) * 0.1
+    of_clients = batches([np.arange(13), np.arange(20, 31)], config)
+    steps = cohort_steps(of_clients)
+    cohort = Cohort(start.expand(2, -1), steps, [seeded(0, k) for k in range(2)], fixed=layout.outside(chosen))
+    trained = LocalTraining(m, LABELS, config).train(cohort, images_of(steps)).rows
+    sent, reached = layout.unpack(start), row_of(layout.unpack(trained), 0)
+    small = replace(MODEL.lora, rank=2, alpha=MODEL.lora.alpha / 2)
+    folded = build_model(replace(MODEL, lora=small), classes=3, seed=0).attach("cpu", 1)
+    others = {path: LoRAFactors(A=f.A[~own], B=f.B[:, ~own]) for path, f in sent.factors.items()}
+    for path, f in others.items():
+        assert torch.equal(reached.factors[path].A[~own], f.A)
+        assert torch.equal(reached.factors[path].B[:, ~own], f.B)
+    folded.adapters.fold_into_base(others)
+    mine = {path: LoRAFactors(A=f.A[own], B=f.B[:, own]) for path, f in sent.factors.items()}
+    first, alone = folded.adapters.layout.pack(AdapterState(mine, sent.head)), cohort_steps(of_clients[:1])
+    small_cohort = Cohort(first.unsqueeze(0), alone, [seeded(0, 0)])
+    result = LocalTraining(folded, LABELS, config).train(small_cohort, images_of(alone)).rows
+    expected = folded.adapters.layout.unpack(result[0])
+    for path, f in expected.factors.items():
+        torch.testing.assert_close(reached.factors[path].A[own], f.A, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(reached.factors[path].B[:, own], f.B, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(reached.head["head.weight"], expected.head["head.weight"], rtol=1e-3, atol=1e-4)

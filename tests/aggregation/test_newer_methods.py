@@ -1,0 +1,348 @@
+"""Methods of 2025 and 2026 against dense float64 computations written from their formulas.
+
+Letters: K clients, R LoRA rank, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate, aggregate
+from lorafair.aggregation.bias import bias_metrics
+from lorafair.aggregation.fed_alora import FedALoRA
+from lorafair.aggregation.fed_plora import FedPLoRA
+from lorafair.aggregation.fed_sb import FedSB
+from lorafair.aggregation.fedit import FedIT
+from lorafair.aggregation.fedmomentum import FedMomentum
+from lorafair.aggregation.fedrot_lora import FedRotLoRA
+from lorafair.aggregation.flora_na import FLoRANA
+from lorafair.aggregation.frlora import FRLoRA
+from lorafair.aggregation.ravan import Ravan
+from lorafair.aggregation.registry import method_of
+from lorafair.communication.traffic import round_traffic
+from lorafair.config.schema import Config
+from lorafair.errors import ConfigError
+from lorafair.model.adapter import PARTS, AdapterLayout, AdapterState, Core, LoRAFactors
+from lorafair.seeding import seeded
+from tests import references
+
+SIZES = [(7, 6, 3, 4), (30, 25, 2, 3), (5, 40, 4, 6), (9, 9, 3, 2)]  # O, I, R, K
+
+
+def product(factors: LoRAFactors) -> Tensor:
+    return factors.B.double() @ factors.A.double()
+
+
+def folded_product(update: LayerUpdate) -> Tensor:
+    return torch.zeros((), dtype=torch.float64) if update.folded is None else product(update.folded)
+
+
+def best_weights(clients: LoRAFactors, weights: Tensor) -> tuple[float, LoRAFactors]:
+    """min ‖ΔW − (Σ Q_k B_k)(Σ P_k A_k)‖² on (O, I) matrices by BFGS over the 2K numbers, from P = Q = weights."""
+    ideal, count = references.ideal_update(clients, weights), len(weights)
+
+    def factors(z: Tensor) -> LoRAFactors:
+        A = sum(z[k] * clients.A[k] for k in range(count))
+        B = sum(z[count + k] * clients.B[k] for k in range(count))
+        return LoRAFactors(A=A, B=B)  # type: ignore[arg-type]
+
+    def value_and_gradient(z: np.ndarray) -> tuple[float, np.ndarray]:
+        point = torch.from_numpy(z).requires_grad_()
+        value = (ideal - product(factors(point))).square().sum()
+        value.backward()
+        return value.item(), point.grad.numpy()  # type: ignore[union-attr]
+
+    found = minimize(value_and_gradient, torch.cat([weights, weights]).numpy(), jac=True, method="BFGS", tol=1e-10)
+    return float(found.fun), factors(torch.from_numpy(found.x))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_flora_na_finds_the_best_weights_of_each_factor(size: tuple[int, int, int, int]) -> None:
+    clients, weights = references.random_clients(*size)
+    ideal = references.ideal_update(clients, weights)
+    lowest, expected = best_weights(clients, weights)
+    found = product(FLoRANA().combine(clients, weights).factors)
+    assert float((ideal - found).square().sum()) == pytest.approx(lowest, rel=1e-8)
+    torch.testing.assert_close(found, product(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_flora_na_is_fedit_before_the_first_turn_and_no_worse_after_any() -> None:
+    clients, weights = references.random_clients(20, 15, 4, 5)
+    ideal, fedit = references.ideal_update(clients, weights), FedIT().combine(clients, weights).factors
+    start = FLoRANA(iterations=0).combine(clients, weights).factors
+    assert torch.equal(start.A, fedit.A)
+    assert torch.equal(start.B, fedit.B)
+    errors = [
+        float((ideal - product(FLoRANA(iterations=turns).combine(clients, weights).factors)).norm())
+        for turns in (0, 1, 2, 4, 100)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.97 * errors[0]
+    zero = LoRAFactors(A=clients.A, B=torch.zeros_like(clients.B))
+    assert torch.equal(FLoRANA().combine(zero, weights).factors.A, fedit.A)
+
+
+@pytest.mark.parametrize("energy", [0.0, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_fedmomentum_shares_out_the_first_triples_and_folds_the_next(
+    size: tuple[int, int, int, int], energy: float
+) -> None:
+    clients, weights = references.random_clients(*size)
+    U, values, Vt = np.linalg.svd(references.ideal_update(clients, weights).numpy(), full_matrices=False)
+    squares, rank = values**2, size[2]
+    kept = next(n for n in range(1, len(values) + 1) if squares[:n].sum() >= energy * squares.sum() * (1 - 1e-12))
+    update = FedMomentum(energy=energy).combine(clients, weights)
+    factors = update.factors
+    torch.testing.assert_close(product(factors), torch.from_numpy((U[:, :rank] * values[:rank]) @ Vt[:rank]))
+    torch.testing.assert_close(factors.A @ factors.A.mT, torch.diag(torch.from_numpy(values[:rank])))
+    torch.testing.assert_close(factors.B.mT @ factors.B, torch.diag(torch.from_numpy(values[:rank])))
+    if energy < 1:
+        assert (0 if update.folded is None else update.folded.rank) == max(0, kept - rank)
+    expected = torch.from_numpy((U[:, rank:kept] * values[rank:kept]) @ Vt[rank:kept])
+    torch.testing.assert_close(folded_product(update).expand_as(expected), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_fedmomentum_leaves_a_row_of_a_to_train_where_the_update_has_no_direction() -> None:
+    clients, weights = references.random_clients(12, 10, 4, 3)
+    clients.A[:, 2:], clients.B[:, :, 2:] = 0, 0
+    clients = LoRAFactors(A=clients.A[:1].expand_as(clients.A).clone(), B=clients.B)  # so that ΔW has rank 2
+    start = LoRAFactors(A=torch.randn(4, 10, dtype=torch.float64), B=torch.zeros(12, 4))
+    update = FedMomentum().combine(clients, weights, start)
+    torch.testing.assert_close(product(update.factors), references.ideal_update(clients, weights))
+    assert torch.equal(update.factors.A[2:], start.A[2:])
+    assert not update.factors.B[:, 2:].any()
+    assert update.folded is None
+
+
+def soft_rotation(matrix: np.ndarray, strength: float) -> np.ndarray:
+    """The proper rotation that is nearest to (1 − λ)·I + λ·(the one nearest to a matrix), by SVDs alone."""
+
+    def nearest(target: np.ndarray) -> np.ndarray:
+        U, _, Vt = np.linalg.svd(target)
+        if np.linalg.det(U @ Vt) < 0:
+            Vt[-1] *= -1
+        return U @ Vt
+
+    return nearest((1 - strength) * np.eye(len(matrix)) + strength * nearest(matrix))
+
+
+@pytest.mark.parametrize(("turn", "by"), [(1, "A"), (2, "B"), (3, "A")])
+def test_fedrot_lora_in_turns_aligns_one_factor_after_each_round(turn: int, by: str) -> None:
+    clients, weights = references.random_clients(9, 8, 3, 4)
+    start = references.random_clients(9, 8, 3, 1, seed=7)[0]
+    start = LoRAFactors(A=start.A[0], B=start.B[0])
+    A, B = torch.zeros(3, 8, dtype=torch.float64), torch.zeros(9, 3, dtype=torch.float64)
+    for k in range(4):
+        near = clients.A[k] @ start.A.T if by == "A" else clients.B[k].T @ start.B
+        Q = torch.from_numpy(soft_rotation(near.numpy(), 0.4))
+        A += weights[k] * Q.T @ clients.A[k]
+        B += weights[k] * clients.B[k] @ Q
+    factors = FedRotLoRA(strength=0.4, turns=True).in_round(turn).combine(clients, weights, start).factors
+    torch.testing.assert_close(factors.A, A)
+    torch.testing.assert_close(factors.B, B)
+
+
+def test_fedrot_lora_aligns_nothing_after_the_first_round_where_it_takes_turns() -> None:
+    assert FedRotLoRA(turns=True).in_round(0) == FedIT()
+    assert FedRotLoRA().in_round(0) == FedRotLoRA()
+
+
+def clients_of_cores(method: Aggregator, rank: int) -> tuple[AdapterState, AdapterState, Tensor]:
+    """Three clients that share A and B of one layer, what they were sent, and their weights."""
+    assert method.core is not None
+    generator = seeded(0, "cores", rank)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sent = LoRAFactors(A=normal(rank, 8), B=normal(9, rank))
+    of_h, of_scales = method.core.of_rank(rank)
+    held = LoRAFactors(A=sent.A.expand(3, -1, -1), B=sent.B.expand(3, -1, -1))
+    cores = {"layer": Core(H=normal(3, *of_h), scales=normal(3, *of_scales))}
+    start = {"layer": Core(H=normal(*of_h), scales=torch.ones(of_scales, dtype=torch.float64))}
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    return AdapterState({"layer": held}, {}, cores), AdapterState({"layer": sent}, {}, start), weights
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_ravan_averages_what_each_head_adds_and_starts_with_scales_of_one(heads: int) -> None:
+    method = Ravan(heads=heads)
+    clients, sent, weights = clients_of_cores(method, rank=4)
+    size, factors, cores = 4 // heads, sent.factors["layer"], clients.cores["layer"]
+    parts = [slice(i * size, (i + 1) * size) for i in range(heads)]
+    ideal = torch.zeros(9, 8, dtype=torch.float64)
+    for k in range(3):
+        for i, part in enumerate(parts):
+            ideal += weights[k] * cores.scales[k, i] * factors.B[:, part] @ cores.H[k, i] @ factors.A[part]
+    update = aggregate(method, clients, weights, sent, method.receives(0))
+    new, found = update.cores["layer"], torch.zeros(9, 8, dtype=torch.float64)
+    for i, part in enumerate(parts):
+        found += factors.B[:, part] @ new.H[i] @ factors.A[part]
+    torch.testing.assert_close(found, ideal)
+    assert new.scales.eq(1).all()
+    assert torch.equal(update.factors["layer"].A, factors.A)
+    assert torch.equal(update.factors["layer"].B, factors.B)
+    metrics = bias_metrics(clients, weights, update)
+    assert metrics["error_before"] < 1e-7
+    assert metrics["error_after"] < 1e-7
+
+
+def test_ravan_starts_from_orthonormal_bases_of_the_seed() -> None:
+    drawn = LoRAFactors(A=torch.rand(4, 8), B=torch.zeros(9, 4))
+    given = (InitialLayer(drawn, torch.zeros(9, 8), 1.0, seeded(seed)) for seed in (0, 0, 1))
+    one, same, other = (Ravan().initialize(layer).factors for layer in given)
+    torch.testing.assert_close(one.A @ one.A.mT, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(one.B.mT @ one.B, torch.eye(4, dtype=torch.float64))
+    assert torch.equal(one.B, same.B)
+    assert not torch.equal(one.B, other.B)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.lora.rank=6"], "model.lora.rank=6 cannot be dealt out to the 4 heads of method.name=ravan"),
+        (["model.lora.client_ranks=[4,2,1]"], "needs the same LoRA rank everywhere"),
+        (["federation.initialization=fresh"], "federation.initialization=fresh does not fit method.name=ravan"),
+        (["model.lora.initialization=pissa"], "model.lora.initialization=pissa does not fit method.name=ravan"),
+    ],
+)
+def test_ravan_refuses_what_it_cannot_work_with(tiny: Callable[..., Config], options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        method_of(tiny("method.name=ravan", *options))
+
+
+OUT, IN, RANK, HEAD = 9, 8, 4, 15  # of the layer, and numbers of the head
+
+
+@pytest.mark.parametrize(
+    ("method", "up", "down"),
+    [
+        (FLoRANA(), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FRLoRA(), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FedRotLoRA(turns=True), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FedMomentum(energy=0), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FedMomentum(energy=1), RANK * (OUT + IN), IN * (OUT + IN)),  # all triples there are
+        (Ravan(heads=2), 2 * 2 * 2, 2 * 2 * 2),
+        (FedSB(), RANK * RANK, RANK * RANK),
+        (FedALoRA(), RANK * OUT - HEAD, RANK * OUT - HEAD),  # the head stays with the client
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Aggregator) else str(value),
+)
+def test_clients_are_charged_what_they_send_and_receive(method: Aggregator, up: int, down: int) -> None:
+    if method.core is not None:
+        clients, sent, weights = clients_of_cores(method, RANK)
+    else:
+        factors, weights = references.random_clients(OUT, IN, RANK, 3)
+        clients = AdapterState({"layer": factors}, {})
+        sent = AdapterState({"layer": LoRAFactors(A=factors.A[0], B=factors.B[0])}, {})
+    layout = AdapterLayout.of({"layer": ((RANK, IN), (OUT, RANK))}, {"head": (HEAD,)}, method.core)
+    update = aggregate(method, clients, weights, sent, method.receives(0))
+    traffic = round_traffic(layout, method, update, 0, (RANK,) * 3)
+    assert (traffic.up, traffic.down) == (12 * (up + HEAD), 12 * (down + HEAD))  # three clients, four bytes
+
+
+def test_fed_sb_starts_from_the_singular_triples_of_a_first_step_of_signs() -> None:
+    gradient = torch.from_numpy(np.random.default_rng(2).standard_normal((9, 7)))
+    step = -0.01 * np.sign(gradient.numpy())
+    U, values, Vt = np.linalg.svd(step)
+    drawn = LoRAFactors(A=torch.rand(3, 7), B=torch.zeros(9, 3))
+    update = FedSB(first_step=0.01).initialize(InitialLayer(drawn, torch.zeros(9, 7), 2.0, seeded(0), gradient))
+    A, B, core = update.factors.A, update.factors.B, update.core
+    assert core is not None
+    torch.testing.assert_close(A @ A.mT, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(B.mT @ B, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(core.H, torch.diag(torch.from_numpy(values[:3] / 2))[None])
+    torch.testing.assert_close(2 * B @ core.H[0] @ A, torch.from_numpy((U[:, :3] * values[:3]) @ Vt[:3]))
+
+
+def test_fed_sb_averages_the_matrix_between_the_bases_exactly() -> None:
+    clients, sent, weights = clients_of_cores(FedSB(), rank=4)
+    factors, H = sent.factors["layer"], clients.cores["layer"].H
+    ideal = sum(weights[k] * factors.B @ H[k, 0] @ factors.A for k in range(3))
+    update = aggregate(FedSB(), clients, weights, sent, FedSB().receives(0))
+    torch.testing.assert_close(factors.B @ update.cores["layer"].H[0] @ factors.A, ideal)
+    assert torch.equal(update.factors["layer"].B, factors.B)
+    assert update.cores["layer"].scales.shape == (0,)
+
+
+def test_fed_plora_averages_each_direction_over_the_clients_that_have_trained_it() -> None:
+    clients, weights = references.random_clients(OUT, IN, RANK, 3)
+    sent = references.random_clients(OUT, IN, RANK, 1, seed=4)[0]
+    start = LoRAFactors(A=sent.A[0], B=sent.B[0])
+    trained = [[0, 1], [1], [1, 3]]  # of each client; nobody has trained direction 2
+    for k, own in enumerate(trained):
+        for j in set(range(RANK)) - set(own):
+            clients.A[k, j], clients.B[k, :, j] = start.A[j], start.B[:, j]
+    update = aggregate(FedPLoRA(), AdapterState({"layer": clients}, {}), weights, AdapterState({"layer": start}, {}))
+    factors = update.factors["layer"]
+    for j in range(RANK):
+        having = [k for k, own in enumerate(trained) if j in own]
+        share = sum(float(weights[k]) for k in having)
+        row = sum(weights[k] * clients.A[k, j] for k in having) / share if having else start.A[j]
+        column = sum(weights[k] * clients.B[k, :, j] for k in having) / share if having else start.B[:, j]
+        torch.testing.assert_close(factors.A[j], row)
+        torch.testing.assert_close(factors.B[:, j], column)
+    layout = AdapterLayout.of({"layer": ((RANK, IN), (OUT, RANK))}, {"head": (HEAD,)})
+    traffic = round_traffic(layout, FedPLoRA(), update, 0, (2, 1, 2))
+    assert traffic.up == 4 * (5 * (OUT + IN) + 3 * HEAD)
+    assert traffic.down == 4 * 3 * (RANK * (OUT + IN) + HEAD)
+
+
+def test_fed_plora_is_fedit_for_clients_that_train_all_directions() -> None:
+    clients, weights = references.random_clients(OUT, IN, RANK, 3)
+    start = LoRAFactors(A=torch.zeros(RANK, IN), B=torch.zeros(OUT, RANK))
+    ours, fedit = (method.combine(clients, weights, start).factors for method in (FedPLoRA(), FedIT()))
+    torch.testing.assert_close(ours.A, fedit.A)
+    torch.testing.assert_close(ours.B, fedit.B)
+
+
+def test_fed_plora_has_one_scaling_for_all(tiny: Callable[..., Config]) -> None:
+    options = ["method.name=fed_plora", "model.lora.client_ranks=[4,2,1]", "model.lora.client_scaling=own"]
+    with pytest.raises(ConfigError, match=r"model\.lora\.client_scaling=own does not fit method\.name=fed_plora"):
+        method_of(tiny(*options))
+
+
+def test_fed_alora_averages_b_and_leaves_a_and_the_head_to_the_clients() -> None:
+    clients, weights = references.random_clients(OUT, IN, RANK, 3)
+    method = FedALoRA()
+    assert method.trains(0) == PARTS
+    assert "B" in method.sends(0)
+    assert not {"A", "head"} & {*method.sends(0), *method.receives(0)}
+    assert set(method.personal_parts) == {"A", "head"}
+    expected = sum(weights[k] * clients.B[k] for k in range(3))
+    torch.testing.assert_close(method.combine(clients, weights).factors.B, expected)
+
+
+@pytest.mark.parametrize("ranks", [(4, 2, 1), (1, 4, 4), (2, 2, 1)])
+def test_products_are_fitted_where_lora_ranks_differ(ranks: tuple[int, ...]) -> None:
+    clients, weights = references.random_clients(OUT, IN, 4, 3)
+    for k, own in enumerate(ranks):
+        clients.A[k, own:], clients.B[k, :, own:] = 0, 0
+    sent = references.random_clients(OUT, IN, 4, 1, seed=4)[0]
+    start = LoRAFactors(A=sent.A[0], B=torch.zeros(OUT, 4, dtype=torch.float64))
+    ideal, state = references.ideal_update(clients, weights), AdapterState({"layer": clients}, {})
+    errors = {}
+    for method in (FedIT(), FLoRANA(), FedMomentum(energy=1)):
+        update = aggregate(method, state, weights, AdapterState({"layer": start}, {}))
+        whole = product(update.factors["layer"])
+        if "layer" in update.folded:
+            whole = whole + product(update.folded["layer"])
+        errors[type(method)] = float((whole - ideal).norm() / ideal.norm())
+    assert errors[FLoRANA] < errors[FedIT]
+    assert errors[FedMomentum] < 1e-12
+
+
+def test_flora_na_fits_many_clients_without_a_matrix_of_pairs() -> None:
+    clients, weights = references.random_clients(OUT, IN, 2, 150)
+    ideal = references.ideal_update(clients, weights)
+    fedit, fitted = (product(method.combine(clients, weights).factors) for method in (FedIT(), FLoRANA()))
+    U, values, Vt = np.linalg.svd(ideal.numpy())
+    best = torch.from_numpy((U[:, :2] * values[:2]) @ Vt[:2])  # which so many clients have in their span
+    assert (ideal - fitted).norm() < (ideal - fedit).norm()
+    torch.testing.assert_close((ideal - fitted).norm(), (ideal - best).norm(), rtol=1e-3, atol=0)
