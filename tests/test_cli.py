@@ -458,7 +458,8 @@ def commands(text: str) -> list[list[str]]:
         blocks += re.findall(r"^    .*", joined, re.M)
     lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
     found = [(line, COMMAND.match(line)) for line in lines]
-    return [shlex.split(line[match.end() :], comments=True) for line, match in found if match]
+    # A & at the end is the shell's.
+    return [shlex.split(line[match.end() :].removesuffix("&"), comments=True) for line, match in found if match]
 
 
 @pytest.mark.slow

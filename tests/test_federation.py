@@ -721,6 +721,10 @@ def all_moved(fabric: Any, methods: Sequence[str], folder: Path) -> dict[str, tu
 
 
 CODED = "a coded fold"
+# What is charged is less than the broadcast has: FLoRIST's room for all ranks, where it chooses some; the half of what
+# FRLoRA folds that clients have since the start, A0 and B0; RAVAN's scales, which are 1 at the start of a round. Its
+# clients send s_i H_i as one matrix, where here both are gathered.
+MORE_IS_BROADCAST, MORE_IS_GATHERED = ("florist", "frlora", "ravan"), ("ravan",)
 
 
 @pytest.mark.slow
@@ -733,11 +737,10 @@ def test_the_collectives_carry_the_bytes_that_are_reported(tmp_path: Path) -> No
         rows = [line.split(",") for line in (tmp_path / method / "metrics.csv").read_text().splitlines()]
         up, down = (sum(float(row[2]) for row in rows if row[1] == f"comm/{way}_bytes") for way in ("up", "down"))
         gathered, broadcast = ranks[0][method]
-        assert up == 4 * gathered, method
+        assert up < 4 * gathered if method in MORE_IS_GATHERED else up == 4 * gathered, method
         assert ranks[1][method][0] == 0, "only the server needs the clients' rows"
         received = 4 * broadcast  # by four clients, though it is broadcast once
-        # FLoRIST charges the ranks it chooses; the broadcast has room for all of them.
-        assert down < received if method == "florist" else down == received, method
+        assert down < received if method in MORE_IS_BROADCAST else down == received, method
 
 
 def test_control_variates_are_charged_both_ways(tiny: Tiny) -> None:

@@ -186,8 +186,9 @@ def test_the_metadata_name_project_and_authors(built: Built) -> None:
         "Classifier: Typing :: Typed", "Requires-Python: >=3.11", "Provides-Extra: loggers", "Provides-Extra: export",
     ):  # fmt: skip
         assert f"{line}\n" in metadata
-    for label in ("Repository", "Changelog", "Documentation"):
-        assert f"Project-URL: {label}, https://github.com/lorafair/lorafair" in metadata
+    for label, site in (("Repository", "github.com/lorafair"), ("Changelog", "github.com/lorafair"),
+                        ("Documentation", "lorafair.readthedocs.io")):  # fmt: skip
+        assert f"Project-URL: {label}, https://{site}/" in metadata
 
 
 def test_the_version_tells_commits_and_changes_apart(built: Built, tmp_path: Path) -> None:

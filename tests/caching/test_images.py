@@ -229,7 +229,7 @@ def test_training_is_the_same_with_and_without(tiny: Callable[..., Config], pict
 def test_nothing_is_decoded_where_tokens_are_known(
     tiny: Callable[..., Config], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = ("data.source=folder", f"data.root={pictures}", "rounds=1")
+    source = ("data.source=folder", f"data.root={pictures}", "rounds=1", "tensorboard.samples=0")
     run_federation(launched(1), tiny(*source, "data.cache=auto"))
     assert files() == []
     decoded = count_decoded(monkeypatch)
