@@ -457,9 +457,8 @@ def commands(text: str) -> list[list[str]]:
     if not fenced or not joined.startswith("---\nfile_format: mystnb"):
         blocks += re.findall(r"^    .*", joined, re.M)
     lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    found = [(line, COMMAND.match(line)) for line in lines]
-    # A & at the end is the shell's.
-    return [shlex.split(line[match.end() :].removesuffix("&"), comments=True) for line, match in found if match]
+    found = [(line.removesuffix(" &"), COMMAND.match(line)) for line in lines]  # some run in the background
+    return [shlex.split(line[match.end() :], comments=True) for line, match in found if match]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import shlex
@@ -98,6 +99,19 @@ def test_the_snippets_of_a_page_run(page: str, folder: Path, capsys: pytest.Capt
     assert snippets
     for code in snippets:
         exec(compile(code.replace('"rounds=3"', ", ".join(map(repr, SMALL))), page, "exec"), {"lorafair": lorafair})
+
+
+def test_the_readme_can_be_followed_from_top_to_bottom() -> None:
+    """No line asks a run of a line above it for fewer rounds, which is an error."""
+    text = text_of("../README.md")
+    lines = [arguments[1:] for arguments in test_cli.commands(text) if arguments[0] == "run"]
+    snippets = re.findall(r"^[^#\n]*lorafair\.run\(([^)]*)\)", text, re.MULTILINE)
+    assert lines
+    assert snippets
+    done: dict[str, int] = {}
+    for configuration in [*lines, *(list(ast.literal_eval(f"({given},)")) for given in snippets)]:
+        config = load_config(configuration)
+        assert config.rounds >= done.setdefault(config.run_dir, config.rounds), configuration
 
 
 def test_every_public_name_is_in_the_reference() -> None:

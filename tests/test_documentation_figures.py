@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -94,3 +96,22 @@ def test_the_figure_of_the_readme_shows_the_numbers_of_the_results(module: Modul
     assert {name: [f"{value:+.2f}" for value in of["by_seed"].values()] for name, of in numbers.items()} == differences
     assert {name: of["bias"] for name, of in numbers.items()} == {name: left[name] for name in numbers}
     assert f"numbers {module.digest()}" in module.PICTURE.read_text()
+
+
+def test_outputs_of_pages_name_no_folder_of_the_machine_that_builds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("myst_nb")
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    joined = importlib.import_module("whole_streams").joined
+    python, page = f"{sys.prefix}/bin/python3", f"{tempfile.gettempdir()}/tmpj16zb_lz"
+    printed = [
+        {"output_type": "stream", "name": "stdout", "text": f"{python} {page}/runs\n"},
+        {
+            "output_type": "stream",
+            "name": "stdout",
+            "text": f"FOLDER={page}\ncache: {Path.home()}/.cache/lorafair, 5 MB\n",
+        },
+    ]
+    assert [output["text"] for output in joined(printed)] == [
+        "/home/you/.venv/bin/python3 /home/you/project/runs\nFOLDER=/home/you/project\n"
+        "cache: /home/you/.cache/lorafair, 5 MB\n"
+    ]

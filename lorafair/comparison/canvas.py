@@ -118,13 +118,16 @@ def to_bytes(figure: Figure, kind: str) -> bytes:
 
 
 def _shorter_numbers(svg: bytes) -> bytes:
-    """Coordinates in hundredths of a point: half the size, and no difference to see."""
+    """Coordinates in hundredths of a point: half the size, and no difference to see. Text keeps what it says."""
 
     def rounded(match: re.Match[bytes]) -> bytes:
         return f"{float(match[0]):.2f}".rstrip("0").rstrip(".").encode()
 
-    head, tag, body = svg.partition(b"<svg")
-    return head + tag + re.sub(rb"-?\d+\.\d{3,}(?![\w.])", rounded, body)
+    def in_tag(tag: re.Match[bytes]) -> bytes:
+        return re.sub(rb"-?\d+\.\d{3,}(?![\w.])", rounded, tag[0])
+
+    head, start, body = svg.partition(b"<svg")
+    return head + re.sub(rb"<[^>]*>", in_tag, start + body)
 
 
 def add_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:

@@ -156,7 +156,7 @@ def _draw_lines(axes: Any, outcomes: Outcomes, lines: Mapping[str, Line]) -> Non
             axes.fill_between(line.x, line.mean - line.std, line.mean + line.std, color=style.colour, alpha=shade,
                               linewidth=0)  # fmt: skip
     whole = all(float(x).is_integer() for line in lines.values() for x in line.x)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, steps=_STEPS))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, steps=_STEPS, min_n_ticks=1))  # of one round 1, not 0.95
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
 
 
@@ -223,7 +223,7 @@ def _draw_layers(axes: Any, curves: Mapping[str, Curve], layers: Sequence[str], 
     values = np.array([[curves.get(layer, {}).get(r, math.nan) for r in rounds] for layer in layers])
     edges = [rounds[0] - 0.5, *((a + b) / 2 for a, b in itertools.pairwise(rounds)), rounds[-1] + 0.5]
     axes.grid(visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_STEPS, min_n_ticks=1))
     picture = axes.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, values, cmap="cividis", vmin=0,
                               vmax=highest or 1.0, rasterized=True)  # fmt: skip
     axes.set_ylim(len(layers) - 0.5, -0.5)

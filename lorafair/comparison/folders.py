@@ -130,6 +130,9 @@ def _is_run(folder: Path) -> bool:
 
 def _no_run(place: Path) -> str:
     ask = "give the directory of a run, a folder with runs, or that of a comparison"
+    around = next((folder for folder in place.absolute().parents if _is_run(folder)), None)
+    if around is not None and place.exists():
+        return f"{place} is a part of the run {around}; give that directory"
     if place.suffix in (".yaml", ".yml"):
         return f"{place} is a configuration and no run; {ask}, for example runs/{place.stem}"
     if not place.exists():

@@ -37,6 +37,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 p.caption { color: var(--soft); font-size: .875rem; margin: 1.5rem 0 .4rem; }
 th, td { padding: .25rem .7rem; text-align: right; vertical-align: top; }
 th:first-child, td:first-child, td.words, th.words { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child, td.words, th.words { min-width: 8em; }
 td.number { white-space: nowrap; }
 thead th { border-top: 2px solid var(--ink); border-bottom: 1px solid var(--ink); font-weight: 600;
   vertical-align: bottom; }

@@ -21,7 +21,8 @@ _OF_METHOD = {
     "lora_fair": "blue", "fedit": "black", "fedex_lora": "vermilion", "ffa_lora": "green", "flora": "purple",
     "flex_lora": "orange", "fedsa_lora": "sky", "centralized": "grey", "local_only": "grey",
     "fedrot_lora": "sky", "fedrpca": "purple", "fedsvd": "green", "florist": "orange", "het_lora": "vermilion",
-    "raflora": "sky", "rbla": "purple", "ro_lora": "green",
+    "raflora": "sky", "rbla": "purple", "ro_lora": "green", "flora_na": "purple", "fedmomentum": "orange",
+    "frlora": "vermilion", "ravan": "sky", "fed_sb": "green", "fed_plora": "orange", "fed_alora": "sky",
 }  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H", "$+$")
 _SOLID: tuple[float, ...] = ()

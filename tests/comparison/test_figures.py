@@ -157,6 +157,25 @@ def test_files_have_fonts_and_text_and_are_the_same_every_time(figures: Figures,
         figures.save(tmp_path / "file" / "below")
 
 
+def test_an_svg_says_the_numbers_that_a_pdf_says(findings: Findings) -> None:
+    """Coordinates are rounded in the file, and what is written at the ticks is not."""
+    figure = draw_figures(findings, ["bias"])["bias"]
+    axes = figure.axes[0]
+    axes.set_yticks([0.1234, 0.1236], ["0.1234", "0.1236"])
+    svg = to_bytes(figure, "svg").decode()
+    assert ">0.1234</text>" in svg
+    assert ">0.1236</text>" in svg
+    assert not re.search(r' (?:x|y|d)="[^"]*\d\.\d{3}', svg)
+
+
+def test_the_ticks_of_one_round_are_that_round(tmp_path: Path) -> None:
+    figures = draw_figures(Findings(made_up(tmp_path, seeds=1, rounds=1)), ["accuracy", "layers"])
+    for figure in figures.values():
+        axes = figure.axes[0]
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_settings_of_the_user_stay_and_do_not_matter(findings: Findings, figures: Figures) -> None:
     with matplotlib.rc_context({"lines.linewidth": 9.0, "axes.facecolor": "red", "xtick.direction": "in"}):
         before = dict(matplotlib.rcParams)

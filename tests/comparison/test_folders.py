@@ -106,6 +106,8 @@ def test_several_folders_are_settings_of_their_own(comparison: Comparison, tmp_p
         ),
         ("her", r"^there is no .*/her; did you mean .*/here\? give the directory of a run"),
         ("here/made_up.yaml", r"made_up\.yaml is a configuration and no run; .*, for example runs/made_up$"),
+        ("broken/config.yaml", r"/broken/config\.yaml is a part of the run .*/broken; give that directory$"),
+        ("broken/metrics.csv", r"/broken/metrics\.csv is a part of the run .*/broken; give that directory$"),
         ("empty", r"/empty is no run, and no run is below it: a run has a config\.yaml; give the directory"),
         ("broken", r"/broken/config\.yaml cannot be read \(.*\); leave this run out$"),
     ],
