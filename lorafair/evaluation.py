@@ -40,7 +40,7 @@ _TAKEN = ("accuracy", "balanced_accuracy", "most_frequent_answer", "majority_cla
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What M adapters do on the test images of D domains; the same on every rank.
+    """The results of M adapters on the test images of D domains; the same on every rank.
 
     Example:
         >>> class Accuracy(lorafair.Callback):
@@ -65,23 +65,23 @@ class Evaluation:
 
     @property
     def recall(self) -> Tensor:
-        """(D, Q) fraction of the images of a class that are recognised, over all adapters; NaN where there are none."""
+        """(D, Q) fraction of a class's images that are classified correctly, over all adapters; NaN without images."""
         return self.confusion.diagonal(dim1=1, dim2=2) / self.confusion.sum(2).to(torch.float64)
 
     @property
     def balanced_accuracy(self) -> Tensor:
-        """(D,) mean recall over the classes that a domain has test images of."""
+        """(D,) mean recall over the classes of which a domain has test images."""
         return self.recall.nanmean(1)
 
     @property
     def majority_class(self) -> Tensor:
-        """(D,) the accuracy of always answering the class with most test images."""
+        """(D,) the accuracy of always predicting the class with the most test images."""
         images = self.confusion.sum(2).to(torch.float64)
         return images.amax(1) / images.sum(1)
 
     @property
     def most_frequent_answer(self) -> Tensor | None:
-        """(D,) the fraction of all answers that are the same class; None where several adapters answered."""
+        """(D,) the largest fraction of all predictions that are the same class; None if there are several adapters."""
         answers = self.confusion.sum(1).to(torch.float64)
         return answers.amax(1) / answers.sum(1) if len(self.accuracy) == 1 else None
 
@@ -90,14 +90,14 @@ def register_metric(name: str) -> Callable[[Callable[[int], Metric]], Callable[[
     """Make a torchmetrics object a value of evaluation.metrics.
 
     Args:
-        name: What evaluation.metrics then lists. Its curves are eval/<name>, over all test images, and
+        name: The name to use in evaluation.metrics. Its curves are eval/<name>, over all test images, and
             eval/<name>/<domain>.
 
     Returns:
         A decorator for a function that makes the metric for a number of classes. Its `update` gets the logits (N, Q)
-        and the labels (N,) of one batch, and, where it has parameters of these names, `domain`: the index of the
-        batch's domain, and `client`: the index of the client whose own model answered (None for the global one). A
-        metric that asks for the domain is made once; any other one is also made for each domain. `compute` returns a
+        and the labels (N,) of one batch, and, if it has parameters of these names, `domain`: the index of the
+        batch's domain, and `client`: the index of the client whose own model is evaluated (None for the global one). A
+        metric that takes the domain is made once; any other metric is also made for each domain. `compute` returns a
         number, or numbers by name.
 
     Raises:

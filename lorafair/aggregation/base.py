@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What the server makes of one layer.
+    """The result of the server step for one layer.
 
     Example:
         >>> mean = lorafair.LoRAFactors(A=clients.A.mean(0), B=clients.B.mean(0))
@@ -45,7 +45,7 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class InitialLayer:
-    """What a method may make of a layer before the first round.
+    """What a method gets to initialise a layer before the first round.
 
     Example:
         >>> def initialize(self, layer):  # of an Aggregator: A from the first rows of W0, which stays as it is
@@ -104,7 +104,7 @@ class ServerUpdate:
 class Aggregator(ABC):
     """An aggregation method: a frozen dataclass with `combine`, whose fields are the options of `method:`.
 
-    Register one with `lorafair.register_method`. Its methods say what clients train, send, receive and keep; bytes,
+    Register one with `lorafair.register_method`. Its methods say what clients train, send, receive and keep; traffic,
     checkpoints and mixed LoRA ranks follow from these.
 
     Example:
@@ -158,7 +158,7 @@ class Aggregator(ABC):
 
     @property
     def rank_pruning(self) -> RankPruning | None:
-        """How clients lower their LoRA rank by themselves, of a method where they do."""
+        """How clients lower their own LoRA rank, for a method where they do."""
         return None
 
     @property
@@ -173,12 +173,12 @@ class Aggregator(ABC):
 
     @property
     def needs_all_layers(self) -> bool:
-        """Whether what becomes of a layer depends on the others."""
+        """Whether the result for a layer depends on the other layers."""
         return False
 
     @property
     def note_on_mixed_lora_ranks(self) -> str:
-        """What the log of a run should say where clients differ in LoRA rank."""
+        """What the log of a run should say if clients differ in LoRA rank."""
         return ""
 
     def trains(self, round_index: int) -> tuple[Part, ...]:
@@ -186,7 +186,7 @@ class Aggregator(ABC):
         return PARTS
 
     def receives(self, round_index: int) -> tuple[Part, ...]:
-        """What the server sends down after this round, folded parts aside."""
+        """What the server sends down after this round, apart from folded parts."""
         return self.sends(round_index)
 
     def sends(self, round_index: int) -> tuple[Part, ...]:
@@ -195,11 +195,11 @@ class Aggregator(ABC):
 
     @property
     def images_at_start(self) -> int:
-        """Training images whose gradient by the frozen weights `initialize` is given."""
+        """Number of training images for the gradient, with respect to the frozen weights, that `initialize` gets."""
         return 0
 
     def initialize(self, layer: InitialLayer) -> LayerUpdate:
-        """Where one layer starts the first round, and what is folded into its weight before: as drawn, and nothing."""
+        """One layer's factors before round 1, and what is folded into its weight: by default as drawn, and nothing."""
         return LayerUpdate(layer.drawn)
 
     def combine_core(self, cores: Tensor, weights: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Aggregator(ABC):
         return weighted_mean(cores, weights)
 
     def in_round(self, round_index: int) -> Aggregator:
-        """The method as it aggregates after this round (from 0); itself, where it does the same after every round."""
+        """The method as it aggregates after this round (from 0); itself, if it does the same after every round."""
         return self
 
     @abstractmethod
@@ -215,13 +215,13 @@ class Aggregator(ABC):
         """One layer of the next round.
 
         Args:
-            clients: The factors after training, A (K, R, I) and B (K, O, R), clients ascending.
+            clients: The factors after training, A (K, R, I) and B (K, O, R), in ascending order of clients.
             weights: (K,) float64, the aggregation weights; they sum to 1.
-            start: What the clients of this round were sent, A (R, I) and B (O, R).
+            start: The factors that were sent to the clients of this round, A (R, I) and B (O, R).
 
         Returns:
-            Where clients start the next round, and what is folded into the frozen weight first. To be computed in
-            float64, as the functions of `factor_algebra` do; `aggregate` casts the result back.
+            The factors from which clients start the next round, and what is folded into the frozen weight before that.
+            Both should be computed in float64, as in `factor_algebra`; `aggregate` casts them back.
         """
 
 

@@ -39,8 +39,8 @@ def fold_bits_option(requires: When | None = None) -> int | None:
     """The option fold_bits of a method."""
     return option(
         None,
-        """Send what is folded as factors whose numbers are rounded to so many bits, with one scale a column of B or
-        row of A (not rounded: float32). With 4 bits, fold_rank=4·R and the start in float16, a layer costs the bytes of
+        """Send what is folded as factors whose numbers are rounded to so many bits, with one scale a column of B or row
+        of A (not rounded: float32). With 4 bits, fold_rank=4·R and the start in float16, a layer costs the bytes of
         FedIT in float32 and 32·R more, whatever the number of clients.""",
         at_least=2,
         at_most=16,

@@ -19,7 +19,8 @@ from lorafair.model.adapter import LoRAFactors, Part
 class FedALoRA(Aggregator):
     """B is averaged; every client has its own A and head and is evaluated with them (arXiv 2509.25414).
 
-    All start from one A. The paper has no head; it stays with the client here, as in FedSA-LoRA, which shares A.
+    All clients start from the same A. The paper has no head; here it stays with the client, as in FedSA-LoRA, which
+    shares A.
     """
 
     personal_parts: ClassVar[tuple[Part, ...]] = ("A", "head")

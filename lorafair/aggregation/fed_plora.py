@@ -20,8 +20,8 @@ from lorafair.model.adapter import LoRAFactors
 class FedPLoRA(Aggregator):
     """Select-N-fold: r_k random directions are trained, the others stay as sent and take part (arXiv 2602.16936).
 
-    Every direction is averaged over the clients that have trained it. All R are sent down, r_k up. It is FedIT where
-    all LoRA ranks are equal. Dropout is on the input of all directions, also of those that the paper folds into W0.
+    Every direction is averaged over the clients that have trained it. All R are sent down, r_k up. It equals FedIT if
+    all LoRA ranks are equal. Dropout acts on the input of all directions, also of those that the paper folds into W0.
     """
 
     selects_directions: ClassVar[bool] = True

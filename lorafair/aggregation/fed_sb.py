@@ -20,11 +20,11 @@ from lorafair.model.adapter import Core, CoreShape, LoRAFactors, Part
 
 @dataclass(frozen=True)
 class FedSB(Aggregator):
-    """W0 + s·B H A: clients train H (R, R) alone, and Σ p_k H_k is the next one, which is exact (arXiv 2502.15436).
+    """W0 + s·B H A: clients train only H (R, R), and Σ p_k H_k is the next H, which is exact (arXiv 2502.15436).
 
     As in LoRA-SB (arXiv 2411.19557): B = U, A = Vᵀ and H = Σ/s at the start, of the first R singular triples of
     −η·sign(∇L(W0)), the first step of full training. The gradient is that of training images drawn from all clients, as
-    in the authors' code; a federation that must not pool them would have to average it. What it costs to send A and B
+    in the authors' code; a federation that must not pool them would have to average it. The traffic of sending A and B
     once is not counted.
     """
 
@@ -32,8 +32,8 @@ class FedSB(Aggregator):
     initializations: ClassVar[tuple[str, ...]] = ("average",)
     lora_initializations: ClassVar[tuple[str, ...]] = ("kaiming",)
 
-    first_step: float = option(1e-4, "η of the step that the start approximates, as for AdamW.", above=0)
-    images: int = option(50, "Training images of which the gradient is taken (all, if there are fewer).", at_least=1)
+    first_step: float = option(1e-4, "η, the size of the first step that is approximated, as for AdamW.", above=0)
+    images: int = option(50, "Number of training images for the gradient (all, if there are fewer).", at_least=1)
 
     @property
     def core(self) -> CoreShape:

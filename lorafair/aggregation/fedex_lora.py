@@ -32,7 +32,7 @@ class FedExLoRA(Aggregator):
     """(Ā, B̄), and ΔR = ΔW − B̄Ā folded as factors of rank (K − 1)·R, or Σ r_k − min r_k (arXiv 2410.09432)."""
 
     residual_rank: int | None = option(
-        None, "Send only the best approximation of ΔR of this rank (all of it, which is exact).", at_least=1
+        None, "Send only the best approximation of ΔR of this rank (all of ΔR, which is exact).", at_least=1
     )
     fold_bits: int | None = fold_bits_option()
     fold_rank: int | None = fold_rank_option()

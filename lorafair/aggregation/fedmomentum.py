@@ -23,13 +23,16 @@ _NOTHING = 1e-12  # of the largest singular value: what is smaller is rounding
 class FedMomentum(Aggregator):
     """ΔW = UΣVᵀ: B = U√Σ, A = √ΣVᵀ of the first R triples, the next ones folded (arXiv 2603.08014).
 
-    The paper's randomised SVD, whose sketch has as many columns as ΔW has directions, is an exact one here.
+    The paper uses a randomised SVD, whose sketch has as many columns as ΔW has directions; here the SVD is exact.
     """
 
     decomposes: ClassVar[bool] = True
 
     energy: float = option(
-        0.9999, "τ, the fraction of ‖ΔW‖² that is kept: as many triples beyond R are folded.", at_least=0, at_most=1
+        0.9999,
+        "τ, the fraction of ‖ΔW‖² that is kept; triples beyond R are folded until it is reached.",
+        at_least=0,
+        at_most=1,
     )
 
     @property

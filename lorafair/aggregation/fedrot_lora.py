@@ -22,15 +22,15 @@ from lorafair.model.adapter import LoRAFactors
 
 @dataclass(frozen=True)
 class FedRotLoRA(Aggregator):
-    """FedIT on factors that each client has turned towards those it was sent (arXiv 2602.23638).
+    """FedIT on factors that each client has rotated towards those that it was sent (arXiv 2602.23638).
 
     One rotation aligns both factors; with `turns`, as in the authors' code, A in one round and B in the next.
     """
 
     mixed_lora_ranks: ClassVar[bool] = False
 
-    strength: float = option(0.5, "How far to turn: 1 aligns, 0 is FedIT.", at_least=0, at_most=1)
-    turns: bool = option(False, "Align nothing after the first round, then A after one round and B after the next.")
+    strength: float = option(0.5, "Strength of the rotation: 1 aligns fully, 0 is FedIT.", at_least=0, at_most=1)
+    turns: bool = option(False, "No alignment after the first round, then of A and of B in alternating rounds.")
 
     def in_round(self, round_index: int) -> Aggregator:
         """With `turns`, FedIT after the first round, before which no factors were sent; then A and B alternate."""

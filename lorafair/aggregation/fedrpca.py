@@ -24,7 +24,7 @@ class FedRPCA(Aggregator):
     mixed_lora_ranks: ClassVar[bool] = False
 
     amplification: float = option(2.0, "β, the weight of the sparse parts; 1 is FedIT.", at_least=0)
-    iterations: int = option(200, "At most so many steps of the robust PCA.", at_least=1)
+    iterations: int = option(200, "Maximum number of iterations of the robust PCA.", at_least=1)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """start + Σ p_k L_k + β Σ p_k S_k for each factor, where L + S are the changes since `start` (zero if None)."""

@@ -17,7 +17,7 @@ from lorafair.model.adapter import LoRAFactors, Part
 
 @dataclass(frozen=True)
 class FFALoRA(Aggregator):
-    """B is trained and averaged, A is drawn once and never changes (arXiv 2403.12313)."""
+    """B is trained and averaged; A is drawn once and never changes (arXiv 2403.12313)."""
 
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 

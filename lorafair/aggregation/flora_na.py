@@ -22,13 +22,13 @@ _MOST_STEPS = 50  # of conjugate gradients; each lowers the error
 
 @dataclass(frozen=True)
 class FLoRANA(Aggregator):
-    """Σ Q_k B_k and Σ P_k A_k with the P, Q of the least error to ΔW (arXiv 2509.26399, equation 6).
+    """Σ Q_k B_k and Σ P_k A_k with the P and Q that minimise the error to ΔW (arXiv 2509.26399, equation 6).
 
-    P and Q are a layer's own and never sent. The paper does not say how it minimises: here by least squares for Q and
-    for P in turns, from the aggregation weights on, so that the error is never above FedIT's.
+    Each layer has its own P and Q; they are never sent. The paper does not give an algorithm. Here least squares is
+    solved for Q and P in turns, starting from the aggregation weights, so that the error is never above FedIT's.
     """
 
-    iterations: int = option(100, "At most so many turns of least squares; 0 is FedIT.", at_least=0)
+    iterations: int = option(100, "Maximum number of least-squares iterations; 0 is FedIT.", at_least=0)
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Σ P_k A_k and Σ Q_k B_k, from min ‖Σ p_k B_k A_k − (Σ Q_k B_k)(Σ P_k A_k)‖ over P and Q."""

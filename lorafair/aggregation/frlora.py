@@ -17,10 +17,10 @@ from lorafair.model.adapter import LoRAFactors
 
 @dataclass(frozen=True)
 class FRLoRA(Aggregator):
-    """W0 += s·(B̄Ā − B0A0), where A0, B0 are the principal triples of W0, taken out of it (ICLR 2025, algorithm 1).
+    """W0 += s·(B̄Ā − B0A0), where A0, B0 are the principal triples of W0, subtracted from it (ICLR 2025, algorithm 1).
 
-    Every round starts from (A0, B0). Clients fold by themselves, from the (Ā, B̄) they are sent and the (A0, B0) they
-    have, so that a round costs what FedIT's does. Other starts by model.lora.initialization.
+    Every round starts from (A0, B0). Clients fold by themselves, from the (Ā, B̄) that they are sent and the (A0, B0)
+    that they have, so the traffic equals FedIT's. model.lora.initialization selects other starts.
     """
 
     mixed_lora_ranks: ClassVar[bool] = False

@@ -23,21 +23,21 @@ class HETLoRA(Aggregator):
 
     pruning: float | None = option(
         None,
-        """γ: a client of LoRA rank r goes down to γ·r, rounded down, where training has made the directions beyond
+        """γ: a client of LoRA rank r is pruned to rank γ·r, rounded down, if training has made the directions beyond it
         smaller (no pruning).""",
         above=0,
         below=1,
     )
     pruning_penalty: float | None = option(
         None,
-        "λ, the weight of the norms of these directions in the loss of clients.",
+        "λ, the weight of the norms of these directions in the clients' loss.",
         at_least=0,
         requires=when_given("method.pruning"),
         conditional_default=0.01,
     )
     smallest_rank: int | None = option(
         None,
-        "No client prunes below this LoRA rank.",
+        "Clients do not prune below this LoRA rank.",
         at_least=1,
         requires=when_given("method.pruning"),
         conditional_default=1,

@@ -64,8 +64,8 @@ class LoRAFair(Aggregator):
 
     similarity: Literal["cosine", "cosine_columns", "frobenius"] = option(
         "cosine",
-        """How the corrected product X is compared with ΔW. cosine: 1 − cos of the flattened matrices. cosine_columns:
-        1 − the mean cosine of their columns. frobenius: ‖ΔW − X‖², with λ relative to the fixed factor.""",
+        """How the corrected product X is compared with ΔW. cosine: 1 − cos of the flattened matrices. cosine_columns: 1
+        − the mean cosine of their columns. frobenius: ‖ΔW − X‖², with λ relative to the fixed factor.""",
     )
     residual: Literal["B", "A", "both"] = option(
         "B", "The factor that is corrected; the other stays the clients' mean."
@@ -76,42 +76,42 @@ class LoRAFair(Aggregator):
     solver: Literal["exact", "sgd"] = option(
         "exact",
         """exact: the minimiser (with residual=both, or cosine_columns on B, a local one). sgd: the paper's gradient
-        descent from zero, which inflates B where B is small and stops short where λ is.""",
+        descent from zero, which inflates B if B is small and stops early if λ is small.""",
     )
     rescale: bool | None = option(
         None,
-        """Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖²: cosine does not see the scale. Where
-        not set: in rounds whose clients differ in LoRA rank, as the cosine alone would leave a larger error than
-        FedIT.""",
+        """Afterwards multiply the corrected factor (B for both) by ⟨ΔW, X⟩/‖X‖², because the cosine does not depend on
+        the scale. If not set: only in rounds whose clients differ in LoRA rank, where the cosine alone would leave a
+        larger error than FedIT.""",
     )
     align: bool = option(
         False,
-        """First turn every client's factors towards those it was sent (orthogonal Procrustes); the products stay as
-        they are. Done by the server, at no extra communication.""",
+        """First rotate every client's factors towards those that it was sent (orthogonal Procrustes); the products do
+        not change. The server does this, without extra communication.""",
     )
     fold: bool = option(
         False,
-        """Merge what the correction leaves, ΔW − B'A', into the frozen weights: exact like FedEx-LoRA, at its cost,
-        or less with method.fold_bits.""",
+        """Merge the remainder ΔW − B'A' into the frozen weights: exact like FedEx-LoRA, at its traffic, or less with
+        method.fold_bits.""",
     )
     fold_bits: int | None = fold_bits_option(requires=when("method.fold", True))
     fold_rank: int | None = fold_rank_option(requires=when("method.fold", True))
     start_precision: Literal["float16", "float32"] | None = start_precision_option()
     sgd_steps: int | None = option(
-        None, "Gradient steps.", at_least=1, requires=when("method.solver", "sgd"), conditional_default=1000
+        None, "Number of gradient steps.", at_least=1, requires=when("method.solver", "sgd"), conditional_default=1000
     )
     sgd_learning_rate: float | None = option(
-        None, "Step size.", above=0, requires=when("method.solver", "sgd"), conditional_default=0.01
+        None, "Step size of the descent.", above=0, requires=when("method.solver", "sgd"), conditional_default=0.01
     )
     sgd_start: Literal["zero", "xavier"] | None = option(
         None,
-        """Where ΔB starts (zero). xavier: from torch's xavier_uniform_, as in public code that descends from the
-        authors' (with similarity=cosine_columns, sgd_steps=500 and sgd_patience=5); most of that noise stays.""",
+        """Initial value of ΔB (zero). xavier: torch's xavier_uniform_, as in public code derived from the authors'
+        (with similarity=cosine_columns, sgd_steps=500 and sgd_patience=5); most of that noise remains.""",
         requires=when("method.solver", "sgd"),
     )
     sgd_patience: int | None = option(
         None,
-        """End the descent after so many steps in a row that have changed the loss, summed over all layers, by less than
+        """End the descent after this many consecutive steps that change the loss, summed over all layers, by less than
         1e-6; 5 in that code (never).""",
         at_least=1,
         requires=when("method.solver", "sgd"),

@@ -18,7 +18,7 @@ from lorafair.model.adapter import LoRAFactors
 
 @dataclass(frozen=True)
 class RaFLoRA(Aggregator):
-    """Zero padding would shrink the directions that few clients have, round by round (arXiv 2602.13486)."""
+    """Directions are averaged over the clients that have them; zero padding would shrink them (arXiv 2602.13486)."""
 
     decomposes: ClassVar[bool] = True
 

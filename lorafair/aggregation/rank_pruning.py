@@ -16,11 +16,11 @@ from lorafair.model.adapter import LoRAFactors
 
 @dataclass(frozen=True)
 class RankPruning:
-    """A penalty on the last directions, from ⌊γ r_k⌋ on, and the rule by which a client gives them up.
+    """A penalty on the last directions, from ⌊γ r_k⌋ on, and the rule by which a client drops them.
 
-    HETLoRA (arXiv 2401.06432): the local objective has λ·‖B_k[:, γr:r]‖·‖A_k[γr:r]‖ added, and the rank goes from r to
-    γr where the product of these norms is smaller after training than before. Products are added up over the layers: a
-    client has one rank. While B is zero, before the first round, nothing can be smaller.
+    HETLoRA (arXiv 2401.06432): λ·‖B_k[:, γr:r]‖·‖A_k[γr:r]‖ is added to the local objective, and the rank falls from
+    r to γr if the product of these norms is smaller after training than before. Products are summed over the layers,
+    because a client has one rank. Before the first round B is zero, so nothing can be smaller.
 
     Example:
         >>> lorafair.RankPruning(decay=0.5, penalty=0.01, smallest=2).kept(lora_rank=16)

@@ -22,14 +22,16 @@ class Ravan(Aggregator):
     """W0 + s·Σ_i s_i B_i H_i A_i: clients train H_i and s_i, and Σ p_k s_ik H_ik is the next H_i (arXiv 2506.05568).
 
     A_i and B_i, of R/h directions each, never change; over all heads they are orthonormal (Gram-Schmidt). H starts at
-    zero, and the scales at 1 in every round. All of it is exact. The paper's s is 1: model.lora.alpha = rank.
+    zero, and the scales at 1 in every round. The aggregation is exact. The paper's s is 1: model.lora.alpha = rank.
     """
 
     mixed_lora_ranks: ClassVar[bool] = False
     initializations: ClassVar[tuple[str, ...]] = ("average",)
     lora_initializations: ClassVar[tuple[str, ...]] = ("kaiming",)
 
-    heads: int = option(4, "h, to which the R directions are dealt out: model.lora.rank is a multiple.", at_least=1)
+    heads: int = option(
+        4, "h, the number of heads that share the R directions; model.lora.rank must be a multiple.", at_least=1
+    )
 
     @property
     def core(self) -> CoreShape:

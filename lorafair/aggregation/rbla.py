@@ -17,7 +17,7 @@ from lorafair.model.adapter import LoRAFactors
 
 @dataclass(frozen=True)
 class RBLA(Aggregator):
-    """FedIT without the zeros of padding in its means (arXiv 2408.08699); FedIT where all LoRA ranks are equal."""
+    """FedIT whose means leave out the zero padding (arXiv 2408.08699); it equals FedIT if all LoRA ranks are equal."""
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k with LoRA rank > r; zero if none."""

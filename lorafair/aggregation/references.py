@@ -17,7 +17,7 @@ from lorafair.model.adapter import PARTS, LoRAFactors, Part
 
 @dataclass(frozen=True)
 class Centralized(Aggregator):
-    """One client trains on the images of all: an upper reference for federated training."""
+    """One client trains on the images of all clients: an upper reference for federated training."""
 
     pools_data: ClassVar[bool] = True
 
@@ -28,7 +28,7 @@ class Centralized(Aggregator):
 
 @dataclass(frozen=True)
 class LocalOnly(Aggregator):
-    """Clients never exchange anything: a lower reference for federated training."""
+    """Clients exchange nothing: a lower reference for federated training."""
 
     personal_parts: ClassVar[tuple[Part, ...]] = PARTS
 

@@ -24,10 +24,10 @@ def register_method(name: str) -> Callable[[Method], Method]:
     """Make a class a value of method.name.
 
     Args:
-        name: What method.name is then set to.
+        name: The value to use for method.name.
 
     Returns:
-        A decorator for a frozen dataclass that extends `Aggregator` and has `combine`. Its fields are its options.
+        A decorator for a frozen dataclass that extends `Aggregator` and defines `combine`. Its fields are its options.
 
     Raises:
         ConfigError: The name is taken, or the class is not such a dataclass.

@@ -15,20 +15,20 @@ from lorafair.experiment import clients_of
 
 
 def count_labels(*arguments: str | Path | Sequence[str], **options: Any) -> dict[str, dict[str, int]]:
-    """Read the images of a configuration, deal them out to its clients, and count them by class.
+    """Read the images of a configuration, split them into its clients, and count them by class.
 
-    Nothing is trained. What is strange about the images is printed, as a run prints it.
+    Nothing is trained. Warnings about the images are printed as in a run.
 
     Args:
         arguments: YAML files and `key=value` pairs, as for `lorafair.run`.
         options: Further values by key.
 
     Returns:
-        client -> class -> training images; every client has every class, be it with 0.
+        client -> class -> training images; every client lists every class, if necessary with 0.
 
     Raises:
         ConfigError: One line that names the key, what was given and what is possible.
-        LorafairError: The images cannot be used, or not be dealt out in this way.
+        LorafairError: The images cannot be used, or cannot be split in this way.
 
     Example:
         >>> lorafair.count_labels("synthetic.yaml", "data.classes=2")["noisy"]

@@ -32,13 +32,13 @@ class Part:
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison has left in its folder."""
+    """The results in a comparison's folder."""
 
     comparison: Comparison
 
     @property
     def folder(self) -> Path:
-        """With the runs, report.md, results.csv and the plots."""
+        """The folder with the runs, report.md, results.csv and the plots."""
         return self.comparison.folder
 
     @cached_property
@@ -52,7 +52,7 @@ class ComparisonResult:
 
     @property
     def report(self) -> str:
-        """report.md: tables, paired differences with intervals, how to read them."""
+        """The text of report.md: tables, paired differences with intervals, and how to read them."""
         return (self.folder / "report.md").read_text(encoding="utf-8")
 
     def __repr__(self) -> str:
@@ -60,9 +60,10 @@ class ComparisonResult:
 
 
 def compare(*arguments: str | Path | Sequence[str], **options: Any) -> ComparisonResult:
-    """Do all runs of a comparison that are not done yet, write the report and return what is there.
+    """Do all runs of a comparison that are not done yet, write the report and return the results.
 
-    One process runs in place, more are started as a child whose lines are shown, as for `lorafair.run`.
+    One process runs in the calling process; several are started as a child process whose output is shown, as for
+    `lorafair.run`.
 
     Args:
         arguments: YAML files, one of which has a `compare:` section, and `key=value` pairs.
@@ -73,7 +74,7 @@ def compare(*arguments: str | Path | Sequence[str], **options: Any) -> Compariso
 
     Raises:
         ConfigError: One line that names the key, what was given and what is possible.
-        LorafairError: A run has failed; the others were done.
+        LorafairError: A run has failed; the others were completed.
         KeyboardInterrupt: The comparison was interrupted; the same call continues it.
 
     Example:

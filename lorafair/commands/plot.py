@@ -34,22 +34,22 @@ def plot(
     width: str | float = "column",
     baseline: str | None = None,
 ) -> Figures:
-    """Draw figures of runs, as a paper prints them; a notebook shows them.
+    """Draw figures of runs for a paper; a notebook shows them.
 
     Args:
-        runs: Run directories, folders with runs, or a comparison's folder; results of `run` and `compare`, too.
+        runs: Run directories, folders with runs, a comparison's folder, or results of `run` and `compare`.
         figure: The name of one figure, or several: `accuracy`, `domains`, `traffic`, `loss`, `bias`, `layers`,
-            `differences`, `map`. All for which there is something to show, unless it is given.
+            `differences`, `map`. If not given, all figures for which there is data.
         width: `column` (3.25 inches), `page` (6.75), or a number of inches.
-        baseline: The method, by its label, that the others are compared with; that of the comparison, else FedIT.
+        baseline: The label of the method with which the others are compared; by default the comparison's, else FedIT.
 
     Returns:
         Figures by name; `figures["accuracy"]` is a matplotlib figure, `figures.save("folder")` writes them as PDF.
-        matplotlib's settings stay as they are.
+        matplotlib's settings do not change.
 
     Raises:
-        ConfigError: There is no run, or no such figure, width or baseline.
-        LorafairError: The figure that was asked for has nothing to show.
+        ConfigError: There is no run, or the figure, width or baseline does not exist.
+        LorafairError: There is no data for the requested figure.
 
     Example:
         >>> figures = lorafair.plot("runs/methods", figure="accuracy")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run has left in its directory.
+    """The results in the directory of a finished run.
 
     Example:
         >>> result = lorafair.RunResult(Path("runs/synthetic/lora_fair-seed0"))
@@ -49,7 +49,7 @@ class RunResult:
 
     @property
     def mean_accuracy(self) -> float:
-        """Top-1 accuracy, the unweighted mean over domains (and clients, where each has a model of its own)."""
+        """Top-1 accuracy, the unweighted mean over domains (and over clients, if each has its own model)."""
         return float(self._result["mean_accuracy"])
 
     @property
@@ -59,7 +59,7 @@ class RunResult:
 
     @property
     def content(self) -> dict[str, Any]:
-        """All of result.json: totals of bytes and seconds, settings, versions, sums of what the run began from."""
+        """All of result.json: totals of bytes and seconds, settings, versions, checksums of the start."""
         return self._result
 
     @cached_property
@@ -77,11 +77,11 @@ class RunResult:
 
         Returns:
             A timm model (or the module of a plug-in's backbone) with the adapters merged into its weights and the
-            trained head in its place. Its input are images normalised as the run has done it (`model.pretrained_cfg`
-            tells, unless model.normalization names another one): `transform` makes them.
+            trained head in its place. Its inputs are images normalised as in the run (`model.pretrained_cfg`
+            says how, unless model.normalization is set); `transform` makes them.
 
         Raises:
-            LorafairError: The run has no global model, as its clients keep one each.
+            LorafairError: The run has no global model, because each client keeps its own.
         """
         from lorafair.commands.export import merged_model
 
@@ -116,18 +116,18 @@ def run(
 ) -> RunResult:
     """Run, or continue, a federation and return its result.
 
-    One process runs in place: no process group is opened, and a first Ctrl-C (or "interrupt" in a notebook) stops the
-    run once the client in training is done, with everything saved. More processes (fabric.devices, fabric.num_nodes)
-    are started as a child, whose lines are shown.
+    With one process, no process group is opened, and a first Ctrl-C (or "interrupt" in a notebook) stops the
+    run once the client in training is done and everything is saved. Several processes (fabric.devices,
+    fabric.num_nodes) are started as a child process, whose output is shown.
 
     Args:
         arguments: A `Config`; or YAML files and `key=value` pairs, as for `load_config`.
-        callbacks: Objects whose methods are called while the run goes on; for one process. Those that plug-ins have
-            registered are named by the option of that name: `"callbacks=[best_round]"`.
+        callbacks: Objects whose methods are called during the run; only for one process. Those of plug-ins are
+            named by the option of that name: `"callbacks=[best_round]"`.
         options: Further values by key: `rounds=3`, `**{"method.name": "fedit"}`.
 
     Returns:
-        The result, also of a run that was finished before: nothing is computed again.
+        The result. If the run was finished before, nothing is computed again.
 
     Raises:
         ConfigError: One line that names the key, what was given and what is possible.

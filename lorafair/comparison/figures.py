@@ -66,9 +66,9 @@ KINDS: dict[str, Kind] = {
 class Figures(Mapping[str, "Figure"]):
     """Figures by name; a notebook shows all of them.
 
-    A name is that of the figure, behind that of its setting where there are settings: `feature-accuracy`. Where one
-    setting has it, `accuracy` finds it, too. `captions` has a sentence for each name, `notes` has lines about runs that
-    are not finished or that a figure leaves out.
+    A name is that of the figure, preceded by that of its setting if there are settings: `feature-accuracy`. If only one
+    setting has the figure, `accuracy` finds it, too. `captions` has a sentence for each name; `notes` has lines about
+    runs that are not finished or that a figure leaves out.
     """
 
     def __init__(self, figures: Mapping[str, Figure], captions: Mapping[str, str], notes: Sequence[str] = ()) -> None:
@@ -104,11 +104,11 @@ class Figures(Mapping[str, "Figure"]):
         """Write every figure into a folder.
 
         Args:
-            folder: It is made where it does not exist.
-            formats: Of `pdf`, `svg` and `png`.
+            folder: It is created if it does not exist.
+            formats: A selection of `pdf`, `svg` and `png`.
 
         Returns:
-            The files.
+            The paths of the files.
 
         Raises:
             ConfigError: A format is unknown.

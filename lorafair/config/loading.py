@@ -29,16 +29,16 @@ from lorafair.errors import ConfigError, first_line
 def load_config(*arguments: str | Path | Sequence[str], **options: Any) -> Config:
     """Read and check a run's configuration.
 
-    Later files win over earlier ones, the pairs over the files, and `options` over the pairs. A place that selects
-    another method drops the options of the former one.
+    Later files override earlier ones, the pairs override the files, and `options` override the pairs. A source that
+    selects another method drops the options of the former one.
 
     Args:
-        arguments: YAML files and `key=value` pairs, one by one or as a list. A file that does not exist is looked for
+        arguments: YAML files and `key=value` pairs, one by one or as a list. A file that does not exist is searched for
             among the shipped ones ("synthetic.yaml", "paper/domainnet_vit").
         options: further values, by key: `rounds=3`, `client={"steps": 5}`, `**{"method.name": "fedit"}`.
 
     Returns:
-        The configuration, complete: every option that means something has a value.
+        The complete configuration: every option that has an effect has a value.
 
     Raises:
         ConfigError: one line that names the key, what was given and what is possible.

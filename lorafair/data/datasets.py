@@ -27,21 +27,21 @@ _UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError)  # what dat
 def from_datasets(domains: Domains, *, classes: Sequence[str] | None = None, description: str = "") -> ImageCollection:
     """The images of torch data sets as a source of lorafair.
 
-    Labels are read at once, from `dataset.targets` where there is one, else from the items. Transforms of the data sets
-    that draw at random would make the images differ from process to process: leave them out, and set data.augmentation.
+    Labels are read immediately, from `dataset.targets` if it exists, else from the items. Random transforms of the data
+    sets would make the images differ between processes: leave them out, and set data.augmentation.
 
     Args:
         domains: (training data set, test data set) by the name of the domain. An item is an image and its label: a PIL
             image, an array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W) or (1, H, W), of uint8 or of floats from
-            0 to 1; a whole number from 0.
+            0 to 1; the label is an integer from 0.
         classes: The names of the classes by label (`dataset.classes` of the first data set, else the labels).
-        description: One line that says which images are real and which are made.
+        description: One line that says which images are real and which are generated.
 
     Returns:
-        The collection, whose images are read from the data sets when they are needed.
+        The collection. Its images are read from the data sets when they are needed.
 
     Raises:
-        DataError: No domain, an empty data set, or a label that is no class.
+        DataError: No domain, an empty data set, or a label without a class.
 
     Example:
         >>> train, test = [(np.zeros((32, 32, 3), np.uint8), 0)] * 8, [(np.zeros((32, 32, 3), np.uint8), 1)] * 2

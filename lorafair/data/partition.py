@@ -45,13 +45,13 @@ def register_partition(name: str) -> Callable[[Scheme], Scheme]:
     """Make a function a value of partition.scheme.
 
     Args:
-        name: What partition.scheme is then set to.
+        name: The value to use for partition.scheme.
 
     Returns:
         A decorator for a function of the group `partition` of the configuration, labels (N,), domains (N,), the names
         of the domains and the seed, that returns the clients: every image belongs to exactly one of them. It may read
         `config.options` and the shipped options. Random draws come from
-        `lorafair.seeding.seeded_numpy(seed, purpose)`, so that all processes draw alike.
+        `lorafair.seeding.seeded_numpy(seed, purpose)`, so that all processes draw the same numbers.
 
     Raises:
         ConfigError: The name is taken.

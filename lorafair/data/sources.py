@@ -30,12 +30,12 @@ def register_source(name: str, images: Domains | None = None, *, domains: tuple[
     """Make images a value of data.source.
 
     Args:
-        name: What data.source is then set to.
+        name: The value to use for data.source.
         images: Torch data sets by domain, `{"photo": (train, test), ...}`; see `from_datasets`. Without it this is a
             decorator for a function that returns such data sets, or an `ImageCollection`, from the group `data` of the
-            configuration and the seed. What the function takes beyond the shipped options is in `config.options`.
-        domains: The names of the domains, where they are known before anything is loaded; mistakes in data.domains are
-            then found at once.
+            configuration and the seed. Further options of the function are in `config.options`.
+        domains: The names of the domains, if they are known before anything is loaded; mistakes in data.domains are
+            then found immediately.
 
     Returns:
         The decorator; with `images`, nothing.

@@ -43,9 +43,9 @@ class LoRAFactors:
 
 @dataclass(frozen=True)
 class CoreShape:
-    """Of a core: how many heads the R directions are dealt out to, and whether each has a scale to train.
+    """The shape of a core: how many heads share the R directions, and whether each has a scale to train.
 
-    A scale is a client's own: it is 1 at the start of a round, and s_i H_i is what a client sends.
+    Each client has its own scales: they are 1 at the start of a round, and the client sends s_i H_i.
 
     Example:
         >>> lorafair.CoreShape(heads=4, scaled=True).of_rank(16)

@@ -70,7 +70,7 @@ def register_backbone(
     """Make a torch module a value of model.name.
 
     Args:
-        name: What model.name is then set to.
+        name: The value to use for model.name.
         head: The path of its classifier, an nn.Linear that is replaced by one for the classes of the data.
         image_size: The side of its square input in pixels, unless model.image_size is set.
         mean: Mean of its input by channel, for pixels from 0 to 1.
@@ -79,8 +79,8 @@ def register_backbone(
 
     Returns:
         A decorator for a function that builds the module from the group `model` of the configuration, with the weights
-        that `config.weights` asks for: "random", whatever the function calls "pretrained", or the path of a file, which
-        is loaded afterwards. The first axis of everything that enters an adapted layer must be the images.
+        that `config.weights` selects: "random", whatever the function calls "pretrained", or the path of a file, which
+        is loaded afterwards. The first axis of every input of an adapted layer must be the images.
 
     Raises:
         ConfigError: The name is taken.

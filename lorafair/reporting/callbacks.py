@@ -10,9 +10,9 @@ from lorafair.registry import CALLBACKS
 
 
 class Callback:
-    """Methods that are called at certain moments of a run, on rank 0; those of this class do nothing.
+    """Methods that are called at certain points of a run, on rank 0; those of this class do nothing.
 
-    A callback cannot change a number of the run. One that raises ends the run with its name.
+    A callback cannot change the numbers of a run. If it raises an exception, the run ends with an error that names it.
 
     Example:
         >>> class StopWatch(lorafair.Callback):
@@ -31,14 +31,14 @@ class Callback:
         """The model after a round was evaluated."""
 
     def on_stop(self, completed_rounds: int, reason: str) -> None:
-        """The run ends: `reason` is "finished", or what has ended it."""
+        """The run ends: `reason` is "finished", or what ended it."""
 
 
 def register_callback(name: str) -> Callable[[Callable[[], Callback]], Callable[[], Callback]]:
     """Make a callback a value of `callbacks`.
 
     Args:
-        name: What `callbacks` then lists.
+        name: The name to use in `callbacks`.
 
     Returns:
         A decorator for a class that extends `Callback`, or a function that makes one; called without arguments.

@@ -23,7 +23,7 @@ def register_logger(name: str) -> Callable[[Callable[..., Logger]], Callable[...
     """Make a logger a key of `loggers`.
 
     Args:
-        name: The key; the value are its options.
+        name: The key; its value holds the options of the logger.
 
     Returns:
         A decorator for a function of the run's directory and the options, by name, that returns a

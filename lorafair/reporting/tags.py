@@ -36,26 +36,26 @@ SCALARS = (
     ),
     Scalar(
         "eval/accuracy_own_domain", "1 accuracy/mean on own domain", _FRACTION,
-        "Clients with models of their own: each on its domain, mean",
+        "Mean of the clients' own models, each on its own domain",
     ),
     Scalar(
         "eval/accuracy_other_domains", "1 accuracy/mean on other domains", _FRACTION,
-        "Clients with models of their own: each on the other domains, mean",
+        "Mean of the clients' own models, each on the other domains",
     ),
     Scalar(
         "eval/balanced_accuracy", "1 accuracy/mean, balanced over classes", _FRACTION,
-        "Mean recall of the classes that a domain has test images of, unweighted mean of the domains",
+        "Mean recall of the classes with test images in a domain, unweighted mean of the domains",
     ),
     Scalar(
-        "eval/balanced_accuracy/<domain>", "1 accuracy/other balanced on <domain>", _FRACTION, "The same of one domain"
+        "eval/balanced_accuracy/<domain>", "1 accuracy/other balanced on <domain>", _FRACTION, "The same for one domain"
     ),
     Scalar(
         "eval/majority_class", "1 accuracy/other majority class", _FRACTION,
-        "Accuracy of always answering the class with most test images, mean of the domains",
+        "Accuracy of always predicting the class with the most test images, mean of the domains",
     ),
     Scalar(
         "eval/most_frequent_answer", "1 accuracy/other most frequent answer", _FRACTION,
-        "Fraction of all answers that are one class, mean of the domains; where there is one global model",
+        "Largest fraction of predictions that are one class, mean of the domains; only with a global model",
     ),
     Scalar("eval/accuracy/<domain>", "1 accuracy/on <domain>", _FRACTION, "Top-1 accuracy on the domain's test images"),
     Scalar("eval/<metric>", "1 accuracy/other <metric>", "of the metric", "A metric of evaluation.metrics"),
@@ -68,33 +68,33 @@ SCALARS = (
     Scalar("server/error_before", "3 aggregation/bias before", _RATIO, f"{_ERROR}; X: plain averaging of the factors"),
     Scalar(
         "server/error_after_largest", "3 aggregation/bias after, largest", _RATIO,
-        "The same of the layer where it is largest",
+        "The same for the layer where it is largest",
     ),
     Scalar(
         "server/error_after_smallest", "3 aggregation/bias after, smallest", _RATIO,
-        "The same of the layer where it is smallest",
+        "The same for the layer where it is smallest",
     ),
     Scalar("server/cosine_after", "3 aggregation/cosine after", "-1 to 1", "Cosine of ΔW and what clients hold"),
     Scalar("server/cosine_before", "3 aggregation/cosine before", "-1 to 1", "Cosine of ΔW and plain averaging"),
     Scalar("server/norm_ratio", "3 aggregation/norm of B", _RATIO, "‖B'‖/‖B̄‖: B after the method and the mean B"),
     Scalar("server/correction_ratio", "3 aggregation/norm of correction", _RATIO, "‖B' − B̄‖/‖B̄‖"),
     Scalar("server/<metric>/<layer>", "8 layers/<metric> <layer>", _RATIO, "With tensorboard.layers=curves"),
-    Scalar("comm/up_bytes", "4 traffic/up MB", "MB", "What the round's clients would send", 1e-6),
-    Scalar("comm/down_bytes", "4 traffic/down MB", "MB", "What the round's clients would receive", 1e-6),
+    Scalar("comm/up_bytes", "4 traffic/up MB", "MB", "Traffic from the round's clients", 1e-6),
+    Scalar("comm/down_bytes", "4 traffic/down MB", "MB", "Traffic to the round's clients", 1e-6),
     Scalar("comm/total_bytes", "4 traffic/total MB", "MB", "Both, since round 1", 1e-6),
     Scalar("time/round", "5 time/round", _SECONDS, "All phases of the round"),
     Scalar("time/total", "5 time/total", _SECONDS, "All rounds since round 1"),
     Scalar(
         "time/idle_fraction/<rank>", "5 time/waiting <rank>", _FRACTION,
-        "Part of the training phase that the process waited",
+        "Fraction of the training phase in which the process waited",
     ),
     Scalar("time/<phase>", "5 time/<phase>", _SECONDS, "train, gather, server, broadcast, evaluate"),
-    Scalar("server/dropped_clients", "6 clients/dropped", "clients", "Left out because of NaN or infinity"),
-    Scalar("train/learning_rate", "6 clients/learning rate", "", "Of the round, as client.schedule sets it"),
-    Scalar("train/loss_highest", "6 clients/loss highest", _NATS, "Of the client with the highest training loss"),
-    Scalar("train/loss_lowest", "6 clients/loss lowest", _NATS, "Of the client with the lowest training loss"),
+    Scalar("server/dropped_clients", "6 clients/dropped", "clients", "Clients left out because of NaN or infinity"),
+    Scalar("train/learning_rate", "6 clients/learning rate", "", "Learning rate of the round (client.schedule)"),
+    Scalar("train/loss_highest", "6 clients/loss highest", _NATS, "Training loss of the client where it is highest"),
+    Scalar("train/loss_lowest", "6 clients/loss lowest", _NATS, "Training loss of the client where it is lowest"),
     Scalar("train/loss/<client>", "6 clients/loss of <client>", _NATS, "In runs of up to 1,000 clients"),
-    Scalar("", "9 stacked time/<phase>", _SECONDS, "From the start of the round to the end of the phase, for a chart"),
+    Scalar("", "9 stacked time/<phase>", _SECONDS, "From the start of the round to the end of the phase"),
 )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ CARD, LABEL_COUNTS, SAMPLES, CONFUSION = "run", "6 clients/label counts", "6 cli
 LOSSES, NORMS_OF_A, NORMS_OF_B = "6 clients/loss by client", "3 aggregation/norms of A", "3 aggregation/norms of B"
 
 PICTURES = (
-    Shown(CARD, "at the start", "Text: command, settings, clients, versions, where to read on"),
+    Shown(CARD, "at the start", "Text: command, settings, clients, versions, links"),
     Shown("3 aggregation/<metric> by layer", _OFTEN, "Every metric of the group as layer × round"),
     Shown(NORMS_OF_A, "after each round with tensorboard.histograms", "Histogram: norms of the rows of every A"),
     Shown(NORMS_OF_B, "after each round with tensorboard.histograms", "Histogram: norms of the columns of every B"),
@@ -184,7 +184,7 @@ class Column:
 COLUMNS = (
     Column("method", "method.name", is_shown=True),
     Column("options", "The other options of method that are set", is_shown=True),
-    Column("setting", "The folder that the run directory lies in", is_shown=True),
+    Column("setting", "The folder that contains the run directory", is_shown=True),
     Column("seed", "seed", is_shown=True),
     Column("rounds", "rounds"),
     Column("learning rate", "client.learning_rate", is_shown=True),

@@ -152,7 +152,7 @@ def test_choices_are_those_of_a_literal_alone() -> None:
 
 def test_a_group_is_shown_with_defaults_ranges_and_conditions() -> None:
     text = options_text("client")
-    assert "  client.learning_rate  (number) = 0.01\n      For LoRA factors and head. Above 0." in text
+    assert "  client.learning_rate  (number) = 0.01\n      Learning rate of LoRA factors and head. Above 0." in text
     assert "  client.momentum  (number) = 0.9 (with client.optimizer=sgd)\n" in text
     assert "From 0 up to but not including 1. Only with client.optimizer=sgd." in text
     assert "  client.steps  (whole number)\n" in text
