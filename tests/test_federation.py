@@ -722,7 +722,7 @@ def all_moved(fabric: Any, methods: Sequence[str], folder: Path) -> dict[str, tu
 
 CODED = "a coded fold"
 # What is charged is less than the broadcast has: FLoRIST's room for all ranks, where it chooses some; the half of what
-# FRLoRA folds that clients have since the start, A0 and B0; RAVAN's scales, which are 1 at the start of a round, and its
+# FRLoRA folds that clients have since the start, A0 and B0; RAVAN's scales, which are 1 at a round's start, and its
 # bases and those of Fed-SB, which are sent once, before round 1. RAVAN's clients send s_i H_i as one matrix, where here
 # both are gathered.
 MORE_IS_BROADCAST, MORE_IS_GATHERED = ("florist", "frlora", "ravan", "fed_sb"), ("ravan",)
