@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafair.comparison.canvas import add_legend, new_figure, shown
-from lorafair.comparison.outcomes import CONFIDENCE, Outcomes
+from lorafair.comparison.outcomes import Outcomes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,10 +50,10 @@ def differences_figure(outcomes: Outcomes, setting: str, width: float) -> Figure
     axes.set_xlabel(shown(f"points of mean accuracy above {outcomes.baseline_title}", width - 0.8, 7.0))
     handles = [Line2D([], [], linestyle="none", marker="o", markersize=3, markerfacecolor="none",
                       markeredgecolor="#7F7F7F", markeredgewidth=0.6)]  # fmt: skip
-    labels = ["one seed"]
+    labels = ["one seed" if outcomes.draws is None else "one draw"]
     if any(difference.interval is not None for difference in found.values()):
         handles.append(Line2D([], [], color="black", marker="D", markersize=3.5, linewidth=1.3))
-        labels.append(f"mean and {CONFIDENCE:.0%} interval")
+        labels.append(f"mean and {outcomes.interval_name}")
     add_legend(figure, handles, labels)
     return figure
 
@@ -95,7 +95,14 @@ def map_figure(outcomes: Outcomes, width: float) -> Figure | None:
     handles = [Line2D([], [], color=outcomes.styles[m].colour, marker=outcomes.styles[m].marker, linestyle="none",
                       markeredgewidth=0) for m in others]  # fmt: skip
     handles.append(Line2D([], [], color="black", marker="|", markersize=6, linestyle="none"))
-    add_legend(figure, handles, [*map(outcomes.title, others), f"{CONFIDENCE:.0%} interval over seeds"])
+    add_legend(
+        figure,
+        handles,
+        [
+            *map(outcomes.title, others),
+            f"{outcomes.interval_name} over {'seeds' if outcomes.draws is None else 'draws'}",
+        ],
+    )
     return figure
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorafair.comparison import tables
+from lorafair.comparison.evidence import components_table, reading_text, significance_table
 from lorafair.comparison.fairness import start_table, start_text
 from lorafair.comparison.figures import KINDS, file_stem
 from lorafair.comparison.findings import Findings
@@ -78,7 +79,7 @@ def document(findings: Findings, *, details: bool = True) -> Iterator[Part]:
     yield Heading("How to read this")
     if not begun.startswith("WARNING"):
         yield Paragraph(begun)
-    yield from map(Paragraph, filter(None, (findings.interval_text(), findings.tuning_text())))
+    yield from map(Paragraph, filter(None, (findings.interval_text(), reading_text(findings), findings.tuning_text())))
     yield Paragraph(
         "MB: what all clients would send and receive over all rounds (float32 adapter and head). Seconds: the "
         "rounds, without start and loading; comparable where the runs had the machine to themselves."
@@ -91,7 +92,14 @@ def _of_setting(findings: Findings, setting: str, *, figures: bool) -> Iterator[
     yield Heading(f"Setting {setting}")
     if changed := findings.comparison.settings[setting]:
         yield Paragraph(f"Options: {_options(changed)}.")
-    for make in (tables.accuracy_table, tables.per_client_table, tables.difference_table, tables.bias_table):
+    for make in (
+        tables.accuracy_table,
+        tables.per_client_table,
+        tables.difference_table,
+        significance_table,
+        components_table,
+        tables.bias_table,
+    ):
         table = make(findings, setting)
         if table.rows:
             yield table

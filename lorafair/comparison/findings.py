@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from lorafair.comparison.draws import LEVEL, Draws
 from lorafair.comparison.outcomes import CONFIDENCE, Difference, Outcomes, RecordedRun
 from lorafair.comparison.plan import Comparison, State, failure_of
-from lorafair.console import format_count
+from lorafair.console import format_count, some
 from lorafair.reporting.run_dir import read_result
 
 _IN_FULL = 3  # methods without a difference that the answer gives with their numbers
@@ -22,6 +23,7 @@ class Findings(Outcomes):
 
     def __init__(self, comparison: Comparison) -> None:
         self.missing: list[str] = []
+        self.not_needed = 0  # runs of draws after a decision
         self.failed: dict[str, list[str]] = {}  # reason -> names of runs
         self.states: dict[int, State] = {}  # of the final runs, by index
         self.choices = {(s, m): comparison.choice(s, m) for s in comparison.settings for m in comparison.methods}
@@ -35,6 +37,8 @@ class Findings(Outcomes):
             elif state == "failed":
                 reason = failure_of(run) or "; ".join(choice.failures if choice else ())
                 self.failed.setdefault(reason, []).append(run.name)
+            elif state == "not needed":
+                self.not_needed += 1
             else:
                 self.missing.append(f"{run.name} ({state})")
         super().__init__(comparison, done)
@@ -46,6 +50,8 @@ class Findings(Outcomes):
         *some, last = sorted({f.result["rounds"] for runs in self.finished.values() for f in runs})
         rounds = "".join(f"{r} or " for r in some) + format_count(last, "round")
         seeds = f"{format_count(len(comparison.seeds), 'seed')} ({', '.join(map(str, comparison.seeds))})"
+        if comparison.draws is not None:
+            seeds = _draws_text(comparison.draws)
         images = first.get("data", {}).get("description", "")
         where = f" in {format_count(len(comparison.settings), 'setting')}" if len(comparison.settings) > 1 else ""
         others = self.others()
@@ -94,6 +100,8 @@ class Findings(Outcomes):
         count = sum(len(difference.by_pair) > 1 for difference in found)
         if not count:
             return "Differences are paired by seed. With one seed there is no interval, and a difference says little."
+        if self.draws is not None:
+            return self._interval_of_draws(self.draws)
         return (
             "Differences are paired by seed. The interval is Student's t over seeds: it covers what a seed draws "
             "(which images are used and how they are dealt out to clients, initial factors, clients of a round, "
@@ -104,12 +112,33 @@ class Findings(Outcomes):
             "zero by chance."
         )
 
+    def _interval_of_draws(self, draws: Draws) -> str:
+        """What intervals over draws cover."""
+        if draws.until_decided:
+            left = f" {format_count(self.not_needed, 'run')} were not needed." if self.not_needed else ""
+            margin = f", or that it is below {draws.margin:g} points" if draws.margin else ""
+            return (
+                f"Differences are paired by draw. Every {draws.batch} draws it was looked whether a difference is "
+                f"decided: its interval leaves out zero{margin}. The intervals are confidence sequences: all of them "
+                f"hold at all draws at once with probability {1 - LEVEL:.0%} if differences are about normal, so "
+                f"looking and stopping adds no error. A mean at a stop is a little too far from zero.{left}"
+            )
+        how = {
+            "independent": "Student's t over draws",
+            "crossed": "Student's t with the mean squares of partition and training, which share cells",
+            "nested": "Student's t over partitions",
+        }[draws.layout]
+        return (
+            f"Differences are paired by draw. The interval is {how}: it covers other images, partitions and trainings, "
+            "not other data, models or settings, and is not corrected for the number of comparisons (p (Holm) is)."
+        )
+
     def warnings(self) -> list[str]:
         """Failed and missing runs, and tuned options at the edge of their grid."""
         lines = [f"WARNING: failed: {', '.join(names)}: {reason}" for reason, names in self.failed.items()]
         if self.missing:
             lines.append(f"Not in this report: {len(self.missing)} of {len(self.comparison.final_runs)} runs: "
-                         + ", ".join(self.missing))  # fmt: skip
+                         + (", ".join(self.missing) if self.draws is None else some(self.missing)))  # fmt: skip
         return lines + [
             f"WARNING: tuning chose {what}, for {', '.join(entries)}; a wider grid may change the comparison"
             for what, entries in self._at_edge.items()
@@ -146,10 +175,17 @@ class Findings(Outcomes):
         )
 
 
+def _draws_text(draws: Draws) -> str:
+    if draws.is_design:
+        kinds = f"{format_count(draws.partitions, 'partition')} × {format_count(draws.trainings, 'training')}"
+        return f"{format_count(draws.number, 'draw')} ({kinds}, {draws.layout})"
+    return f"{'At most ' if draws.until_decided else ''}{format_count(draws.number, 'draw')}"
+
+
 def _kind(difference: Difference) -> str:
     """What a difference tells: above, below, undecided, equal, or one pair of runs."""
     if difference.interval is None:
-        return "one"
+        return "one" if len(difference.by_pair) == 1 else "undecided"
     low, high = difference.interval
     if low == high == 0:
         return "equal"

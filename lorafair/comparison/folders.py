@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lorafair.comparison.draws import DESIGN_SEEDS
 from lorafair.comparison.outcomes import Outcomes, RecordedRun
 from lorafair.comparison.plan import Run, failure_of
 from lorafair.comparison.record import Record, read_record
@@ -25,7 +26,7 @@ from lorafair.reporting.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE, r
 
 _DEPTH = 3  # folders below the given one in which runs are looked for
 _TUNING = "tuning"  # the folder of a comparison's tuning runs, which no figure shows
-_OF_SEED = re.compile(r"(?P<label>.+)-seed\d+")
+_OF_SEED = re.compile(r"(?P<label>.+)-(?:seed\d+|draw(?P<draw>\d+))")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,16 @@ class FoundRun:
 
     @property
     def seed(self) -> int:
-        """Its seed."""
-        return int(self.options.get("seed", 0))
+        """Its seed; of a design of draws, the number of the draw."""
+        return int(self.options.get("seed", 0)) if self._draw is None else self._draw
+
+    @property
+    def _draw(self) -> int | None:
+        match = _OF_SEED.fullmatch(self.folder.name)
+        designed = (
+            match is not None and match["draw"] and all(self.options.get(key) is not None for key in DESIGN_SEEDS)
+        )
+        return int(match["draw"]) if match is not None and designed else None
 
     @property
     def method(self) -> str:
@@ -65,6 +74,8 @@ class FoundRun:
         kept = {
             key: value for key, value in self.options.items() if key in _identity_keys() or key.startswith("method.")
         }
+        if self._draw is not None:
+            kept = {key: value for key, value in kept.items() if key not in DESIGN_SEEDS}
         return json.dumps(kept, sort_keys=True, default=str)
 
 
@@ -193,7 +204,10 @@ def _record_of(
         baseline = named[baseline]
     candidates = [*([baseline] if baseline else []), *(record.baseline for record in records), "fedit", *methods]
     chosen = next(label for label in candidates if label in methods)
-    return Record(methods, {s: {} for s in settings}, tuple(sorted({run.seed for run in found})), chosen)
+    seeds = tuple(sorted({run.seed for run in found}))
+    alone = records[0] if len(records) == 1 else None  # of several comparisons no one design holds for all
+    draws, level = (alone.draws, alone.decision_level) if alone else (None, None)
+    return Record(methods, {s: {} for s in settings}, seeds, chosen, draws=draws, decision_level=level)
 
 
 def _recorded(index: int, run: FoundRun, label: str) -> tuple[RecordedRun, str]:

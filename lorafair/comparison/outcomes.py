@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from lorafair.comparison.draws import Draws
 from lorafair.comparison.plan import Options, Run, Tuning
 from lorafair.registry import METHODS
 from lorafair.reporting.palette import Style, styles
 from lorafair.reporting.run_dir import Curve, read_metrics
+
+if TYPE_CHECKING:
+    from lorafair.comparison.statistics import Estimate, Values
 
 CONFIDENCE = 0.95
 BEFORE, AFTER = "server/error_before", "server/error_after"  # of the relative aggregation bias
@@ -39,6 +44,14 @@ class Design(Protocol):
     @property
     def tuning(self) -> Tuning | None:
         """How options were chosen, where that is known."""
+
+    @property
+    def draws(self) -> Draws | None:
+        """What the seeds number, where they are draws."""
+
+    @property
+    def decision_level(self) -> float | None:
+        """Of one difference, where draws stop once all are decided."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +100,50 @@ class Difference:
     """A method against the baseline, pair by pair of runs that differ in the method alone, in points of accuracy."""
 
     by_pair: Mapping[tuple[str, int], float]  # (setting, seed)
+    draws: Draws | None = None  # what the seeds number
+    level: float | None = None  # of an interval that holds whenever the draws stop
 
     @property
     def mean(self) -> float:
-        """Mean over pairs."""
-        return statistics.fmean(self.by_pair.values())
+        """Mean over pairs; of a design, over its whole partitions, where it has any."""
+        return statistics.fmean(self.values.ravel().tolist() or self.by_pair.values())
+
+    @cached_property
+    def values(self) -> Values:
+        """The differences in their order; of draws, one for each, the mean over settings."""
+        import numpy as np
+
+        if self.draws is None:
+            return np.array(list(self.by_pair.values()))
+        by_draw: dict[int, list[float]] = {}
+        for (_, draw), value in self.by_pair.items():
+            by_draw.setdefault(draw, []).append(value)
+        settings = len({setting for setting, _ in self.by_pair})
+        return self.draws.table({d: statistics.fmean(v) for d, v in by_draw.items() if len(v) == settings})
+
+    @cached_property
+    def estimate(self) -> Estimate | None:
+        """What is known about the mean; None for one pair."""
+        from lorafair.comparison.statistics import estimate
+
+        return estimate(self.values, self.draws.layout if self.draws else "independent")
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The confidence interval of the mean, by Student's t over pairs; None for one pair."""
+        """The confidence interval of the mean, by Student's t over pairs; None for one pair.
+
+        Of draws that stop once something is decided, by the confidence sequence; None while that is infinite.
+        """
         from scipy.stats import ttest_1samp  # scipy takes a second to import
 
-        values = list(self.by_pair.values())
+        if self.level is not None:
+            from lorafair.comparison.statistics import confidence_sequence
+
+            low, high = confidence_sequence(self.values, self.level)
+            return (low, high) if math.isfinite(low) else None
+        if self.draws is not None and self.draws.is_design:
+            return None if self.estimate is None else self.estimate.interval(CONFIDENCE)
+        values = self.values.tolist()
         if len(values) < 2:
             return None
         if len(set(values)) == 1:  # without spread there is no statistic, and the interval is a point
@@ -114,7 +159,9 @@ class Difference:
     @property
     def interval_text(self) -> str:
         """The interval for a table."""
-        return "–" if self.interval is None else f"{self.interval[0]:+.2f} to {self.interval[1]:+.2f}"
+        if self.interval is None:
+            return "–" if self.level is None else "-inf to +inf"
+        return f"{self.interval[0]:+.2f} to {self.interval[1]:+.2f}"
 
     def __str__(self) -> str:
         return f"{self.mean:+.2f}"
@@ -185,7 +232,23 @@ class Outcomes:
             mine = {f.run.seed: f.accuracy for f in self.runs_of(setting, method)}
             seeds = [seed for seed in self.comparison.seeds if seed in mine and seed in theirs]
             common |= {(setting, seed): mine[seed] - theirs[seed] for seed in seeds}
-        return Difference(common) if common else None
+        return Difference(common, self.draws, self.decision_level) if common else None
+
+    @property
+    def draws(self) -> Draws | None:
+        """What the seeds number, where they are draws."""
+        return getattr(self.comparison, "draws", None)
+
+    @property
+    def decision_level(self) -> float | None:
+        """Of one difference, where draws stop once all are decided."""
+        return getattr(self.comparison, "decision_level", None)
+
+    @property
+    def interval_name(self) -> str:
+        """What the intervals of differences are called."""
+        level = self.decision_level
+        return f"{100 * (CONFIDENCE if level is None else 1 - level):.4g}% interval"
 
     def differences(self, setting: str) -> dict[str, Difference]:
         """Every other method against the baseline in a setting, where they have a common seed."""

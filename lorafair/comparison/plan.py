@@ -10,17 +10,19 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from lorafair import __version__
+from lorafair.comparison.draws import LEVEL, Draws
 from lorafair.config.identity import differences, run_identity
 from lorafair.config.loading import load_config_of_run
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError
 from lorafair.reporting.run_dir import CONFIG_FILE, RESULT_FILE, read_result, version_of
 
-State = Literal["done", "unfinished", "failed", "waiting for tuning"]
+State = Literal["done", "unfinished", "failed", "waiting for tuning", "not needed"]
 Options = Mapping[str, Any]  # dotted key -> value
 
 SECTION = "compare"
@@ -85,6 +87,9 @@ class Comparison:
     configs: Mapping[tuple[str, str, int], Config] = field(repr=False)  # (setting, method, candidate), first seed
     runs: tuple[Run, ...] = field(repr=False)  # tuning runs first
     arguments: tuple[str, ...] = ()  # the files and pairs that declare it
+    draws: Draws | None = None  # what `seeds` number, where they are draws
+    _accuracies: dict[Path, float] = field(default_factory=dict, repr=False, compare=False)  # of done runs, as read
+    _stops: dict[tuple[str, str], int] = field(default_factory=dict, repr=False, compare=False)  # decisions so far
 
     @property
     def candidates(self) -> tuple[dict[str, Any], ...]:
@@ -105,6 +110,8 @@ class Comparison:
         number = run.candidate if run.candidate is not None else candidate or 0
         config = self.configs[run.setting, run.method, number]
         config = dataclasses.replace(config, seed=run.seed, run_dir=run.folder)
+        if self.draws is not None and run.candidate is None:
+            config = self.draws.config(config, run.seed)
         if run.candidate is None or self.tuning is None:
             return config
         data = dataclasses.replace(config.data, validation_fraction=self.tuning.fraction)
@@ -139,7 +146,58 @@ class Comparison:
         if choice.best is None:
             return "failed", None
         config = self.config(run, choice.best)
-        return state_of(run, config), config
+        state = state_of(run, config)
+        return ("not needed" if state == "unfinished" and self.stopped_before(run) else state), config
+
+    @property
+    def decision_level(self) -> float | None:
+        """Of one difference, so that LEVEL is that of all (Bonferroni); None where draws do not stop."""
+        if self.draws is None or not self.draws.until_decided:
+            return None
+        return LEVEL / max(1, (len(self.methods) - 1) * len(self.settings))
+
+    def stopped_before(self, run: Run) -> int | None:
+        """The number of draws with which all that this run is for was decided; None where it is needed."""
+        if self.draws is None or self.decision_level is None or run.candidate is not None:
+            return None
+        others = [m for m in self.methods if m != self.baseline] if run.method == self.baseline else [run.method]
+        stops = [self._decided_after(run.setting, method, run.seed) for method in others]
+        return max((stop for stop in stops if stop), default=None) if all(stops) else None
+
+    def _decided_after(self, setting: str, method: str, draw: int) -> int | None:
+        """With how many draws, all of them before `draw`."""
+        assert self.draws is not None
+        assert self.decision_level is not None
+        if (setting, method) in self._stops and self._stops[setting, method] <= draw:
+            return self._stops[setting, method]
+        begun = draw - draw % self.draws.batch  # a batch that has begun is completed
+        theirs, mine = (self._known(setting, m, begun) for m in (self.baseline, method))
+        common = {d: mine[d] - theirs[d] for d in sorted(mine.keys() & theirs.keys())}
+        stop = self.draws.decided_after(common, self.decision_level)
+        if stop is None or stop > draw:
+            return None
+        return self._stops.setdefault((setting, method), stop)
+
+    @cached_property
+    def _final(self) -> dict[tuple[str, str], list[Run]]:
+        final: dict[tuple[str, str], list[Run]] = {}
+        for run in self.final_runs:
+            final.setdefault((run.setting, run.method), []).append(run)
+        return final
+
+    def _known(self, setting: str, method: str, before: int) -> dict[int, float]:
+        """draw -> accuracy in % of the runs that are done."""
+        known = {}
+        for run in self._final[setting, method]:
+            if run.seed >= before:
+                continue
+            if run.folder not in self._accuracies and (run.folder / RESULT_FILE).exists():
+                result = read_result(run.folder)
+                if result["rounds"] == self.configs[setting, method, 0].rounds:
+                    self._accuracies[run.folder] = 100 * float(result["mean_accuracy"])
+            if run.folder in self._accuracies:
+                known[run.seed] = self._accuracies[run.folder]
+        return known
 
     def waits_for(self, run: Run) -> list[int]:
         """Indices of the tuning runs that are left to do before a final run."""

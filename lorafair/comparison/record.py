@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lorafair.comparison.draws import Draws
 from lorafair.comparison.plan import Comparison, Options, Tuning
 from lorafair.errors import ConfigError
 from lorafair.files.writing import write_atomically
@@ -23,16 +26,20 @@ class Record:
     seeds: tuple[int, ...]
     baseline: str
     tuning: Tuning | None = None
+    draws: Draws | None = None
+    decision_level: float | None = None
 
 
 def write_record(comparison: Comparison) -> None:
     """Write what is compared into the comparison's folder."""
-    content = {
+    content: dict[str, Any] = {
         "methods": comparison.methods,
         "settings": comparison.settings,
         "seeds": comparison.seeds,
         "baseline": comparison.baseline,
     }
+    if comparison.draws is not None:
+        content |= {"draws": dataclasses.asdict(comparison.draws), "decision_level": comparison.decision_level}
     write_atomically(comparison.folder / RECORD_FILE, json.dumps(content, indent=1, default=str) + "\n")
 
 
@@ -45,6 +52,9 @@ def read_record(folder: Path) -> Record | None:
         content = json.loads(file.read_text(encoding="utf-8"))
         methods, settings = dict(content["methods"]), dict(content["settings"])
         record = Record(methods, settings, tuple(map(int, content["seeds"])), str(content["baseline"]))
+        if "draws" in content:
+            level = content["decision_level"]
+            record = dataclasses.replace(record, draws=Draws(**content["draws"]), decision_level=level)
         if record.baseline not in methods or not all("method.name" in options for options in methods.values()):
             raise ValueError("it is not the record of a comparison")
     except (OSError, ValueError, TypeError, KeyError) as error:

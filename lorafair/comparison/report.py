@@ -66,7 +66,9 @@ def write_results(findings: Findings, file: Path) -> None:
     with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         header = ["setting", "method", "seed", "domain", "accuracy", "rounds", "tuned", "bytes", "seconds"]
-        writer.writerow([*header, "balanced_accuracy"])
+        draws = findings.draws
+        designed = ["partition_seed", "training_seed"] if draws and draws.is_design else []
+        writer.writerow([*header, "balanced_accuracy", *designed])
         for (setting, method), runs in findings.finished.items():
             for f in runs:
                 values = {**f.result["accuracy"], "(mean)": f.result["mean_accuracy"]}
@@ -80,6 +82,7 @@ def write_results(findings: Findings, file: Path) -> None:
                     recall = balanced.get(domain)  # not there in results of 0.1
                     writer.writerow(
                         [*run, options_text(f.chosen), *cost, "" if recall is None else f"{100 * recall:.4f}"]
+                        + ([*map(str, draws.seeds(f.run.seed))] if draws and draws.is_design else [])
                     )
 
 

@@ -39,6 +39,7 @@ class Decision:
     skip: bool = False  # it is done
     elsewhere: str = ""  # another process does it, or what it waits for: which one
     failure: str = ""  # why it cannot be tried
+    stopped: int | None = None  # it is not needed: the number of draws that have decided
 
 
 def run_comparison(
@@ -93,7 +94,10 @@ def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str,
         chosen = None if decision.candidate is None else comparison.candidates[decision.candidate]
         options = f" with {options_text(chosen)}" if chosen else ""
         left = f": left to {decision.elsewhere}" if decision.elsewhere else ""
+        left = f": not needed, decided with {decision.stopped} draws" if decision.stopped else left
         log.info(f"\n{progress} {run.name}{options}{': done before' if decision.skip else left}")
+        if decision.stopped:
+            return Outcome()
         if decision.skip:
             note_saved(before=True)
         if decision.skip or decision.elsewhere:
@@ -150,6 +154,8 @@ def decide(comparison: Comparison, run: Run, *, alone: bool) -> tuple[Decision, 
     config = comparison.config(run, candidate)
     if state_of(run, config) == "done":
         return Decision(candidate, skip=True), None
+    if stopped := comparison.stopped_before(run):
+        return Decision(candidate, stopped=stopped), None
     make_run_dir(run.folder)
     try:
         lock = acquire(run.folder)

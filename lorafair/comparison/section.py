@@ -3,7 +3,7 @@
     compare:
       methods: {fedit: {}, fair_sgd: {method: {name: lora_fair, solver: sgd}}}    # label: options on top of the common
       settings: {feature: {}, label_skew: {partition: {scheme: dirichlet}}}       # optional; the same for all methods
-      seeds: [0, 1, 2]
+      seeds: [0, 1, 2]                                                            # or draws: see draws.py
       baseline: fedit                                                             # optional: the first method
       tune:                                                                       # optional
         options: {client.learning_rate: [0.001, 0.002]}                           # tried for each method and setting
@@ -26,6 +26,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lorafair.comparison.draws import DESIGN_SEEDS, KEYS, Draws, read_draws
 from lorafair.comparison.listing import options_text, short_names
 from lorafair.comparison.plan import REPORT, SECTION, Comparison, Options, Run, Tuning
 from lorafair.config.identity import leaves
@@ -35,7 +36,7 @@ from lorafair.config.schema import Config
 from lorafair.console import format_value
 from lorafair.errors import ConfigError, did_you_mean, first_line
 
-_KEYS = ("methods", "settings", "seeds", "baseline", "tune")
+_KEYS = ("methods", "settings", "seeds", *KEYS, "baseline", "tune")
 _TUNE_KEYS = ("options", "seed", "fraction", "rounds")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 # What no entry may set, and why; a key stands for the group below it, too.
@@ -101,9 +102,10 @@ def _comparison_of(section: Any, layers: Sequence[ConfigLayer], file: str) -> Co
         raise ConfigError(f"{SECTION}={section} must be a group with {', '.join(_KEYS)}")
     for key in section:
         _check_name(str(key), _KEYS, SECTION)
-    methods, settings, seeds = _methods(section), _settings(section), _seeds(section)
+    methods, settings, draws = _methods(section), _settings(section), read_draws(section, SECTION)
+    seeds = tuple(range(draws.number)) if draws else _seeds(section)
     tuning = _tuning(section["tune"], seeds[0]) if section.get("tune") is not None else None
-    _check_overlaps(methods, settings, tuning, layers, file)
+    _check_overlaps(methods, settings, tuning, draws, layers, file)
     common = merge_layers(layers)
     folder = common.run_dir if common.run_dir is not None else Path("runs", Path(file).stem)
     return Comparison(
@@ -114,7 +116,8 @@ def _comparison_of(section: Any, layers: Sequence[ConfigLayer], file: str) -> Co
         baseline=_baseline(section, methods),
         tuning=tuning,
         configs=_configs(methods, settings, tuning, common, folder),
-        runs=_runs(folder, tuple(settings), tuple(methods), seeds, tuning),
+        runs=_runs(folder, tuple(settings), tuple(methods), seeds, tuning, draws),
+        draws=draws,
     )
 
 
@@ -174,7 +177,12 @@ def _configs(
 
 
 def _runs(
-    folder: Path, settings: Sequence[str], methods: Sequence[str], seeds: Sequence[int], tuning: Tuning | None
+    folder: Path,
+    settings: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    tuning: Tuning | None,
+    draws: Draws | None,
 ) -> tuple[Run, ...]:
     runs: list[Run] = []
     for setting, method in itertools.product(settings, methods) if tuning else ():
@@ -182,6 +190,11 @@ def _runs(
         for number, name in enumerate(_folder_names(tuning.candidates)):
             run_dir = folder / setting / "tuning" / f"{method}-{name}"
             runs.append(Run(len(runs), setting, method, tuning.seed, run_dir, number))
+    if draws:  # draw by draw, so that what is done is paired at any time
+        for draw, setting, method in itertools.product(seeds, settings, methods):
+            run_dir = folder / setting / draws.folder_name(method, draw)
+            runs.append(Run(len(runs), setting, method, draw, run_dir, None))
+        return tuple(runs)
     for setting, method, seed in itertools.product(settings, methods, seeds):
         runs.append(Run(len(runs), setting, method, seed, folder / setting / f"{method}-seed{seed}", None))
     return tuple(runs)
@@ -261,7 +274,7 @@ def _layer(options: Options, origin: str) -> ConfigLayer:
 def _seeds(section: Mapping[str, Any]) -> tuple[int, ...]:
     seeds, where = section.get("seeds"), f"{SECTION}.seeds"
     if seeds is None:
-        raise ConfigError(f"{where} is missing; for example seeds: [0, 1, 2]")
+        raise ConfigError(f"{where} is missing; for example seeds: [0, 1, 2], or draws: 200")
     if not isinstance(seeds, list) or not seeds or not all(_is_seed(seed) for seed in seeds):
         raise ConfigError(f"{where}={seeds} must be a list of at least one whole number, 0 or more")
     if len(set(seeds)) < len(seeds):
@@ -308,6 +321,7 @@ def _check_overlaps(
     methods: Mapping[str, Options],
     settings: Mapping[str, Options],
     tuning: Tuning | None,
+    draws: Draws | None,
     layers: Sequence[ConfigLayer],
     file: str,
 ) -> None:
@@ -323,7 +337,12 @@ def _check_overlaps(
             if _overlap(key, other):
                 both = key if len(key) >= len(other) else other
                 raise ConfigError(f"{one} and {two} both set {both}; keep one of them")
-    varied = {"seed": f"{SECTION}.seeds", "method": f"{SECTION}.methods"}
+    varied = {"seed": f"{SECTION}.{'draws' if draws else 'seeds'}", "method": f"{SECTION}.methods"}
+    if draws is not None and draws.is_design:
+        varied |= dict.fromkeys(DESIGN_SEEDS, f"{SECTION}.draws")
+        for (entry, options), key in itertools.product(entries, DESIGN_SEEDS):
+            if key in options:
+                raise ConfigError(f"{entry} sets {key}: the design of {SECTION}.draws sets it for all runs")
     if tuning is not None:
         varied["data.validation_fraction"] = f"{SECTION}.tune"
     always = set(varied)

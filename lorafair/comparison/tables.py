@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorafair.comparison.listing import options_text
-from lorafair.comparison.outcomes import AFTER, BEFORE, CONFIDENCE, Difference, Outcomes, Summary
+from lorafair.comparison.outcomes import AFTER, BEFORE, Difference, Outcomes, Summary
 from lorafair.registry import METHODS
 
 PER_CLIENT = ("accuracy_own_domain", "accuracy_other_domains")  # of methods whose clients keep a model each
@@ -91,14 +91,14 @@ def per_client_table(outcomes: Outcomes, setting: str) -> Table:
 
 def difference_table(outcomes: Outcomes, setting: str) -> Table:
     """Every other method against the baseline, seed by seed."""
-    seeds = outcomes.comparison.seeds
+    seeds = outcomes.comparison.seeds if outcomes.draws is None else ()  # hundreds of draws have no columns
     rows: list[list[Cell]] = []
     for method, difference in outcomes.differences(setting).items():
         pairs = difference.by_pair
         by_seed = [f"{pairs[setting, s]:+.2f}" if (setting, s) in pairs else "–" for s in seeds]
         rows.append([outcomes.title(method), *by_seed, difference, difference.interval_text])
     caption = f"Mean accuracy minus that of {outcomes.baseline_title}, in points"
-    return Table(caption, ["method", *(f"seed {seed}" for seed in seeds), "mean", f"{CONFIDENCE:.0%} interval"], rows)
+    return Table(caption, ["method", *(f"seed {seed}" for seed in seeds), "mean", outcomes.interval_name], rows)
 
 
 def bias_table(outcomes: Outcomes, setting: str) -> Table:
@@ -143,6 +143,10 @@ def overall_table(outcomes: Outcomes) -> Table:
             rows.append([outcomes.title(method), pairs, difference, difference.interval_text])
     caption = (
         f"Mean accuracy minus that of {outcomes.baseline_title}, in points, over all pairs of a setting and a seed "
-        "(the interval takes them for independent; settings of one seed share their images)"
+        + (
+            "(the interval takes them for independent; settings of one seed share their images)"
+            if outcomes.draws is None
+            else "(the interval is over draws, each with its mean over settings)"
+        )
     )
-    return Table(caption, ["method", "pairs above", "mean", f"{CONFIDENCE:.0%} interval"], rows)
+    return Table(caption, ["method", "pairs above", "mean", outcomes.interval_name], rows)

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import integrate, stats
 
 from lorafair.comparison.statistics import (
@@ -30,7 +31,7 @@ def simulated(
     times: int, partitions: int, trainings: int, repetitions: int = 1, *,
     deviations: tuple[float, float, float, float], layout: Layout = "crossed", mean: float = 0.0,
 ) -> Values:  # fmt: skip
-    """(times, partitions, trainings, repetitions) with these deviations of partition, training, interaction, residual."""
+    """(times, partitions, trainings, repetitions) with deviations of partition, training, interaction and residual."""
     draw = seeded_numpy(3, "variance", layout, partitions, trainings)
     of_partition, of_training, of_both, of_rest = deviations
     rows = 1 if layout == "crossed" else partitions
@@ -174,7 +175,7 @@ def test_the_confidence_sequence_is_where_the_evidence_is_not_enough() -> None:
     assert confidence_sequence(values[:2]) == (-math.inf, math.inf)
 
 
-def ever(found: Values) -> float:
+def ever(found: NDArray[np.bool_]) -> float:
     return float(np.mean(found.any(-1)))
 
 
