@@ -50,7 +50,7 @@ def differences_figure(outcomes: Outcomes, setting: str, width: float) -> Figure
     axes.set_xlabel(shown(f"points of mean accuracy above {outcomes.baseline_title}", width - 0.8, 7.0))
     handles = [Line2D([], [], linestyle="none", marker="o", markersize=3, markerfacecolor="none",
                       markeredgecolor="#7F7F7F", markeredgewidth=0.6)]  # fmt: skip
-    labels = ["one seed" if outcomes.draws is None else "one draw"]
+    labels = [f"one {outcomes.unit}"]
     if any(difference.interval is not None for difference in found.values()):
         handles.append(Line2D([], [], color="black", marker="D", markersize=3.5, linewidth=1.3))
         labels.append(f"mean and {outcomes.interval_name}")
@@ -100,7 +100,7 @@ def map_figure(outcomes: Outcomes, width: float) -> Figure | None:
         handles,
         [
             *map(outcomes.title, others),
-            f"{outcomes.interval_name} over {'seeds' if outcomes.draws is None else 'draws'}",
+            f"{outcomes.interval_name} over {outcomes.unit}s",
         ],
     )
     return figure

@@ -38,7 +38,7 @@ def _p_value(difference: Difference) -> float | None:
 
 def significance_table(outcomes: Outcomes, setting: str) -> Table:
     """Every other method against the baseline: is there one, does it last, and how many draws does it take."""
-    what = "seeds" if outcomes.draws is None else "draws"
+    what = f"{outcomes.unit}s"
     tested = p_values(outcomes)
     rows: list[list[Cell]] = []
     for method, difference in outcomes.differences(setting).items():
@@ -79,7 +79,7 @@ def components_table(outcomes: Outcomes, setting: str) -> Table:
             if min(table.shape) > 1:
                 found[title] = components(table, draws.layout)
     else:
-        what = "seed" if draws is None else "draw"
+        what = outcomes.unit
         names = {"partition": f"{what}, for all methods alike", "interaction": f"{what} × method and residual"}
         methods = {m: _by_draw(outcomes, setting, m) for m in outcomes.methods(setting)}
         common = sorted(set.intersection(*map(set, methods.values()))) if methods else []

@@ -50,12 +50,12 @@ KINDS: dict[str, Kind] = {
     ),
     "layers": Kind("Relative aggregation bias left by the method, by layer and round.", curves.layers_figure, AFTER),
     "differences": Kind(
-        "Differences of mean accuracy to the baseline, paired by seed, with 95% intervals (Student's t over seeds).",
+        "Differences of mean accuracy to the baseline, pair by pair of runs, with the intervals of the table.",
         contrasts.differences_figure,
         empty="there are no two methods with finished runs of one seed, one of them the baseline",
     ),
     "map": Kind(
-        "Differences to the baseline by its aggregation bias, over settings, with 95% intervals over seeds.",
+        "Differences to the baseline by its aggregation bias, over settings, with their intervals.",
         lambda outcomes, _, width: contrasts.map_figure(outcomes, width),
         of_setting=False,
         empty="it needs two settings with finished runs and the aggregation bias of the baseline",

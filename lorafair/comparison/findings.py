@@ -74,11 +74,12 @@ class Findings(Outcomes):
             return f"No other method has finished with a seed of {baseline}, so there are no differences."
         kinds: dict[str, dict[str, Difference]] = {}
         for method, difference in found.items():
-            kinds.setdefault(_kind(difference), {})[method] = difference
-        parts = []
+            kinds.setdefault(_kind(difference, self.draws), {})[method] = difference
+        parts, margin = [], (self.draws.margin if self.draws else None) or 0
         for kind, text in (
             ("above", f"More accurate than {baseline}"),
             ("below", f"Less accurate than {baseline}"),
+            ("near", f"Within {margin:g} points of {baseline}"),
             ("undecided", f"No difference to {baseline} can be told (the interval holds zero)"),
         ):
             methods = kinds.get(kind, {})
@@ -88,10 +89,12 @@ class Findings(Outcomes):
                 listed = ", ".join(f"{self.title(m)} {d} points ({d.interval_text})" for m, d in methods.items())
                 parts.append(f"{text}: {listed}.")
         if equal := kinds.get("equal"):
-            parts.append(f"As accurate as {baseline} on every seed: {self.titles(equal)}.")
+            parts.append(f"As accurate as {baseline} on every {self.unit}: {self.titles(equal)}.")
         if single := kinds.get("one"):
             listed = ", ".join(f"{self.title(m)} {d} points" for m, d in single.items())
-            parts.append(f"With one seed there is no interval, and chance may explain each difference: {listed}.")
+            parts.append(
+                f"With one {self.unit} there is no interval, and chance may explain each difference: {listed}."
+            )
         return " ".join(parts)
 
     def interval_text(self) -> str:
@@ -182,11 +185,14 @@ def _draws_text(draws: Draws) -> str:
     return f"{'At most ' if draws.until_decided else ''}{format_count(draws.number, 'draw')}"
 
 
-def _kind(difference: Difference) -> str:
-    """What a difference tells: above, below, undecided, equal, or one pair of runs."""
+def _kind(difference: Difference, draws: Draws | None) -> str:
+    """What a difference tells: above, below, near (within the margin), undecided, equal, or one pair of runs."""
     if difference.interval is None:
         return "one" if len(difference.by_pair) == 1 else "undecided"
     low, high = difference.interval
     if low == high == 0:
         return "equal"
-    return "above" if low > 0 else "below" if high < 0 else "undecided"
+    if low > 0 or high < 0:
+        return "above" if low > 0 else "below"
+    margin = draws.margin if draws is not None else None
+    return "near" if margin is not None and -margin < low and high < margin else "undecided"

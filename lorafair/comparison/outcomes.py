@@ -245,6 +245,11 @@ class Outcomes:
         return getattr(self.comparison, "decision_level", None)
 
     @property
+    def unit(self) -> str:
+        """What runs of one method and setting differ in."""
+        return "seed" if self.draws is None else "draw"
+
+    @property
     def interval_name(self) -> str:
         """What the intervals of differences are called."""
         level = self.decision_level

@@ -265,6 +265,11 @@ def confidence_sequence(values: Values, level: float = 0.05) -> tuple[float, flo
 
 
 def decided(values: Values, level: float = 0.05, margin: float | None = None) -> bool:
-    """Whether the draws so far tell the sign of the difference or, with a margin, that it is smaller than that."""
+    """Whether the draws so far tell the sign of the difference or, with a margin, that it is smaller than that.
+
+    Draws without any spread tell nothing: a coarse accuracy may give the same difference a few times by chance.
+    """
+    if values.size < 2 or float(np.ptp(values)) == 0:
+        return False
     low, high = confidence_sequence(values, level)
     return low > 0 or high < 0 or (margin is not None and -margin < low and high < margin)

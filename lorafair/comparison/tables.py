@@ -55,11 +55,11 @@ def result_table(outcomes: Outcomes, setting: str) -> Table:
         rows.append([outcomes.title(method), *numbers, Summary(tuple(f.accuracy for f in runs)), str(len(runs))])
     rivals = [row for row, method in enumerate(methods) if not _pools_data(outcomes, method)]
     columns = range(1, len(domains) + 2)
-    caption = "Top-1 accuracy in %, mean ± standard deviation over seeds"
+    caption = f"Top-1 accuracy in %, mean ± standard deviation over {outcomes.unit}s"
     if len(rivals) < len(methods):
         caption += "; methods that pool the data are not marked as the best"
     best = frozenset(place for column in columns for place in _best(rows, rivals, column))
-    return Table(caption, ["method", *domains, "mean", "seeds"], rows, best)
+    return Table(caption, ["method", *domains, "mean", f"{outcomes.unit}s"], rows, best)
 
 
 def _pools_data(outcomes: Outcomes, method: str) -> bool:
@@ -128,7 +128,7 @@ def map_table(outcomes: Outcomes) -> Table:
     rows.sort(key=lambda row: -row[0])
     baseline = outcomes.baseline_title
     header = ["setting", f"bias of {baseline}", *map(outcomes.title, outcomes.others())]
-    caption = f"By setting, the mean over seeds and its interval; settings by the mean bias of {baseline}"
+    caption = f"By setting, the mean over {outcomes.unit}s and its interval; settings by the mean bias of {baseline}"
     return Table(caption, header, [[s, f"{b:.3f}", *texts] for b, s, texts in rows])
 
 

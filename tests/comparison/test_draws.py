@@ -20,7 +20,7 @@ from lorafair.comparison.folders import read_folders
 from lorafair.comparison.listing import list_runs
 from lorafair.comparison.markdown import to_text
 from lorafair.comparison.outcomes import Difference
-from lorafair.comparison.plan import Comparison
+from lorafair.comparison.plan import Comparison, Run
 from lorafair.comparison.record import write_record
 from lorafair.comparison.report import write_results
 from lorafair.comparison.section import load_comparison
@@ -33,6 +33,7 @@ from lorafair.config.loading import to_yaml
 from lorafair.errors import ConfigError
 from lorafair.seeding import seeded_numpy
 from tests.comparison.made_up import COMMON, finish
+from tests.conftest import launched
 
 CROSSED = "draws: {partition: 6, training: 3, design: crossed}"
 
@@ -49,13 +50,21 @@ def done(comparison: Comparison, accuracy: Callable[[str, int], float], draws: r
     """Runs of these draws are done, with these accuracies in %."""
     for run in comparison.final_runs:
         if run.seed in draws:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            settings = to_yaml(comparison.config(run))
-            (run.folder / "config.yaml").write_text(f"{VERSION_LINE}{__version__}\n{settings}")
-            finish(comparison, run, ["photo"], 2)
-            result = json.loads((run.folder / "result.json").read_text())
-            result["mean_accuracy"] = accuracy(run.method, run.seed) / 100
-            (run.folder / "result.json").write_text(json.dumps(result))
+            complete(comparison, run, accuracy)
+
+
+def complete(comparison: Comparison, run: Run, accuracy: Callable[[str, int], float]) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    settings = to_yaml(comparison.config(run))
+    (run.folder / "config.yaml").write_text(f"{VERSION_LINE}{__version__}\n{settings}")
+    finish(comparison, run, ["photo"], 2)
+    result = json.loads((run.folder / "result.json").read_text())
+    result["mean_accuracy"] = accuracy(run.method, run.seed) / 100
+    (run.folder / "result.json").write_text(json.dumps(result))
+
+
+def gains(accuracy: Callable[[str, int], float], draws: int) -> Any:
+    return np.array([accuracy("lora_fair", d) - accuracy("fedit", d) for d in range(draws)])
 
 
 def noisy(gain: float) -> Callable[[str, int], float]:
@@ -123,6 +132,38 @@ def test_a_pair_that_the_design_sets_is_a_mistake(tmp_path: Path) -> None:
     assert declared(tmp_path, "draws: 3", "partition.seed=3").config(declared(tmp_path, "draws: 3").runs[0]).seed == 0
 
 
+@pytest.mark.parametrize("in_two", [False, True], ids=["at once", "interrupted"])
+def test_a_comparison_does_no_more_runs_than_a_decision_takes(
+    in_two: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, gain = declared(tmp_path, UNTIL), noisy(2.0)
+    begun: list[int] = []
+    interrupted: list[bool] = []
+
+    def federation(fabric: Any, config: Any, lock: Any) -> str:
+        if len(begun) == 7 and not interrupted and in_two:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        run = next(run for run in comparison.final_runs if run.folder == config.run_dir)
+        begun.append(run.index)
+        complete(comparison, run, gain)
+        return ""
+
+    monkeypatch.setattr(runner, "try_federation", federation)
+    monkeypatch.setattr(runner, "report_runs", lambda *arguments: None)
+    monkeypatch.setattr("lorafair.comparison.run.gc.collect", lambda: 0)  # most of the time here
+    if in_two:
+        with pytest.raises(KeyboardInterrupt):
+            runner.run_comparison(launched(1), comparison)
+    runner.run_comparison(launched(1), declared(tmp_path, UNTIL))
+    stop = next(n for n in range(10, 61, 10) if confidence_sequence(gains(gain, n), 0.05)[0] > 0)
+    assert begun == list(range(2 * stop))
+    assert stop < 60
+    runner.run_comparison(launched(1), declared(tmp_path, UNTIL))
+    runner.run_comparison(launched(1), declared(tmp_path, UNTIL), index=119)
+    assert len(begun) == 2 * stop, "nothing is done twice, and a job of an array ends at once"
+
+
 UNTIL = "draws: 60, until: decided, batch: 10"
 
 
@@ -155,6 +196,7 @@ def test_a_margin_decides_that_there_is_next_to_nothing(tmp_path: Path) -> None:
     comparison = declared(tmp_path, f"{UNTIL}, margin: 5")
     done(comparison, noisy(0.0), range(20))
     assert comparison.state(comparison.final_runs[-1])[0] == "not needed"
+    assert Findings(comparison).answers()[0][1].startswith("Within 5 points of FedIT: LoRA-FAIR")
     assert declared(tmp_path, UNTIL).state(comparison.final_runs[-1])[0] == "unfinished"
 
 

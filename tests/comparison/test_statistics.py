@@ -210,3 +210,4 @@ def test_decided_knows_a_sign_and_a_margin() -> None:
     assert not decided(near)
     assert decided(near, margin=0.3)
     assert not decided(near[:5], margin=0.3)
+    assert not decided(np.ones(20))
