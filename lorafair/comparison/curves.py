@@ -174,7 +174,7 @@ def _legend_of_lines(figure: Figure, outcomes: Outcomes, lines: Sequence[Mapping
             labels.append(outcomes.title(method))
     if any(line.std is not None for found in lines for line in found.values()):
         handles.append(Patch(facecolor="#7F7F7F", alpha=0.3, linewidth=0))
-        labels.append("± standard deviation over seeds")
+        labels.append(f"± standard deviation over {outcomes.unit}s")
     add_legend(figure, handles, labels)
 
 

@@ -53,11 +53,10 @@ def significance_table(outcomes: Outcomes, setting: str) -> Table:
             *(_probability(known.reversal(n)) for n in (_FEW, number)),
             f"{known.spread:.2f}", *("–" if n is None else f"{n:,}" for n in needed),
         ])  # fmt: skip
-    header = [
-        "method", what, "p", "p (Holm)", f"reversal at {_FEW} {what}", "reversal at as many",
-        "deviation of a difference",        f"{what} needed for this difference", f"{what} needed for {_WORTH:g} point",
-    ]  # fmt: skip
-    return Table(f"Tests of the differences to {outcomes.baseline_title}", header, rows)
+    header = ["method", what, "p", "p (Holm)", f"reversal at {_FEW}", "if repeated", "deviation", "needed",
+              f"for {_WORTH:g} point"]  # fmt: skip
+    caption = f"Tests of the differences to {outcomes.baseline_title}, chance that the sign reverses, {what} needed"
+    return Table(caption, header, rows)
 
 
 def components_table(outcomes: Outcomes, setting: str) -> Table:
@@ -115,14 +114,15 @@ def reading_text(outcomes: Outcomes) -> str:
     if not any(significance_table(outcomes, setting).rows for setting in outcomes.settings()):
         return ""
     test = (
-        "the paired t-test"
+        "the t-test that the interval belongs to"
         if outcomes.decision_level is None
         else "anytime-valid evidence (an e-value), so stopping does not matter"
     )
     return (
         f"p: by {test}; Holm corrects it for the number of differences in this report. Reversal: the probability that "
-        "the mean of that many new draws has the other sign, the uncertainty of this estimate included. Needed: "
-        f"independent draws with which a t-test at 0.05 finds a true difference of that size with power {POWER:g}, if "
-        "the deviation is as estimated here. Components of variance: by the method of moments; a component for all "
-        "methods alike cancels in paired differences."
+        f"the mean of {_FEW} new {outcomes.unit}s, or of as many as here (if repeated), has the other sign, the "
+        "uncertainty of this estimate included. Deviation: of a difference, in points. Needed: independent "
+        f"{outcomes.unit}s with which a t-test at 0.05 finds a true difference of this size, or of {_WORTH:g} "
+        f"point, with power {POWER:g}, if the deviation is as estimated here. Components of "
+        "variance: by the method of moments; a component for all methods alike cancels in paired differences."
     )
