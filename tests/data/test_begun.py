@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,6 +21,9 @@ from lorafair.data.sources import load_images
 from lorafair.errors import LorafairError
 from lorafair.federation import run_federation
 from lorafair.launch import make_fabric
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 BROKEN = "photo/cat/3.png"
 
@@ -192,16 +195,22 @@ def options_of(root: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def ended_by_broken(settings: Config) -> Fabric:
+    """A run that has ended with the damaged image; returns the Fabric to continue with."""
+    fabric = make_fabric(settings.fabric)
+    fabric.launch()
+    with pytest.raises(LorafairError, match=rf"{BROKEN} cannot be decoded"):
+        run_federation(fabric, settings)
+    return fabric
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mend", ["repaired", "left out"])
 def test_the_same_command_continues(
     tiny: Callable[..., Config], root: Path, mend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = tiny(*options_of(root))
-    fabric = make_fabric(settings.fabric)
-    fabric.launch()
-    with pytest.raises(LorafairError, match=rf"{BROKEN} cannot be decoded"):
-        run_federation(fabric, settings)
+    fabric = ended_by_broken(settings)
     saved = {path.name for path in (settings.folder / "checkpoints").iterdir()}
     assert "round_000002" in saved
     (root / BROKEN).unlink()
@@ -220,10 +229,7 @@ def test_a_run_whose_checkpoints_were_damaged_keeps_what_is_known_of_its_images(
     tiny: Callable[..., Config], root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = tiny(*options_of(root))
-    fabric = make_fabric(settings.fabric)
-    fabric.launch()
-    with pytest.raises(LorafairError, match=rf"{BROKEN} cannot be decoded"):
-        run_federation(fabric, settings)
+    fabric = ended_by_broken(settings)
     (root / BROKEN).unlink()
     for path in (settings.folder / "checkpoints").glob("*_0*"):
         if path.name.startswith("unfinished"):
@@ -242,10 +248,7 @@ def test_another_option_of_the_images_is_refused_or_accepted_and_used(
 ) -> None:
     options = options_of(root)
     settings = tiny(*options)
-    fabric = make_fabric(settings.fabric)
-    fabric.launch()
-    with pytest.raises(LorafairError, match=rf"{BROKEN} cannot be decoded"):
-        run_federation(fabric, settings)
+    fabric = ended_by_broken(settings)
     save_image(root / BROKEN, seed=99, side=30)
     options += ["data.train_images=4"]
     with pytest.raises(LorafairError, match=r"data\.train_images is None there and 4 here; images is"):
