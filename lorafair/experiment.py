@@ -343,7 +343,7 @@ def _cohort_with_room(fabric: Fabric, config: Config, loaded: _Loaded, cohort: i
     batch = _largest_batch(config, loaded.clients)
     room = max(1, smallest_over_ranks(fabric, clients_with_room(loaded.model, fabric.autocast, batch, fabric.device)))
     if room < cohort:
-        log.info(f"clients: {room} instead of {cohort} side by side, for want of memory on the GPU")
+        log.info(f"clients: {room} side by side instead of {cohort}, because the GPU has no memory for more")
     return min(cohort, room)
 
 
