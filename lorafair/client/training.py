@@ -19,6 +19,7 @@ from torch import Tensor
 from lorafair.aggregation.rank_pruning import add_penalty
 from lorafair.checkpointing.partial_round import PartialRound
 from lorafair.client.cohort import Cohort, LocalTraining
+from lorafair.client.updates import UpdateRule, rules_of
 from lorafair.cluster.watchdog import heartbeat, within
 from lorafair.communication.agreement import StopRequest
 from lorafair.communication.progress import TrainingProgress
@@ -144,6 +145,7 @@ class _Trainer:
     experiment: Experiment
     state: ServerState
     training: LocalTraining
+    rules: tuple[UpdateRule, ...] = ()
 
     @staticmethod
     def of_round(experiment: Experiment, state: ServerState) -> _Trainer:
@@ -156,7 +158,7 @@ class _Trainer:
             autocast=experiment.fabric.autocast,
             loss_scale=experiment.loss_scale,
         )
-        return _Trainer(experiment, state, training)
+        return _Trainer(experiment, state, training, rules_of(experiment, state))
 
     def steps_of(self, cohort: Sequence[int]) -> list[CohortStep]:
         """The steps of these clients, each with its own batches."""
@@ -217,9 +219,10 @@ class _Trainer:
         if augmentation != "none":
             crop = augmentation == "crop_flip"
             inputs = augmented(inputs, steps, cohort, seed=seed, round_index=round_index, crop=crop)
+        start = initial_adapters(self.experiment, state, cohort)
         result = self.training.train(
             Cohort(
-                start=initial_adapters(self.experiment, state, cohort),
+                start=start,
                 steps=steps,
                 generators=[seeded(seed, round_index, c, "dropout", device=device) for c in cohort],
                 corrections=None if state.controls is None else state.controls.corrections(cohort),
@@ -229,8 +232,11 @@ class _Trainer:
             ),
             inputs,
         )
+        rows = result.rows
+        for rule in self.rules:
+            rows = rule(round_index, cohort, start, rows)
         stopwatch.stop()
-        numbers = self.experiment.layout.select(result.rows, self.training.parts)
+        numbers = self.experiment.layout.select(rows, self.training.parts)
         return _CohortInTraining(cohort, numbers, result.losses, stopwatch)
 
 

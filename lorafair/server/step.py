@@ -30,6 +30,7 @@ from lorafair.experiment import Experiment
 from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, put_columns, take_columns
 from lorafair.model.lora import AdapterParameters
 from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
+from lorafair.server.gathered import rules_of
 from lorafair.server.optimizer import Moments, server_step
 from lorafair.server.recent import averaged_parts
 from lorafair.server.state import ServerState, initial_adapters, lora_ranks_of
@@ -61,6 +62,7 @@ class Server(ABC):
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.shards = self.assign_layers(experiment.layout, experiment.fabric.world_size)
+        self.rules = rules_of(experiment)
 
     @abstractmethod
     def assign_layers(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
@@ -93,7 +95,11 @@ class Server(ABC):
             rows = exchange_columns(fabric, results.rows, clients_of_rank, columns)
         if rows.shape[1] != shard.length:  # not all of it was trained
             rows = shard.replaced(initial_adapters(self.experiment, state, results.clients, shard), parts, rows)
-        return replace(results, rows=rows)
+        results = replace(results, rows=rows)
+        for rule in self.rules:
+            start = take_columns(state.adapter, layout.columns_of(shard, PARTS))
+            results = rule(state.completed_rounds, shard, start, results)
+        return results
 
     def step(self, state: ServerState, results: ClientResults) -> ServerResult | None:
         """The next adapter, from the gathered results; all of it on rank 0, None elsewhere. Call on every rank."""
