@@ -3,9 +3,11 @@
 The plan is the scheduler's, with the clients side by side that client.cohort=auto takes; adapters, shards and bytes are
 those of the configuration (conf/paper/domainnet_vit.yaml). Seconds are given as options; where none is measured, their
 default is a goal or an assumption, and --help says which. All federations divide the same images among their clients.
-Example, with what benchmarks/gpu.py has measured on a card:
+With --paper: the hours of the six settings in conf/paper on 1, 4 and 8 GPUs, the decoding of the files included.
+Examples, with what benchmarks/gpu.py has measured on a card:
 
     python benchmarks/scaling.py --images-per-second 4100 --server-ms 12 0.8 --clients 60 1000 --gpus 1 8 64
+    python benchmarks/scaling.py --paper --images-per-second 4100
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ CONFIG = "conf/paper/domainnet_vit.yaml"
 TRAIN = (33_525, 36_023, 50_416, 120_750, 120_906, 48_212)
 TEST = (14_604, 15_582, 21_850, 51_750, 52_041, 20_916)
 CLASSES, OF_CLASSES = 100, 345
+NICO = 88_866  # images of NICO++'s six public domains (arXiv 2204.08040); assumed: equal domains, a fifth for testing
+SETTINGS = (
+    "domainnet_vit", "domainnet_mixer", "domainnet_vit_label_skew", "nico_vit", "nico_mixer", "nico_vit_label_skew",
+)  # fmt: skip
+GFLOP = {"vit_base_patch16_224": 71.5, "mixer_b16_224": 51.8}  # of training on an image, as benchmarks/gpu.py counts it
 GPUS_OF_NODE = 8
 SMALL_COLLECTIVES = 9  # of a round: agreements on errors and stops, losses and seconds, what evaluation counts
 # NVIDIA/nccl, src/graph/tuning.cc, microseconds: a tree's base and steps over NVLink and network (LL), a ring's steps
@@ -64,7 +71,8 @@ class Federation:
 
     config: Config
     model: AdaptedModel
-    sizes: list[int]  # (K,) training images
+    sizes: list[int]  # (N,) training images of each client
+    test: list[int]  # test images of each domain
 
     @property
     def layout(self) -> AdapterLayout:
@@ -85,15 +93,15 @@ def federation(config: Config, model: AdaptedModel, clients: int, sigma: float) 
         count = len(range(domain, clients, len(TRAIN)))
         parts = generator.lognormal(sigma=sigma, size=count)
         sizes += [max(1, round(total * CLASSES / OF_CLASSES * part / parts.sum())) for part in parts]
-    return Federation(config, model, sizes)
+    return Federation(config, model, sizes, [round(total * CLASSES / OF_CLASSES) for total in TEST])
 
 
 def training(case: Federation, parts: Parts, gpus: int) -> tuple[RoundPlan, list[float]]:
     """The plan, once the clients' seconds are learned, and how long each GPU trains."""
     local, cohort = case.config.client, case.cohort
     scheduler = Scheduler(
-        seed=0, sizes=case.sizes, costs=case.sizes, clients_per_round=None, weighting="size", cohort=cohort,
-        world_size=gpus,
+        seed=0, sizes=case.sizes, costs=case.sizes, clients_per_round=case.config.federation.clients_per_round,
+        weighting="size", cohort=cohort, world_size=gpus,
     )  # fmt: skip
 
     def seconds(members: tuple[int, ...]) -> float:
@@ -143,7 +151,7 @@ def predict(case: Federation, parts: Parts, gpus: int, server: str) -> dict[str,
     together = 0.0 if server == "rank0" or gpus == 1 else row / parts.pickle + gpus * parts.message
     hop = 1e-6 * (RING_NVLINK if gpus <= GPUS_OF_NODE else RING_NETWORK)
     batch = case.config.evaluation.batch_size
-    batches = sum(math.ceil(total * CLASSES / OF_CLASSES / batch) for total in TEST)
+    batches = sum(math.ceil(total / batch) for total in case.test)
     return {
         "train": max(loads),
         "gather": 0.0 if gpus == 1 else moved / speed + messages * parts.message,
@@ -191,6 +199,9 @@ def options() -> argparse.Namespace:
     add("--nvlink-gbs", type=float, default=360.0, help="80 %% of H100's 450 a direction (NVIDIA's data sheet)")
     add("--network-gbs", type=float, default=40.0, help="80 %% of a 400 Gb/s adapter a GPU (DGX H100 user guide)")
     add("--pickle-gbs", type=float, default=1.0, help="of the sharded server's results; assumed")
+    add("--paper", action="store_true", help="the six settings in conf/paper instead")
+    add("--decode-ms", type=float, default=12.0, help="a core for a file to 224 pixels; measured: image_files.py")
+    add("--cores", type=int, default=16, help="a GPU's, for decoding")
     return parser.parse_args()
 
 
@@ -210,11 +221,62 @@ def parts_of(given: argparse.Namespace) -> Parts:
     )
 
 
+def shapes_of(config: Config, classes: int) -> AdaptedModel:
+    """The model without numbers."""
+    with torch.device("meta"):
+        return build_model(dataclasses.replace(config.model, weights="random"), classes, seed=0).attach("meta")
+
+
+def of_paper(name: str) -> Federation:
+    """One of the paper's settings: domains, each with one client or several of log-normal sizes."""
+    config = load_config([f"conf/paper/{name}.yaml", "data.root=/not/read"])
+    nico = name.startswith("nico")
+    train = [NICO * 4 // 5 // 6] * 6 if nico else [total * CLASSES // OF_CLASSES for total in TRAIN]
+    test = [NICO // 5 // 6] * 6 if nico else [total * CLASSES // OF_CLASSES for total in TEST]
+    generator, sizes, count = seeded_numpy(0, "paper"), list[int](), config.partition.clients_per_domain or 1
+    for total in train:
+        parts = generator.lognormal(sigma=0.5, size=count)
+        sizes += [max(1, round(total * part / parts.sum())) for part in parts]
+    return Federation(config, shapes_of(config, 60 if nico else CLASSES), sizes, test)
+
+
+def print_paper(parts: Parts, given: argparse.Namespace) -> None:
+    """Hours of whole runs, one line a setting; each GPU comes with its cores for decoding."""
+    print("PREDICTION, not measured: whole runs; decoding happens once, its result is kept for later runs")
+    print("| setting | images | " + " | ".join(f"{gpus} GPU: decode min, s a round, h" for gpus in (1, 4, 8)) + " |")
+    print("|---|---|---|---|---|")
+    for name in SETTINGS:
+        case = of_paper(name)
+        speed = GFLOP["vit_base_patch16_224"] / GFLOP[case.config.model.name]
+        faster = dataclasses.replace(
+            parts,
+            images_per_second=parts.images_per_second * speed,
+            evaluated_per_second=parts.evaluated_per_second * speed,
+        )
+        images, cells = sum(case.sizes) + sum(case.test), []
+        for gpus in (1, 4, 8):
+            decode = images * given.decode_ms / 1e3 / (given.cores * gpus)
+            seconds = predict(case, faster, gpus, "rank0")
+            seconds.pop("balance")
+            total = sum(seconds.values())
+            hours = (decode + case.config.rounds * total) / 3600
+            cells.append(f"{decode / 60:.1f}, {total:.1f}, {hours:.2f}")
+        print(f"| {name} | {images:,} | " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
+    """Print one of the tables."""
     given = options()
     parts, config = parts_of(given), load_config([CONFIG, "data.root=/not/read"])
-    with torch.device("meta"):
-        model = build_model(dataclasses.replace(config.model, weights="random"), CLASSES, seed=0).attach("meta")
+    if given.paper:
+        print_paper(parts, given)
+    else:
+        print_scaling(parts, given, config)
+
+
+def print_scaling(parts: Parts, given: argparse.Namespace, config: Config) -> None:
+    """A round of any number of clients on any number of GPUs."""
+    model = shapes_of(config, CLASSES)
     print(f"PREDICTION, not measured: {CONFIG}, {model.adapters.layout.length:,} numbers a client")
     columns = "clients (side by side) | GPUs | server | s a round | speed-up | balance"
     print(f"{columns} | train | gather | server | broadcast | evaluate | rest, % | overlap saves at most, %")
