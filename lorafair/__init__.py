@@ -52,6 +52,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Aggregator",
+    "AttackConfig",
     "Callback",
     "CheckpointConfig",
     "Client",
@@ -61,6 +62,7 @@ __all__ = [
     "ConfigError",
     "CoreShape",
     "DataConfig",
+    "DefenceConfig",
     "Evaluation",
     "EvaluationConfig",
     "FabricConfig",

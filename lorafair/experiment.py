@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, try_out
+from lorafair.aggregation.defences.base import make_defence
 from lorafair.aggregation.registry import method_of
 from lorafair.caching.inputs import Inputs, open_inputs
 from lorafair.checkpointing.checkpoint import (
@@ -35,12 +36,13 @@ from lorafair.communication.collectives import smallest_over_ranks
 from lorafair.config.identity import run_identity
 from lorafair.config.schema import ClientConfig, Config
 from lorafair.console import format_count, log
+from lorafair.data.attacks import Attack, StampedSource, backdoor_success, make_attack
 from lorafair.data.begun import images_begun_with, noting_damage, record_images
 from lorafair.data.images import ImageData
 from lorafair.data.partition import Client, class_counts, partition, pooled
 from lorafair.data.sources import load_images
 from lorafair.errors import ConfigError
-from lorafair.evaluation import Evaluator
+from lorafair.evaluation import Evaluation, Evaluator
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
 from lorafair.model.backbone import build_model, weights_text
@@ -70,10 +72,12 @@ class Experiment:
     cohort: int  # C, clients trained side by side
     model: AdaptedModel
     identity: dict[str, Any]  # what a checkpoint must agree with
-    labels: Tensor  # of all training images, on the device
+    labels: Tensor  # of all training images as clients see them, on the device
+    attack: Attack | None = None  # what some clients do
     lock: RunLock | None = None  # of the run directory, on rank 0
     _inputs: Inputs | None = field(default=None, repr=False)
     _evaluator: Evaluator | None = field(default=None, repr=False)
+    _stamped: Evaluator | None = field(default=None, repr=False)
 
     @property
     def inputs(self) -> Inputs:
@@ -99,6 +103,18 @@ class Experiment:
                 batch_size=evaluation.batch_size,
                 metrics=evaluation.metrics,
             )
+            if self.attack is not None and self.attack.on_images:
+                stamped = StampedSource(self._inputs.test)
+                self._stamped = Evaluator(self.fabric, stamped, self.data, batch_size=evaluation.batch_size)
+
+    def evaluate(self, adapters: Tensor, what: str) -> Evaluation:
+        """Evaluate packed adapters (M, P); with a backdoor also on images with the square. Call on every rank."""
+        found = self.evaluator(self.model, adapters, what)
+        if self.attack is None or self._stamped is None:
+            return found
+        stamped = self._stamped(self.model, adapters, f"{what} of the backdoor")
+        success = {"backdoor_success": backdoor_success(stamped.confusion, self.attack.target)}
+        return dataclasses.replace(found, metrics=found.metrics | success)
 
     @property
     def layout(self) -> AdapterLayout:
@@ -193,6 +209,9 @@ def build_experiment(
     _introduce(config, loaded, cohort, fabric.world_size)
     if len(set(loaded.lora_ranks)) > 1 and aggregator.note_on_mixed_lora_ranks:
         log.info(f"method: {aggregator.note_on_mixed_lora_ranks}")
+    count, classes = len(loaded.data.train), len(loaded.data.classes)
+    attack = make_attack(config.attack, loaded.clients, count, classes, config.seed_of("federation"))
+    labels = torch.from_numpy(loaded.data.train.labels).to(fabric.device)
     experiment = Experiment(
         fabric=fabric,
         config=config,
@@ -204,7 +223,8 @@ def build_experiment(
         cohort=cohort,
         model=model,
         identity=identity,
-        labels=torch.from_numpy(loaded.data.train.labels).to(fabric.device),
+        labels=labels if attack is None else attack.labels(labels, classes),
+        attack=attack,
         lock=lock,
     )
     checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
@@ -244,6 +264,8 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
     wanted = config.federation.clients_per_round
     if wanted is not None and wanted > len(clients):
         raise ConfigError(f"federation.clients_per_round={wanted}: there are {len(clients)} clients")
+    if config.defence.name is not None:
+        make_defence(config.defence).check(wanted or len(clients))
     if aggregator.pools_data:
         if local.steps is not None:  # as many images a round as the clients of a federated round see together
             local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))

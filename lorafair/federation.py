@@ -233,7 +233,7 @@ def evaluate_adapters(experiment: Experiment, state: ServerState) -> Evaluation:
         adapters = row.unsqueeze(0)
     with limited(experiment.config, f"the evaluation after round {state.completed_rounds}"):
         what = f"round {state.completed_rounds}/{experiment.config.rounds} evaluation"
-        return experiment.evaluator(experiment.model, adapters, what)
+        return experiment.evaluate(adapters, what)
 
 
 def log_and_save(

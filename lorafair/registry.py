@@ -203,6 +203,21 @@ PARTITIONS: Registry[Any] = Registry(
     synonyms={"uniform": "iid", "noniid": "dirichlet"},
 )
 METRICS: Registry[Callable[[int], Any]] = Registry("metric", "evaluation.metrics", {})
+DEFENCES: Registry[Any] = Registry(
+    "defence",
+    "defence.name",
+    {
+        "krum": "lorafair.aggregation.defences.krum:Krum",
+        "multi_krum": "lorafair.aggregation.defences.krum:MultiKrum",
+        "geometric_median": "lorafair.aggregation.defences.medians:GeometricMedian",
+        "trimmed_mean": "lorafair.aggregation.defences.medians:TrimmedMean",
+        "median": "lorafair.aggregation.defences.medians:MedianClient",
+        "norm_bounding": "lorafair.aggregation.defences.norm_bounding:NormBounding",
+        "entry_trimmed_mean": "lorafair.aggregation.defences.by_entry:TrimmedMeanByEntry",
+        "entry_median": "lorafair.aggregation.defences.by_entry:MedianByEntry",
+    },
+    synonyms={"rfa": "geometric_median", "medoid": "median"},
+)
 BACKBONES: Registry[Any] = Registry("backbone", "model.name", {})
 CALLBACKS: Registry[Callable[[], Any]] = Registry("callback", "callbacks", {})
 LOGGERS: Registry[Callable[..., Any]] = Registry(
@@ -218,6 +233,7 @@ REGISTRIES = {
     "METHODS": METHODS,
     "SOURCES": SOURCES,
     "PARTITIONS": PARTITIONS,
+    "DEFENCES": DEFENCES,
     "METRICS": METRICS,
     "BACKBONES": BACKBONES,
     "CALLBACKS": CALLBACKS,

@@ -135,6 +135,18 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=4", "client.cohort=2", "client.optimizer=sgd",
     ),
+    "defended": (
+        "method.name=lora_fair", "attack.name=sign_flip", "attack.share=0.3", "defence.name=multi_krum",
+        "defence.share=0.3", "partition.scheme=iid", "partition.clients=7", "client.cohort=2",
+    ),
+    "norm_bounding": (
+        "method.name=fedex_lora", "attack.name=backdoor", "defence.name=norm_bounding", "partition.scheme=iid",
+        "partition.clients=6", "federation.clients_per_round=4", "client.cohort=2",
+    ),
+    "entry_median": (
+        "method.name=ravan", "attack.name=label_flip", "defence.name=entry_median", "partition.scheme=iid",
+        "partition.clients=5",
+    ),
     "rbla": ("method.name=rbla", "model.lora.client_ranks=[4,2,1]"),
     "mixed_stack": (
         "method.name=flora", "model.lora.client_ranks=[1,4]", "model.lora.client_rank_probabilities=[0.5,0.5]",

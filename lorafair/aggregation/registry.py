@@ -101,6 +101,7 @@ def method_of(config: Config) -> Aggregator:
             f"possible: {', '.join(_methods_that(_averages_the_head))}"
         )
     _check_average(config, method, name)
+    _check_robustness(config, method, name)
     if method.coding is not None and config.server.optimizer != "none":
         raise ConfigError(
             f"server.optimizer={config.server.optimizer} does not fit method.fold_bits of method.name={name}: it would "
@@ -115,6 +116,29 @@ def method_of(config: Config) -> Aggregator:
         if used and not fits(method):
             raise ConfigError(f"{key} does not fit method.name={name}; possible: {', '.join(_methods_that(fits))}")
     return method
+
+
+def _check_robustness(config: Config, method: Aggregator, name: str) -> None:
+    """A defence may leave a client out: nothing of it may be needed afterwards."""
+    if config.attack.name is not None and method.pools_data:
+        raise ConfigError(f"attack.name={config.attack.name} needs clients; method.name={name} has none")
+    if config.defence.name is None:
+        return
+    what = f"defence.name={config.defence.name}"
+    if not _can_be_defended(method):
+        raise ConfigError(
+            f"{what} does not fit method.name={name}; possible: {', '.join(_methods_that(_can_be_defended))}"
+        )
+    if method.rank_pruning is not None:
+        raise ConfigError(f"{what} does not fit method.pruning, by which LoRA ranks change; leave one of them out")
+    if config.client.scaffold:
+        raise ConfigError(f"{what} does not fit client.scaffold=true, whose control variates need every client")
+    if config.federation.initialization == "local":
+        raise ConfigError(f"{what} does not fit federation.initialization=local; take average or fresh")
+
+
+def _can_be_defended(method: Aggregator | type[Aggregator]) -> bool:
+    return not (method.personal_parts or method.pools_data)
 
 
 def _check_client_ranks(config: Config, method: Aggregator, name: str) -> None:

@@ -38,7 +38,7 @@ def open_inputs(fabric: Fabric, config: Config, model: AdaptedModel, data: Image
     size = image_size_of(config.model)
     reason = ""
     with same_error_on_all_ranks(fabric):
-        reason = reason_against_cache(config.model, model, len(data.train) + len(data.test), config.data.augmentation)
+        reason = reason_against_cache(config.model, model, len(data.train) + len(data.test), changes_of_images(config))
     reason = fabric.broadcast(reason)
     stage = config.data.stage
     if stage is not None and staging_folder(stage, os.environ) is None:
@@ -50,6 +50,14 @@ def open_inputs(fabric: Fabric, config: Config, model: AdaptedModel, data: Image
     with same_error_on_all_ranks(fabric):
         train = ResidentSource(inputs.train, len(data.train), fabric.device)
     return Inputs(train, inputs.test)
+
+
+def changes_of_images(config: Config) -> str:
+    """Which option changes images before the model sees them; empty where none does."""
+    if config.attack.name == "backdoor":
+        return "attack.name=backdoor changes the images of some clients"
+    augmentation = config.data.augmentation
+    return "" if augmentation == "none" else f"data.augmentation={augmentation} changes the images in every pass"
 
 
 def _images(fabric: Fabric, config: Config, data: ImageData, size: int, reason: str) -> Inputs:

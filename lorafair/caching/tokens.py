@@ -46,12 +46,15 @@ class TokenSource:
             yield tokens.view(torch.bfloat16) if tokens.dtype == torch.int16 else tokens
 
 
-def reason_against_cache(config: ModelConfig, model: AdaptedModel, images: int, augmentation: str = "none") -> str:
-    """Why the tokens of this many images are not cached; empty if they are. ConfigError where the cache is demanded."""
+def reason_against_cache(config: ModelConfig, model: AdaptedModel, images: int, changed_by: str = "") -> str:
+    """Why the tokens of this many images are not cached; empty if they are. ConfigError where the cache is demanded.
+
+    `changed_by`: which option changes images in training, if there is one.
+    """
     if config.prefix_cache == "never":
         return "model.prefix_cache=never"
-    if augmentation != "none":
-        reason = f"data.augmentation={augmentation} changes the images in every pass"
+    if changed_by:
+        reason = changed_by
     elif model.prefix_blocks == 0:
         reason = "no block lies below the first adapter, or the backbone is neither a plain ViT nor an MLP-Mixer"
     else:

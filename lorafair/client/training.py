@@ -219,6 +219,8 @@ class _Trainer:
         if augmentation != "none":
             crop = augmentation == "crop_flip"
             inputs = augmented(inputs, steps, cohort, seed=seed, round_index=round_index, crop=crop)
+        if self.experiment.attack is not None and self.experiment.attack.on_images:
+            inputs = self.experiment.attack.stamped(inputs, steps)
         start = initial_adapters(self.experiment, state, cohort)
         result = self.training.train(
             Cohort(

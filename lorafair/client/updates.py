@@ -26,4 +26,7 @@ class UpdateRule(Protocol):
 
 def rules_of(experiment: Experiment, state: ServerState) -> tuple[UpdateRule, ...]:
     """The rules of a round: first what a client does, then what is done to its message."""
-    return ()
+    rules: list[UpdateRule] = []
+    if experiment.attack is not None:
+        rules.append(experiment.attack.update)
+    return tuple(rules)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
@@ -172,6 +172,7 @@ class ClientResults:
     seconds: tuple[float, ...]  # of all clients of the plan, in plan order: training time
     dropped: tuple[int, ...]  # clients left out
     rows: Tensor  # (n, p) numbers trained by this rank's clients; once the server has gathered them, adapters (K, P)
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what rules tell of the round, by name in metrics.csv
 
 
 def drop_nonfinite(fabric: Fabric, trained: Tensor, plan: RoundPlan) -> ClientResults:

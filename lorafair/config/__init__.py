@@ -3,10 +3,12 @@
 from lorafair.config.identity import identity_settings
 from lorafair.config.loading import load_config, settle, to_yaml
 from lorafair.config.schema import (
+    AttackConfig,
     CheckpointConfig,
     ClientConfig,
     Config,
     DataConfig,
+    DefenceConfig,
     EvaluationConfig,
     FabricConfig,
     FederationConfig,
@@ -19,11 +21,13 @@ from lorafair.config.schema import (
 from lorafair.errors import ConfigError
 
 __all__ = [
+    "AttackConfig",
     "CheckpointConfig",
     "ClientConfig",
     "Config",
     "ConfigError",
     "DataConfig",
+    "DefenceConfig",
     "EvaluationConfig",
     "FabricConfig",
     "FederationConfig",

@@ -43,6 +43,8 @@ def check_choices(config: DictConfig) -> None:
     registry.METHODS.check(config.method.name)
     registry.SOURCES.check(config.data.source)
     registry.PARTITIONS.check(config.partition.scheme)
+    if config.defence.name is not None:
+        registry.DEFENCES.check(config.defence.name)
 
 
 def check(config: DictConfig) -> None:

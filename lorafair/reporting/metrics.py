@@ -48,6 +48,7 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
     losses = summary.results.losses
     scalars = {"train/loss": summary.train_loss, "train/learning_rate": rate}
     scalars |= {"train/loss_highest": max(losses), "train/loss_lowest": min(losses)}
+    scalars |= summary.results.metrics
     if len(experiment.clients) <= CLIENT_CURVES:
         for client, loss in zip(summary.results.clients, losses, strict=True):
             scalars[f"train/loss/{experiment.clients[client].name}"] = loss

@@ -90,6 +90,18 @@ SCALARS = (
     ),
     Scalar("time/<phase>", "5 time/<phase>", _SECONDS, "train, gather, server, broadcast, evaluate"),
     Scalar("server/dropped_clients", "6 clients/dropped", "clients", "Clients left out because of NaN or infinity"),
+    Scalar(
+        "defence/left_out", "6 clients/left out by the defence", _FRACTION,
+        "Clients of the round that get no weight (defence.name)",
+    ),
+    Scalar(
+        "defence/shortened", "6 clients/shortened by the defence", _FRACTION,
+        "Clients of the round whose update was longer than the bound (defence.name=norm_bounding)",
+    ),
+    Scalar(
+        "defence/attackers_weight", "6 clients/weight of attackers", _FRACTION,
+        "Weight of the clients that lie, after the defence (attack.name); a real server does not know it",
+    ),
     Scalar("train/learning_rate", "6 clients/learning rate", "", "Learning rate of the round (client.schedule)"),
     Scalar("train/loss_highest", "6 clients/loss highest", _NATS, "Training loss of the client where it is highest"),
     Scalar("train/loss_lowest", "6 clients/loss lowest", _NATS, "Training loss of the client where it is lowest"),

@@ -11,9 +11,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lorafair.aggregation.defences.base import make_defence
 from lorafair.communication.collectives import ClientResults
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import AdapterLayout
+from lorafair.server.defence import DefenceRule
 
 
 class GatheredRule(Protocol):
@@ -31,4 +33,7 @@ class GatheredRule(Protocol):
 
 def rules_of(experiment: Experiment) -> tuple[GatheredRule, ...]:
     """The rules of a run."""
-    return ()
+    rules: list[GatheredRule] = []
+    if experiment.config.defence.name is not None:
+        rules.append(DefenceRule(experiment, make_defence(experiment.config.defence)))
+    return tuple(rules)

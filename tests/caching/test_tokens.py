@@ -25,6 +25,7 @@ from lorafair.model.backbone import build_model
 from lorafair.seeding import seeded
 from tests.conftest import launched, run_ranks
 
+FLIPPED = "data.augmentation=flip changes the images in every pass"
 CONFIG = ModelConfig(name="test_vit", weights="random", image_size=32, lora=LoRAConfig(rank=2, last_blocks=2))
 IMAGES = torch.randint(0, 256, (150, 3, 32, 32), dtype=torch.uint8, generator=seeded(0, "images"))
 
@@ -131,9 +132,9 @@ def test_when_tokens_are_not_cached() -> None:
     assert "no block lies below the first adapter" in reason(replace(CONFIG, lora=LoRAConfig(rank=2)))
     assert "it needs 1.3 GB and model.prefix_cache_gb=1" in reason(replace(CONFIG, prefix_cache_gb=1), images=10**6)
     model = build_model(CONFIG, 4, 0).attach("cpu")
-    assert "data.augmentation=flip changes" in reason_against_cache(CONFIG, model, 10, "flip")
+    assert "data.augmentation=flip changes" in reason_against_cache(CONFIG, model, 10, FLIPPED)
     with pytest.raises(ConfigError, match=r"prefix_cache=always is not possible: data\.augmentation=flip changes"):
-        reason_against_cache(replace(CONFIG, prefix_cache="always"), model, 10, "flip")
+        reason_against_cache(replace(CONFIG, prefix_cache="always"), model, 10, FLIPPED)
     with pytest.raises(ConfigError, match=r"model\.prefix_cache=always is not possible: no block"):
         reason(replace(CONFIG, prefix_cache="always", lora=LoRAConfig(rank=2)))
 
