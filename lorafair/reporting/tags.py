@@ -91,15 +91,15 @@ SCALARS = (
     Scalar("time/<phase>", "5 time/<phase>", _SECONDS, "train, gather, server, broadcast, evaluate"),
     Scalar("server/dropped_clients", "6 clients/dropped", "clients", "Clients left out because of NaN or infinity"),
     Scalar(
-        "defence/left_out", "6 clients/left out by the defence", _FRACTION,
+        "defence/left_out", "6 defence/left out", _FRACTION,
         "Clients of the round that get no weight (defence.name)",
     ),
     Scalar(
-        "defence/shortened", "6 clients/shortened by the defence", _FRACTION,
+        "defence/shortened", "6 defence/shortened", _FRACTION,
         "Clients of the round whose update was longer than the bound (defence.name=norm_bounding)",
     ),
     Scalar(
-        "defence/attackers_weight", "6 clients/weight of attackers", _FRACTION,
+        "defence/attackers_weight", "6 defence/weight of attackers", _FRACTION,
         "Weight of the clients that lie, after the defence (attack.name); a real server does not know it",
     ),
     Scalar("train/learning_rate", "6 clients/learning rate", "", "Learning rate of the round (client.schedule)"),
