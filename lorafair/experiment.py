@@ -29,6 +29,7 @@ from lorafair.checkpointing.checkpoint import (
 from lorafair.checkpointing.folder import FOLDER as CHECKPOINTS
 from lorafair.checkpointing.lock import RunLock
 from lorafair.checkpointing.partial_round import list_unfinished
+from lorafair.checkpointing.shared_training import SharedTraining
 from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import smallest_over_ranks
@@ -72,6 +73,7 @@ class Experiment:
     identity: dict[str, Any]  # what a checkpoint must agree with
     labels: Tensor  # of all training images, on the device
     lock: RunLock | None = None  # of the run directory, on rank 0
+    shared: SharedTraining | None = None  # what other runs have trained, and what they may take from this one
     _inputs: Inputs | None = field(default=None, repr=False)
     _evaluator: Evaluator | None = field(default=None, repr=False)
 
