@@ -67,8 +67,9 @@ def _images(fabric: Fabric, config: Config, data: ImageData, size: int, reason: 
 def _tokens(fabric: Fabric, config: Config, model: AdaptedModel, data: ImageData) -> Inputs:
     """Tokens of the frozen blocks, from an earlier run or computed now."""
     size, count = image_size_of(config.model), len(data.train) + len(data.test)
+    weights = model.fingerprint(of_embed=True)
     files = [
-        token_file(fabric, model, config.model, len(split), f"{data.fingerprint} {name}")
+        token_file(fabric, model, config.model, len(split), f"{data.fingerprint} {name}", weights)
         for name, split in (("train", data.train), ("test", data.test))
     ]
     there = on_all_ranks(fabric, all(file.file.exists() for file in files))

@@ -26,6 +26,7 @@ from lorafair.console import format_count, log, some
 from lorafair.errors import LorafairError, one_line
 from lorafair.federation import limited, run_federation
 from lorafair.files.writing import write_atomically
+from lorafair.model.kept import keeping_backbone
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -60,7 +61,8 @@ def run_comparison(
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero and index is None:
             check_folders(comparison)
-    failures, elsewhere = execute_runs(fabric, comparison, runs, alone=index is not None)
+    with keeping_backbone():
+        failures, elsewhere = execute_runs(fabric, comparison, runs, alone=index is not None)
     if index is None:
         first = next(iter(comparison.configs.values()))
         with same_error_on_all_ranks(fabric), limited(first, "the report of the comparison", of_start=True):
