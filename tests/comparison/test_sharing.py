@@ -47,10 +47,14 @@ compare:
 """
 
 
-def declared(folder: Path, section: str, name: str = "out", common: str = COMMON) -> Comparison:
+def declared(folder: Path, section: str, name: str = "out") -> Comparison:
     file = folder / "methods.yaml"
-    file.write_text(f"{common}{section}\n")
-    comparison = load_comparison([str(file), f"run_dir={folder / name}"])
+    file.write_text(f"{COMMON}{section}\n")
+    return loaded(file, folder / name)
+
+
+def loaded(file: Path, folder: Path) -> Comparison:
+    comparison = load_comparison([str(file), f"run_dir={folder}"])
     assert comparison is not None
     return comparison
 
@@ -97,8 +101,8 @@ def counting() -> Iterator[list[tuple[str, int, tuple[int, ...]]]]:
 
 
 def result_of(comparison: Comparison, index: int) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((comparison.runs[index].folder / "result.json").read_text())
-    return loaded
+    result: dict[str, Any] = json.loads((comparison.runs[index].folder / "result.json").read_text())
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +174,8 @@ def test_every_method_has_the_same_bits_with_and_without_sharing(tmp_path: Path)
     assert not {run for run, number, _ in trained if number == 2} - {run.folder.name for run in shared.runs}
 
 
-def on_ranks(fabric: Any, folder: Path, section: str, name: str) -> None:
-    run_all(fabric, declared(folder, section, name), quiet=True)
+def on_ranks(fabric: Any, file: Path, folder: Path) -> None:
+    run_all(fabric, loaded(file, folder), quiet=True)
 
 
 @pytest.mark.slow
@@ -179,7 +183,7 @@ def test_the_same_bits_on_two_ranks_that_take_over_what_one_has_trained(four: di
     # Round 1 was trained on one rank, in a run that ends before its result.
     mixed = declared(tmp_path, FOUR, "mixed")
     stopped_after_training(mixed, 0)
-    run_ranks(2, on_ranks, tmp_path, FOUR, "mixed")
+    run_ranks(2, on_ranks, tmp_path / "methods.yaml", mixed.folder)
     assert_same_bits(four["alone"], mixed)
 
 
