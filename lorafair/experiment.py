@@ -30,6 +30,7 @@ from lorafair.checkpointing.checkpoint import (
 from lorafair.checkpointing.folder import FOLDER as CHECKPOINTS
 from lorafair.checkpointing.lock import RunLock
 from lorafair.checkpointing.partial_round import list_unfinished
+from lorafair.checkpointing.shared_training import SharedTraining
 from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import smallest_over_ranks
@@ -75,6 +76,7 @@ class Experiment:
     labels: Tensor  # of all training images as clients see them, on the device
     attack: Attack | None = None  # what some clients do
     lock: RunLock | None = None  # of the run directory, on rank 0
+    shared: SharedTraining | None = None  # what other runs have trained, and what they may take from this one
     _inputs: Inputs | None = field(default=None, repr=False)
     _evaluator: Evaluator | None = field(default=None, repr=False)
     _stamped: Evaluator | None = field(default=None, repr=False)

@@ -6,7 +6,7 @@ Letters: K clients of the round, n clients of this rank, p numbers trained, P pa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -17,7 +17,9 @@ from torch import Tensor
 from lorafair.checkpointing.checkpoint import Checkpoint, save_checkpoint
 from lorafair.checkpointing.claim import holding
 from lorafair.checkpointing.lock import RunLock
-from lorafair.checkpointing.partial_round import PartialRound, drop_unfinished, start_of_round
+from lorafair.checkpointing.partial_round import Cohort, PartialRound, drop_unfinished, start_of_round
+from lorafair.checkpointing.shared_training import SharedTraining
+from lorafair.client.sharing import leave_to_others, take_over
 from lorafair.client.training import train_clients
 from lorafair.cluster.saved import note_saved
 from lorafair.cluster.signals import Interrupted, finishing_clients
@@ -60,16 +62,22 @@ SHORTEST_INTERVAL = 1.0  # seconds between checkpoints: one takes some milliseco
 
 
 def run_federation(
-    fabric: Fabric, config: Config, callbacks: Sequence[Callback] = (), lock: RunLock | None = None
+    fabric: Fabric,
+    config: Config,
+    callbacks: Sequence[Callback] = (),
+    lock: RunLock | None = None,
+    shared: SharedTraining | None = None,
 ) -> None:
     """Run the rounds that are not done yet and leave the results in config.run_dir. Call on every rank.
 
-    The run directory is held for the time of the run, unless the caller holds it by `lock`. Raises Interrupted on every
-    rank, after all that is done is saved, where a signal or the job's time limit asks to stop.
+    The run directory is held for the time of the run, unless the caller holds it by `lock`. What other runs have
+    trained is taken from `shared`. Raises Interrupted on every rank, after all that is done is saved, where a signal or
+    the job's time limit asks to stop.
     """
     with holding(fabric, config.folder, lock) as held:
         with limited(config, "the loading of images, model and checkpoint", of_start=True):
             experiment, checkpoint = build_experiment(fabric, config, held)
+            experiment.shared = shared
         if checkpoint is not None:
             note_saved(before=True)
         if not finished_before(experiment, checkpoint is not None and checkpoint.completed_rounds == config.rounds):
@@ -124,6 +132,7 @@ class Round:
     stop: StopRequest
     report: Report | None  # on rank 0
     clock: Clock
+    taken: Sequence[Cohort] = ()  # that other runs have trained
     trained_at: float = 0.0  # when this rank's clients were done, on the monotonic clock
 
 
@@ -133,15 +142,18 @@ def round_in_progress(
 ) -> Iterator[Round]:
     """One round. Finished clients are saved if the round fails. The plan is the same on every rank."""
     with limited(experiment.config, f"round {state.completed_rounds + 1}"):
-        partial, plan = begin_round(experiment, state)
-        this = Round(plan, partial, stop, report, Clock(experiment.fabric.device))
+        clock = Clock(experiment.fabric.device)
+        partial, plan, taken = begin_round(experiment, state, clock)
+        this = Round(plan, partial, stop, report, clock, taken)
         with partial.kept_on_failure(), saving(partial.write):
             yield this
     stop.record_duration("rest of the round", time.monotonic() - this.trained_at)
 
 
-def begin_round(experiment: Experiment, state: ServerState) -> tuple[PartialRound, RoundPlan]:
-    """Rank 0 reads the clients that an interrupted run has finished; every rank plans the rest."""
+def begin_round(
+    experiment: Experiment, state: ServerState, clock: Clock
+) -> tuple[PartialRound, RoundPlan, list[Cohort]]:
+    """Rank 0 reads the clients that an interrupted run, or another one, has finished; every rank plans the rest."""
     config, round_index, adapter = experiment.config, state.completed_rounds, state.adapter
     partial = PartialRound(
         config.folder,
@@ -150,19 +162,27 @@ def begin_round(experiment: Experiment, state: ServerState) -> tuple[PartialRoun
         start=lambda: start_of_round(experiment.identity, round_index, adapter),
         seconds=config.checkpoint.seconds,
     )
-    if round_index not in state.unfinished_rounds:
-        return partial, experiment.scheduler.plan(round_index, state.client_seconds)
-    with same_error_on_all_ranks(experiment.fabric):
-        if experiment.fabric.is_global_zero:
-            partial.read()
-    finished = experiment.fabric.broadcast(list(partial.found))
-    if finished:
-        note_saved(before=True)
+    finished = found_unfinished(experiment, partial) if round_index in state.unfinished_rounds else []
     plan = experiment.scheduler.plan(round_index, state.client_seconds, finished)
     if finished:
         done = sum(len(cohort) for cohort in plan.cohorts_of_rank[0] if cohort in finished)
         log.info(f"round {round_index + 1}: {format_count(done, 'client')} done before the interruption")
-    return partial, plan
+    with clock("train"):
+        taken = take_over(experiment, state, plan, partial)
+    if taken:
+        plan = experiment.scheduler.plan(round_index, state.client_seconds, [*finished, *taken])
+    return partial, plan, taken
+
+
+def found_unfinished(experiment: Experiment, partial: PartialRound) -> list[Cohort]:
+    """The cohorts that an interrupted run has left, read by rank 0. Call on every rank."""
+    with same_error_on_all_ranks(experiment.fabric):
+        if experiment.fabric.is_global_zero:
+            partial.read()
+    finished: list[Cohort] = experiment.fabric.broadcast(list(partial.found))
+    if finished:
+        note_saved(before=True)
+    return finished
 
 
 def train(experiment: Experiment, state: ServerState, this: Round) -> Tensor:
@@ -174,6 +194,10 @@ def train(experiment: Experiment, state: ServerState, this: Round) -> Tensor:
     this.trained_at = time.monotonic()
     if agreed.stop:
         interrupt(experiment, state, this, len(trained), agreed.stop)
+    if experiment.shared is not None:
+        with this.clock("train"), same_error_on_all_ranks(experiment.fabric):
+            mine = this.plan.cohorts_of_rank[experiment.fabric.global_rank]
+            leave_to_others(experiment, state, mine, trained, this.taken)
     return trained
 
 
@@ -251,7 +275,8 @@ def log_and_save(
             experiment.lock.confirm()
         if this.report is not None and result is not None:
             traffic = traffic_of(experiment, state, this.plan, result)
-            add_to_totals(state, sum(this.clock.seconds.values()), traffic, len(clients.dropped))
+            shared = seconds_of(this.taken, this.plan, clients)
+            add_to_totals(state, sum(this.clock.seconds.values()), traffic, len(clients.dropped), shared)
             summary = RoundSummary(
                 round=state.completed_rounds,
                 plan=this.plan,
@@ -263,14 +288,26 @@ def log_and_save(
                 total_bytes=state.totals["bytes"],
                 total_seconds=state.totals["seconds"],
                 adapter=state.adapter,
+                shared_seconds=shared,
             )
             this.report.round_ended(summary, state.totals)
         save(experiment, state)
 
 
-def add_to_totals(state: ServerState, seconds: float, traffic: Traffic, dropped: int) -> None:
-    """Add the cost of a round to the totals since round 1."""
-    for name, amount in (("seconds", seconds), ("bytes", traffic.total), ("dropped", dropped)):
+def seconds_of(cohorts: Sequence[Cohort], plan: RoundPlan, clients: ClientResults) -> dict[int, float]:
+    """client -> seconds that its training has taken, of some cohorts of a round."""
+    seconds = dict(zip(plan.clients, clients.seconds, strict=True))
+    return {client: seconds[client] for cohort in cohorts for client in cohort}
+
+
+def add_to_totals(
+    state: ServerState, seconds: float, traffic: Traffic, dropped: int, shared: Mapping[int, float]
+) -> None:
+    """Add the cost of a round to the totals since round 1; that of clients taken over, if there are any, is apart."""
+    costs = {"seconds": seconds, "bytes": traffic.total, "dropped": dropped}
+    if shared:
+        costs |= {"shared_clients": len(shared), "shared_seconds": sum(shared.values())}
+    for name, amount in costs.items():
         state.totals[name] = state.totals.get(name, 0) + amount
 
 

@@ -35,7 +35,7 @@ from lorafair.federation import run_federation
 from tests.conftest import TINY, launched, run_ranks
 
 Tiny = Callable[..., Config]
-TRAINER = training._Trainer  # trains one cohort after the other
+TRAINER = training.Trainer  # trains one cohort after the other
 SIX_CLIENTS = (
     *TINY, "data.train_images=40", "data.test_images=24", "partition.scheme=iid", "partition.clients=6",
     "client.batch_size=8", "method.name=lora_fair",

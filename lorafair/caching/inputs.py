@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorafair.caching.images import cached_images
@@ -28,6 +28,7 @@ class Inputs:
 
     train: BatchSource
     test: BatchSource
+    of_tokens: bool = False  # not images
 
 
 def open_inputs(fabric: Fabric, config: Config, model: AdaptedModel, data: ImageData) -> Inputs:
@@ -49,7 +50,7 @@ def open_inputs(fabric: Fabric, config: Config, model: AdaptedModel, data: Image
     train = inputs.train
     with same_error_on_all_ranks(fabric):
         train = ResidentSource(inputs.train, len(data.train), fabric.device)
-    return Inputs(train, inputs.test)
+    return replace(inputs, train=train)
 
 
 def changes_of_images(config: Config) -> str:
@@ -67,14 +68,16 @@ def _images(fabric: Fabric, config: Config, data: ImageData, size: int, reason: 
     kept = cached_images(fabric, config.data, data, size, read_once=False)
     if config.data.stage is not None and kept is data:
         log.info("nothing is staged: neither decoded images nor tokens are kept in a file; see data.cache")
-    return Inputs(*(_source(fabric, config, split, size) for split in (kept.train, kept.test)))
+    train, test = (_source(fabric, config, split, size) for split in (kept.train, kept.test))
+    return Inputs(train, test)
 
 
 def _tokens(fabric: Fabric, config: Config, model: AdaptedModel, data: ImageData) -> Inputs:
     """Tokens of the frozen blocks, from an earlier run or computed now."""
     size, count = image_size_of(config.model), len(data.train) + len(data.test)
+    weights = model.fingerprint(of_embed=True)
     files = [
-        token_file(fabric, model, config.model, len(split), f"{data.fingerprint} {name}")
+        token_file(fabric, model, config.model, len(split), f"{data.fingerprint} {name}", weights)
         for name, split in (("train", data.train), ("test", data.test))
     ]
     there = on_all_ranks(fabric, all(file.file.exists() for file in files))
@@ -82,12 +85,11 @@ def _tokens(fabric: Fabric, config: Config, model: AdaptedModel, data: ImageData
     log.info(f"tokens of the {model.prefix_blocks} frozen blocks below the adapters: {done}")
     if not there:
         data = cached_images(fabric, config.data, data, size, read_once=True)
-    return Inputs(
-        *(
-            cached_tokens(fabric, model, _source(fabric, config, split, size), file, config.data.stage)
-            for split, file in zip((data.train, data.test), files, strict=True)
-        )
+    train, test = (
+        cached_tokens(fabric, model, _source(fabric, config, split, size), file, config.data.stage)
+        for split, file in zip((data.train, data.test), files, strict=True)
     )
+    return Inputs(train, test, of_tokens=True)
 
 
 def _source(fabric: Fabric, config: Config, split: Split, size: int) -> ImageSource:

@@ -65,12 +65,15 @@ def reason_against_cache(config: ModelConfig, model: AdaptedModel, images: int, 
     return reason
 
 
-def token_file(fabric: Fabric, model: AdaptedModel, config: ModelConfig, count: int, key: str) -> SharedArray:
+def token_file(
+    fabric: Fabric, model: AdaptedModel, config: ModelConfig, count: int, key: str, weights: str | None = None
+) -> SharedArray:
     """The file of the tokens of a split of `count` images, there or not.
 
-    `key` names the images; the model, the arithmetic and the device are added to it.
+    `key` names the images; the model, the arithmetic and the device are added to it. `weights` is the model's
+    fingerprint, where it is known.
     """
-    weights = model.fingerprint(of_embed=True)
+    weights = weights or model.fingerprint(of_embed=True)
     size, precision = str(image_size_of(config)), str(fabric.strategy.precision.precision)
     parts = ("3", key, weights, size, config.prefix_cache_dtype, fabric.device.type, precision, torch.__version__)
     return _array(hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], model, config, count)

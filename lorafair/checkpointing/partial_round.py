@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lorafair.checkpointing.folder import FOLDER, UNFINISHED, CheckpointError, entries, numbered, unreadable_now
+from lorafair.checkpointing.rows import bytes_of, read_rows, write_rows
 from lorafair.cluster.saved import note_saved
 from lorafair.console import EVERY_RANK, log
-from lorafair.files.writing import fsync, write_atomically
 
 Cohort = tuple[int, ...]
 _OF_CLIENTS = re.compile(r"clients_\d{6,}\.safetensors")
@@ -50,7 +49,7 @@ def drop_unfinished(run_dir: Path, completed_rounds: int) -> None:
 def start_of_round(identity: Mapping[str, Any], completed_rounds: int, adapter: Tensor) -> str:
     """A checksum of what decides a round: the run's settings, images and weights, its number, and its start."""
     text = json.dumps([identity, completed_rounds], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode() + _bytes(adapter)).hexdigest()
+    return hashlib.sha256(text.encode() + bytes_of(adapter)).hexdigest()
 
 
 class PartialRound:
@@ -110,12 +109,8 @@ class PartialRound:
 
 
 def _write(file: Path, cohorts: Sequence[Cohort], rows: Tensor, start: str) -> None:
-    described = {"cohorts": json.dumps(cohorts), "start": start}
-    content = save({"rows": rows}, described | {"checksum": _checksum(described, rows)})
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content)
-        fsync(file.parent)
+        write_rows(file, rows, {"cohorts": json.dumps(cohorts), "start": start})
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error
         raise CheckpointError(f"finished clients could not be saved as {file}: {why}") from error
@@ -126,22 +121,8 @@ def _read(file: Path, start: str) -> dict[Cohort, Tensor]:
 
     ValueError, KeyError or SafetensorError of damaged ones and those of another run, OSError where they cannot be read.
     """
-    with safe_open(file, framework="pt") as opened:
-        described = dict(opened.metadata() or {})
-        # Copied, because the file is mapped into memory and will be removed.
-        rows = opened.get_tensor("rows").clone()
-    if described.pop("checksum", None) != _checksum(described, rows):
-        raise ValueError("it does not match its checksum")
+    rows, described = read_rows(file)
     if described["start"] != start:
         raise ValueError("it belongs to a round that started from something else")
     cohorts = [tuple(cohort) for cohort in json.loads(described["cohorts"])]
     return dict(zip(cohorts, rows.split([len(cohort) for cohort in cohorts]), strict=True))
-
-
-def _checksum(described: Mapping[str, str], rows: Tensor) -> str:
-    text = json.dumps([described, list(rows.shape)], sort_keys=True)
-    return hashlib.sha256(text.encode() + _bytes(rows)).hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().tobytes()

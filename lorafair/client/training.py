@@ -43,7 +43,7 @@ def train_clients(
     stop is requested.
     """
     fabric, rounds = experiment.fabric, experiment.config.rounds
-    trainer = _Trainer.of_round(experiment, state)
+    trainer = Trainer.of_round(experiment, state)
     mine = plan.cohorts_of_rank[fabric.global_rank]
     rows = [partial.found[cohort].to(fabric.device) for cohort in mine if cohort in partial.found]
     work = [(cohort, trainer.steps_of(cohort)) for cohort in mine if cohort not in partial.found]
@@ -139,8 +139,8 @@ class _CohortInTraining:
 
 
 @dataclass(frozen=True)
-class _Trainer:
-    """Trains cohorts of one round."""
+class Trainer:
+    """Trains cohorts of one round. What one comes to depends on these fields and on `cohort_of` alone."""
 
     experiment: Experiment
     state: ServerState
@@ -148,7 +148,7 @@ class _Trainer:
     rules: tuple[UpdateRule, ...] = ()
 
     @staticmethod
-    def of_round(experiment: Experiment, state: ServerState) -> _Trainer:
+    def of_round(experiment: Experiment, state: ServerState) -> Trainer:
         """For the round that comes next."""
         training = LocalTraining(
             model=experiment.model,
@@ -158,7 +158,7 @@ class _Trainer:
             autocast=experiment.fabric.autocast,
             loss_scale=experiment.loss_scale,
         )
-        return _Trainer(experiment, state, training, rules_of(experiment, state))
+        return Trainer(experiment, state, training, rules_of(experiment, state))
 
     def steps_of(self, cohort: Sequence[int]) -> list[CohortStep]:
         """The steps of these clients, each with its own batches."""
@@ -208,6 +208,20 @@ class _Trainer:
         scales = torch.tensor([lora.rank / lora_rank for lora_rank in self.lora_ranks_of(cohort)])
         return scales.to(device, non_blocking=True)
 
+    def cohort_of(self, cohort: tuple[int, ...], steps: Sequence[CohortStep]) -> Cohort:
+        """These clients as they start."""
+        seed, state = self.experiment.config.seed_of("client"), self.state
+        device, round_index = self.experiment.fabric.device, state.completed_rounds
+        return Cohort(
+            start=initial_adapters(self.experiment, state, cohort),
+            steps=steps,
+            generators=[seeded(seed, round_index, c, "dropout", device=device) for c in cohort],
+            corrections=None if state.controls is None else state.controls.corrections(cohort),
+            fixed=self.fixed_of(cohort),
+            penalty=self.penalty_of(cohort),
+            scales=self.scales_of(cohort),
+        )
+
     def train(
         self, cohort: tuple[int, ...], steps: Sequence[CohortStep], inputs: Iterator[Tensor]
     ) -> _CohortInTraining:
@@ -221,22 +235,11 @@ class _Trainer:
             inputs = augmented(inputs, steps, cohort, seed=seed, round_index=round_index, crop=crop)
         if self.experiment.attack is not None and self.experiment.attack.on_images:
             inputs = self.experiment.attack.stamped(inputs, steps)
-        start = initial_adapters(self.experiment, state, cohort)
-        result = self.training.train(
-            Cohort(
-                start=start,
-                steps=steps,
-                generators=[seeded(seed, round_index, c, "dropout", device=device) for c in cohort],
-                corrections=None if state.controls is None else state.controls.corrections(cohort),
-                fixed=self.fixed_of(cohort),
-                penalty=self.penalty_of(cohort),
-                scales=self.scales_of(cohort),
-            ),
-            inputs,
-        )
+        of_clients = self.cohort_of(cohort, steps)
+        result = self.training.train(of_clients, inputs)
         rows = result.rows
         for rule in self.rules:
-            rows = rule(round_index, cohort, start, rows)
+            rows = rule(round_index, cohort, of_clients.start, rows)
         stopwatch.stop()
         numbers = self.experiment.layout.select(rows, self.training.parts)
         return _CohortInTraining(cohort, numbers, result.losses, stopwatch)

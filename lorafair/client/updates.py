@@ -27,6 +27,6 @@ class UpdateRule(Protocol):
 def rules_of(experiment: Experiment, state: ServerState) -> tuple[UpdateRule, ...]:
     """The rules of a round: first what a client does, then what is done to its message."""
     rules: list[UpdateRule] = []
-    if experiment.attack is not None:
+    if experiment.attack is not None and experiment.attack.factor is not None:
         rules.append(experiment.attack.update)
     return tuple(rules)

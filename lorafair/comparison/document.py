@@ -15,7 +15,7 @@ from lorafair.comparison.evidence import components_table, reading_text, signifi
 from lorafair.comparison.fairness import start_table, start_text
 from lorafair.comparison.figures import KINDS, file_stem
 from lorafair.comparison.findings import Findings
-from lorafair.comparison.tables import Cell, Table
+from lorafair.comparison.tables import Cell, Table, seconds_of
 from lorafair.config.identity import flatten, identity_settings
 from lorafair.config.schema import Config
 from lorafair.console import format_count, format_value
@@ -82,7 +82,8 @@ def document(findings: Findings, *, details: bool = True) -> Iterator[Part]:
     yield from map(Paragraph, filter(None, (findings.interval_text(), reading_text(findings), findings.tuning_text())))
     yield Paragraph(
         "MB: what all clients would send and receive over all rounds (float32 adapter and head). Seconds: the "
-        "rounds, without start and loading; comparable where the runs had the machine to themselves."
+        "rounds, without start and loading; comparable where the runs had the machine to themselves. Training that was "
+        "taken over from another run counts with the time that it took there."
     )
     if details:
         yield from _details(findings)
@@ -174,7 +175,7 @@ def _table_of_runs(findings: Findings) -> Table:
     for run in findings.comparison.final_runs:
         found = done.get(run.index)
         accuracy = f"{found.accuracy:.2f}" if found else "–"
-        seconds = f"{found.result.get('totals', {}).get('seconds', 0):,.1f}" if found else "–"
+        seconds = f"{seconds_of(found.result):,.1f}" if found else "–"
         folder = str(run.folder.relative_to(findings.comparison.folder))
         rows.append(
             [

@@ -88,6 +88,7 @@ class Comparison:
     runs: tuple[Run, ...] = field(repr=False)  # tuning runs first
     arguments: tuple[str, ...] = ()  # the files and pairs that declare it
     draws: Draws | None = None  # what `seeds` number, where they are draws
+    share_training: bool = True  # of runs of a draw that begin alike
     _accuracies: dict[Path, float] = field(default_factory=dict, repr=False, compare=False)  # of done runs, as read
     _stops: dict[tuple[str, str], int] = field(default_factory=dict, repr=False, compare=False)  # decisions so far
 
@@ -100,6 +101,12 @@ class Comparison:
     def final_runs(self) -> tuple[Run, ...]:
         """The runs that are reported."""
         return tuple(run for run in self.runs if run.candidate is None)
+
+    @property
+    def in_order(self) -> tuple[Run, ...]:
+        """All runs as one process does them: tuning first, then draw by draw, so that what is done is paired."""
+        place = {seed: number for number, seed in enumerate(self.seeds)}
+        return tuple(sorted(self.runs, key=lambda run: (0, 0) if run.candidate is not None else (1, place[run.seed])))
 
     def tuning_runs(self, setting: str, method: str) -> tuple[Run, ...]:
         """The runs of a grid, in the order of `candidates`; none without tuning."""

@@ -20,7 +20,7 @@ from lorafair.comparison.page import to_html
 from lorafair.comparison.plan import REPORT, Comparison
 from lorafair.comparison.record import write_record
 from lorafair.comparison.table_files import write_tables
-from lorafair.comparison.tables import PER_CLIENT
+from lorafair.comparison.tables import PER_CLIENT, seconds_of
 from lorafair.console import log
 from lorafair.errors import LorafairError
 from lorafair.files.writing import naming, replacing, write_atomically
@@ -74,7 +74,7 @@ def write_results(findings: Findings, file: Path) -> None:
                 values = {**f.result["accuracy"], "(mean)": f.result["mean_accuracy"]}
                 values |= {f"({key.removeprefix('accuracy_')})": f.result[key] for key in PER_CLIENT if key in f.result}
                 totals = f.result.get("totals", {})
-                cost = [int(totals.get("bytes", 0)), f"{totals.get('seconds', 0):.3f}"]
+                cost = [int(totals.get("bytes", 0)), f"{seconds_of(f.result):.3f}"]
                 balanced = {name: of.get("balanced_accuracy") for name, of in f.result.get("domains", {}).items()}
                 balanced["(mean)"] = f.result.get("mean_balanced_accuracy")
                 for domain, value in values.items():

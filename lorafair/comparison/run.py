@@ -13,22 +13,25 @@ import torch
 
 from lorafair.checkpointing.checkpoint import make_run_dir
 from lorafair.checkpointing.lock import RunDirInUse, RunLock, acquire, in_progress
+from lorafair.checkpointing.shared_training import SharedTraining
 from lorafair.cluster.saved import note_saved
 from lorafair.cluster.signals import Interrupted
 from lorafair.communication.agreement import abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.comparison.listing import options_text
 from lorafair.comparison.plan import FAILED, Comparison, Run, check_folders, failure_of, state_of
 from lorafair.comparison.report import write_report
+from lorafair.comparison.sharing import WorkingOn, shared_training, tidy
 from lorafair.config.schema import Config
 from lorafair.console import format_count, log, some
 from lorafair.errors import LorafairError, one_line
 from lorafair.federation import limited, run_federation
 from lorafair.files.writing import write_atomically
+from lorafair.model.kept import keeping_backbone
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-SECONDS_FOR_THE_REPORT = 60.0  # of another process that writes it
+SECONDS_FOR_THE_REPORT = 300.0  # of another process that writes it, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Decision:
     skip: bool = False  # it is done
     elsewhere: str = ""  # another process does it, or what it waits for: which one
     failure: str = ""  # why it cannot be tried
+    postponed: bool = False  # another process works on its draw, and others are left
     stopped: int | None = None  # it is not needed: the number of draws that have decided
 
 
@@ -52,19 +56,13 @@ def run_comparison(
     run failed, or the one run of `index`, or all tuning runs of a method with `only_tuning`; at once if a folder holds
     another run.
     """
-    runs = [run for run in comparison.runs if run.candidate is not None] if only_tuning else comparison.runs
+    runs = [run for run in comparison.in_order if run.candidate is not None or not only_tuning]
     runs = [comparison.runs[index]] if index is not None else runs
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero and index is None:
             check_folders(comparison)
-    failures: list[str] = []  # of the runs that count; the same on all ranks
-    elsewhere = []
-    for number, run in enumerate(runs, start=1):
-        outcome = execute_run(fabric, comparison, run, f"[{number}/{len(runs)}]", alone=index is not None)
-        if outcome.failure and (run.candidate is None or index is not None):
-            failures.append(f"{run.name}: {outcome.failure}")
-        if outcome.elsewhere:
-            elsewhere.append(run)
+    with keeping_backbone():
+        failures, elsewhere = execute_runs(fabric, comparison, runs, alone=index is not None)
     if index is None:
         first = next(iter(comparison.configs.values()))
         with same_error_on_all_ranks(fabric), limited(first, "the report of the comparison", of_start=True):
@@ -82,14 +80,51 @@ class Outcome:
 
     failure: str = ""  # why it failed
     elsewhere: str = ""  # which other process does it
+    postponed: bool = False  # another process works on its draw
 
 
-def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str, *, alone: bool) -> Outcome:
-    """One run, unless it is done or in progress elsewhere. `alone`: no other one was asked for.
+def execute_runs(
+    fabric: Fabric, comparison: Comparison, runs: Sequence[Run], *, alone: bool
+) -> tuple[list[str], list[Run]]:
+    """The runs in order, those of draws that other processes work on last; why some failed, and which others do.
+
+    The same on all ranks; of tuning runs only a failure of one that is `alone` counts.
+    """
+    failures: list[str] = []
+    elsewhere: list[Run] = []
+    left = [(run, f"[{number}/{len(runs)}]") for number, run in enumerate(runs, start=1)]
+    working = None if alone else WorkingOn(comparison)
+    try:
+        while left:
+            postponed = []
+            for run, progress in left:
+                outcome = execute_run(fabric, comparison, run, progress, working)
+                if outcome.failure and (run.candidate is None or alone):
+                    failures.append(f"{run.name}: {outcome.failure}")
+                if outcome.elsewhere:
+                    elsewhere.append(run)
+                if outcome.postponed:
+                    postponed.append((run, progress))
+            left = postponed
+            if working is not None:  # no draw is left that nobody works on
+                working.release()
+                working = WorkingOn(comparison, alone=False)
+    finally:
+        if fabric.is_global_zero:
+            if working is not None:
+                working.release()
+            tidy(comparison)
+    return failures, elsewhere
+
+
+def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str, working: WorkingOn | None) -> Outcome:
+    """One run, unless it is done or in progress elsewhere. Without `working` no other one was asked for.
 
     Raises Interrupted on every rank where the comparison is asked to stop.
     """
-    with claimed(fabric, comparison, run, alone=alone) as (decision, lock):
+    with claimed(fabric, comparison, run, working) as (decision, lock):
+        if decision.postponed:
+            return Outcome(postponed=True)
         config = comparison.config(run, decision.candidate)
         chosen = None if decision.candidate is None else comparison.candidates[decision.candidate]
         options = f" with {options_text(chosen)}" if chosen else ""
@@ -105,7 +140,8 @@ def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str,
         failure = decision.failure
         if not failure:
             with clearing_failure(fabric, run):
-                failure = try_federation(fabric, config, lock)
+                shared = shared_training(comparison, run, decision.candidate or 0)
+                failure = try_federation(fabric, config, lock, shared)
         if failure:
             with same_error_on_all_ranks(fabric):
                 if fabric.is_global_zero:
@@ -116,14 +152,14 @@ def execute_run(fabric: Fabric, comparison: Comparison, run: Run, progress: str,
 
 @contextmanager
 def claimed(
-    fabric: Fabric, comparison: Comparison, run: Run, *, alone: bool
+    fabric: Fabric, comparison: Comparison, run: Run, working: WorkingOn | None
 ) -> Iterator[tuple[Decision, RunLock | None]]:
     """What rank 0 decides about a run; where it is to be done, rank 0 holds its folder for the block."""
     decision, lock = None, None
     with ExitStack() as stack:
         with same_error_on_all_ranks(fabric) as agreed:  # rank 0 reads what is done: file systems lag between nodes
             if fabric.is_global_zero:
-                decision, lock = decide(comparison, run, alone=alone)
+                decision, lock = decide(comparison, run, working)
                 if lock is not None:
                     stack.callback(lock.release)
         if agreed.stop:
@@ -133,7 +169,7 @@ def claimed(
         yield decision, lock
 
 
-def decide(comparison: Comparison, run: Run, *, alone: bool) -> tuple[Decision, RunLock | None]:
+def decide(comparison: Comparison, run: Run, working: WorkingOn | None) -> tuple[Decision, RunLock | None]:
     """What to do about a run, as the folders are now, with the lock of one that is to be done.
 
     Raises LorafairError if its tuning is not complete, unless that is in progress elsewhere and other runs are left.
@@ -144,7 +180,7 @@ def decide(comparison: Comparison, run: Run, *, alone: bool) -> tuple[Decision, 
         if choice is None:
             waits_for = [comparison.runs[index] for index in comparison.waits_for(run)]
             holders = [holder for r in waits_for if (holder := in_progress(r.folder))]
-            if holders and not alone:
+            if holders and working is not None:
                 return Decision(elsewhere=f"{holders[0]}, which is at its tuning"), None
             left = ", ".join(str(r.index) for r in waits_for)
             raise LorafairError(f"{run.name} waits for its tuning; run --index {left} first (or --tune)")
@@ -156,6 +192,8 @@ def decide(comparison: Comparison, run: Run, *, alone: bool) -> tuple[Decision, 
         return Decision(candidate, skip=True), None
     if stopped := comparison.stopped_before(run):
         return Decision(candidate, stopped=stopped), None
+    if working is not None and not working.try_draw(run):
+        return Decision(postponed=True), None
     make_run_dir(run.folder)
     try:
         lock = acquire(run.folder)
@@ -174,19 +212,21 @@ def clearing_failure(fabric: Fabric, run: Run) -> Iterator[None]:
     """Remove the record of an earlier failure of a run that is tried again; free the run's memory afterwards."""
     if fabric.is_global_zero:
         (run.folder / FAILED).unlink(missing_ok=True)
+    gc.freeze()  # what is there before the run stays: looking through it would take longer than a short round
     yield
     gc.collect()  # models and loaders have reference cycles
+    gc.unfreeze()
     if fabric.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def try_federation(fabric: Fabric, config: Config, lock: RunLock | None) -> str:
+def try_federation(fabric: Fabric, config: Config, lock: RunLock | None, shared: SharedTraining | None) -> str:
     """Run a federation; returns why it failed, or an empty text.
 
     An error of a run is raised on all ranks (agreement.abort_on_all_ranks): rank 0 has the reason, the others exit.
     """
     try:
-        run_federation(fabric, config, lock=lock)
+        run_federation(fabric, config, lock=lock, shared=shared)
     except LorafairError as error:
         return str(error)
     except SystemExit as leave:

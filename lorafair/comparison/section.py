@@ -5,6 +5,7 @@
       settings: {feature: {}, label_skew: {partition: {scheme: dirichlet}}}       # optional; the same for all methods
       seeds: [0, 1, 2]                                                            # or draws: see draws.py
       baseline: fedit                                                             # optional: the first method
+      share_training: true                                                        # optional: of runs that begin alike
       tune:                                                                       # optional
         options: {client.learning_rate: [0.001, 0.002]}                           # tried for each method and setting
         seed: 1000                                                                # the first of seeds
@@ -36,7 +37,7 @@ from lorafair.config.schema import Config
 from lorafair.console import format_value
 from lorafair.errors import ConfigError, did_you_mean, first_line
 
-_KEYS = ("methods", "settings", "seeds", *KEYS, "baseline", "tune")
+_KEYS = ("methods", "settings", "seeds", *KEYS, "baseline", "tune", "share_training")
 _TUNE_KEYS = ("options", "seed", "fraction", "rounds")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 # What no entry may set, and why; a key stands for the group below it, too.
@@ -118,7 +119,15 @@ def _comparison_of(section: Any, layers: Sequence[ConfigLayer], file: str) -> Co
         configs=_configs(methods, settings, tuning, common, folder),
         runs=_runs(folder, tuple(settings), tuple(methods), seeds, tuning, draws),
         draws=draws,
+        share_training=_share_training(section),
     )
+
+
+def _share_training(section: Mapping[str, Any]) -> bool:
+    given = section.get("share_training", True)
+    if not isinstance(given, bool):
+        raise ConfigError(f"{SECTION}.share_training={given} must be true or false")
+    return given
 
 
 def _methods(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorafair.comparison.listing import options_text
 from lorafair.comparison.outcomes import AFTER, BEFORE, Difference, Outcomes, Summary
@@ -29,6 +30,12 @@ class Table:
         return [[str(cell) for cell in row] for row in self.rows]
 
 
+def seconds_of(result: Mapping[str, Any]) -> float:
+    """Of all rounds, with the training that was taken over from another run, which took so long there."""
+    totals = result.get("totals", {})
+    return float(totals.get("seconds", 0)) + float(totals.get("shared_seconds", 0)) / int(result.get("processes", 1))
+
+
 def accuracy_table(outcomes: Outcomes, setting: str) -> Table:
     """Rows are methods, columns domains, mean, seeds and cost."""
     tuned = ["tuned options"] if outcomes.comparison.tuning else []
@@ -38,7 +45,7 @@ def accuracy_table(outcomes: Outcomes, setting: str) -> Table:
         runs = outcomes.runs_of(setting, method)
         totals = [f.result.get("totals", {}) for f in runs]
         megabytes = f"{statistics.fmean(t.get('bytes', 0) for t in totals) / 1e6:,.2f}"
-        seconds = f"{statistics.fmean(t.get('seconds', 0) for t in totals):,.1f}"
+        seconds = f"{statistics.fmean(seconds_of(f.result) for f in runs):,.1f}"
         rows.append([*begin, *([options_text(runs[0].chosen)] if tuned else []), megabytes, seconds])
     header = [*result.header, *tuned, "MB up + down", "seconds a run"]
     return Table(result.caption, header, rows, result.best)

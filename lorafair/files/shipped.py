@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import os
 import re
@@ -40,6 +42,15 @@ def find_configuration(name: str) -> Path | None:
         return Path(name)
     shipped, wanted = shipped_configurations(), name.removeprefix("conf/")
     return shipped.get(wanted) or shipped.get(f"{wanted}.yaml")
+
+
+@functools.cache
+def code_sha256() -> str:
+    """Of all modules of the package: changes with any change of the code."""
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(_PACKAGE).as_posix()} ".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def commit() -> str:

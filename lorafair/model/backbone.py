@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from lorafair import third_party
-from lorafair.config.schema import ModelConfig
+from lorafair.config.schema import LoRAConfig, ModelConfig
 from lorafair.console import log
 from lorafair.errors import ConfigError, first_line, of_plugin
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import CoreShape
+from lorafair.model.kept import kept_or_made
 from lorafair.model.lora import ClientHead, add_lora, block_of
 from lorafair.model.proof import prove_used
 from lorafair.model.weights.files import check_file
@@ -103,7 +104,7 @@ def build_model(config: ModelConfig, classes: int, seed: int, core: CoreShape | 
 
     Raises ConfigError for an unknown model, unusable weights, image size or targets.
     """
-    backbone = create_backbone(config, classes, seed)
+    backbone = _backbone_for(config, classes, seed)
     backbone.requires_grad_(False).eval()
     head_path = _replace_head(backbone, config.name, classes)
     paths = add_lora(
@@ -163,6 +164,16 @@ def normalization_of(config: ModelConfig) -> tuple[Any, Any]:
         return _normalization(config, None)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return _normalization(config, timm.create_model(config.name))
+
+
+def _backbone_for(config: ModelConfig, classes: int, seed: int) -> Any:
+    """`create_backbone`, or a copy of what it gave to the run before; a plug-in's may be more than its weights."""
+    if _registered(config.name) is not None:
+        return create_backbone(config, classes, seed)
+    file = Path(config.weights).stat() if _is_file(config) and Path(config.weights).exists() else None
+    of_file = None if file is None else (file.st_mtime_ns, file.st_size)
+    plain = dataclasses.replace(config, lora=LoRAConfig(), seed=None)
+    return kept_or_made(repr((plain, of_file, classes, seed)), lambda: create_backbone(config, classes, seed))
 
 
 def create_backbone(config: ModelConfig, classes: int, seed: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class RoundSummary:
     total_bytes: float  # since round 1
     total_seconds: float  # since round 1
     adapter: Tensor  # (P,) where clients start next
+    shared_seconds: Mapping[int, float] = field(default_factory=dict)  # of clients that another run has trained, there
 
     @property
     def train_loss(self) -> float:
@@ -61,7 +62,9 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
     }
     scalars |= {f"time/{phase}": seconds for phase, seconds in summary.seconds.items()}
     scalars |= {"time/round": sum(summary.seconds.values()), "time/total": summary.total_seconds}
-    scalars |= _idle_fractions(summary.plan, summary.results)
+    if summary.shared_seconds:
+        scalars["time/shared_training"] = sum(summary.shared_seconds.values())
+    scalars |= _idle_fractions(summary)
     if summary.evaluation is not None:
         scalars |= evaluation_scalars(experiment, summary.evaluation)
     return scalars
@@ -119,9 +122,10 @@ def _server_scalars(paths: Sequence[str], bias: Mapping[str, Tensor]) -> dict[st
     return scalars
 
 
-def _idle_fractions(plan: RoundPlan, results: ClientResults) -> dict[str, float]:
+def _idle_fractions(summary: RoundSummary) -> dict[str, float]:
     """Fraction of the training phase each rank spent without work."""
-    seconds = dict(zip(plan.clients, results.seconds, strict=True))
+    plan = summary.plan
+    seconds = dict(zip(plan.clients, summary.results.seconds, strict=True)) | dict.fromkeys(summary.shared_seconds, 0.0)
     busy = [sum(seconds[c] for c in clients) for clients in plan.clients_of_rank]
     longest = max(busy)
     return {f"time/idle_fraction/rank{rank}": 1 - b / longest if longest else 0.0 for rank, b in enumerate(busy)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import platform
@@ -89,7 +90,8 @@ def result_text(result: Mapping[str, Any]) -> str:
     return f"{title}\n{table(['domain', *columns, 'loss', 'test images'], rows)}"
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Of what has computed the numbers; of lorafair also the commit, where it runs from a checkout."""
     found = {"lorafair": __version__, "python": platform.python_version()}
     if at := commit():

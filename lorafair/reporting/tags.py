@@ -88,7 +88,10 @@ SCALARS = (
         "time/idle_fraction/<rank>", "5 time/waiting <rank>", _FRACTION,
         "Fraction of the training phase in which the process waited",
     ),
-    Scalar("time/<phase>", "5 time/<phase>", _SECONDS, "train, gather, server, broadcast, evaluate"),
+    Scalar(
+        "time/<phase>", "5 time/<phase>", _SECONDS,
+        "train, gather, server, broadcast, evaluate; shared_training: what was taken over, as long as it took there",
+    ),
     Scalar("server/dropped_clients", "6 clients/dropped", "clients", "Clients left out because of NaN or infinity"),
     Scalar(
         "defence/left_out", "6 defence/left out", _FRACTION,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafair.checkpointing import partial_round
+from lorafair.checkpointing import rows
 from lorafair.checkpointing.folder import CheckpointError
 from lorafair.checkpointing.partial_round import PartialRound, drop_unfinished, list_unfinished
 
@@ -117,6 +117,6 @@ def test_clients_that_cannot_be_read_now_end_the_run(tmp_path: Path, monkeypatch
             CheckpointError, match=r"unfinished_000004 cannot be read now \(Input/output error\); nothing"
         ):
             found(tmp_path)
-    monkeypatch.setattr(partial_round, "safe_open", fail)
+    monkeypatch.setattr(rows, "safe_open", fail)
     with pytest.raises(CheckpointError, match=r"clients_000004.safetensors cannot be read now \(Input/output error\)"):
         found(tmp_path)

@@ -49,7 +49,7 @@ def second(hang, otherwise):
 
 PLACES = {
     "checks": (checks, "check_model", sleep),
-    "client, locked": (training._Trainer, "train", second(hold, training._Trainer.train)),
+    "client, locked": (training.Trainer, "train", second(hold, training.Trainer.train)),
     "server, locked": (federation.Server, "aggregate_shard", hold),
     "evaluation, locked": (federation, "initial_adapters", hold),
     "server": (federation.Server, "aggregate_shard", sleep),

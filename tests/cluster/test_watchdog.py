@@ -165,13 +165,13 @@ def test_a_client_that_hangs_is_named_and_the_clients_before_it_are_kept(tmp_pat
         import sys, time
         from lorafair import cli
         from lorafair.client import training
-        train, calls = training._Trainer.train, []
+        train, calls = training.Trainer.train, []
         def hang_at_the_third(*arguments):
             calls.append(1)
             if len(calls) == 3:
                 time.sleep(60)
             return train(*arguments)
-        training._Trainer.train = hang_at_the_third
+        training.Trainer.train = hang_at_the_third
         sys.exit(cli.main(sys.argv[1:]))
         """,
         *TINY, "data.train_images=16", "data.test_images=6", "fabric.devices=1", "client.timeout_minutes=0.03",

@@ -69,7 +69,7 @@ BROKEN = 3  # a client
 def federation(fabric: Any, run: str, folder: Path, *, stopping_rank: int = -1) -> str:
     """One run on this rank; returns how it has ended."""
     config = load_config([*SMALL, *RUNS[run], f"run_dir={folder / run}"])
-    train_cohort, train_clients = training._Trainer.train, federation_module.train_clients
+    train_cohort, train_clients = training.Trainer.train, federation_module.train_clients
 
     def train(*arguments: Any) -> Any:
         if fabric.global_rank == stopping_rank:
@@ -84,7 +84,7 @@ def federation(fabric: Any, run: str, folder: Path, *, stopping_rank: int = -1) 
         return rows
 
     with pytest.MonkeyPatch.context() as patch, handling_signals():
-        patch.setattr(training._Trainer, "train", train)
+        patch.setattr(training.Trainer, "train", train)
         patch.setattr(federation_module, "train_clients", with_a_failed_client)
         try:
             run_federation(fabric, config)

@@ -338,7 +338,7 @@ def test_a_run_in_progress_elsewhere_is_left_to_the_other_process(
     assert "in progress" in list_runs(copied)
     run_comparison(launched(1), copied)
     printed = capsys.readouterr().out
-    assert f"[3/4] {run.name}: left to process {held.holder.pid} on " in printed
+    assert f"[2/4] {run.name}: left to process {held.holder.pid} on " in printed
     assert f"1 run left to other processes: {run.name}; --report writes the report once it is done\n" in printed
     run_comparison(launched(1), copied, index=2)
     assert "round " not in capsys.readouterr().out.replace("rounds", "")

@@ -140,7 +140,7 @@ def test_a_comparison_does_no_more_runs_than_a_decision_takes(
     begun: list[int] = []
     interrupted: list[bool] = []
 
-    def federation(fabric: Any, config: Any, lock: Any) -> str:
+    def federation(fabric: Any, config: Any, *more: Any) -> str:
         if len(begun) == 7 and not interrupted and in_two:
             interrupted.append(True)
             raise KeyboardInterrupt
@@ -178,7 +178,7 @@ def test_draws_stop_with_the_batch_that_decides(tmp_path: Path) -> None:
     fresh = declared(tmp_path, UNTIL)
     assert {fresh.stopped_before(run) for run in fresh.final_runs if run.seed >= expected} == {expected}
     assert {fresh.stopped_before(run) for run in fresh.final_runs if run.seed < expected} == {None}
-    decision, lock = runner.decide(comparison, comparison.final_runs[-1], alone=True)
+    decision, lock = runner.decide(comparison, comparison.final_runs[-1], None)
     assert (decision.stopped, lock) == (expected, None)
     assert "not needed" in list_runs(comparison)
 
