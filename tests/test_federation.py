@@ -156,6 +156,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=3", "client.cohort=2", "rounds=3",
     ),
+    "q_weighting": (
+        "method.name=lora_fair", "federation.weighting=q", "client.optimizer=sgd", "partition.scheme=dirichlet",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=4", "client.cohort=2",
+    ),
+    "afl": (
+        "method.name=fedit", "federation.weighting=afl", "partition.scheme=dirichlet", "rounds=3",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=4", "client.cohort=2",
+    ),
     "class_head": (
         "method.name=flex_lora", "federation.head_weighting=class", "model.lora.client_ranks=[4,1]",
         "model.lora.client_rank_probabilities=[0.5,0.5]", "partition.scheme=dirichlet", "partition.alpha=0.1",

@@ -52,6 +52,10 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
     if len(experiment.clients) <= CLIENT_CURVES:
         for client, loss in zip(summary.results.clients, losses, strict=True):
             scalars[f"train/loss/{experiment.clients[client].name}"] = loss
+    if experiment.measured > 2:  # weights follow from losses
+        weights = summary.results.weights
+        scalars |= {"train/weight_highest": max(weights), "train/weight_lowest": min(weights)}
+        scalars["server/step"] = summary.results.step
     scalars |= _server_scalars(list(experiment.layout.factors), summary.bias)
     scalars |= {
         "comm/up_bytes": summary.traffic.up,

@@ -122,6 +122,15 @@ SCALARS = (
     Scalar("train/learning_rate", "6 clients/learning rate", "", "Learning rate of the round (client.schedule)"),
     Scalar("train/loss_highest", "6 clients/loss highest", _NATS, "Training loss of the client where it is highest"),
     Scalar("train/loss_lowest", "6 clients/loss lowest", _NATS, "Training loss of the client where it is lowest"),
+    Scalar(
+        "train/weight_highest", "6 clients/weight highest", _FRACTION,
+        "Largest weight of a client in the mean, with federation.weighting=q or afl",
+    ),
+    Scalar("train/weight_lowest", "6 clients/weight lowest", _FRACTION, "Smallest weight of a client in the mean"),
+    Scalar(
+        "server/step", "3 aggregation/part of the way", _RATIO,
+        "How far the server goes to the mean, with federation.weighting=q (1: all the way)",
+    ),
     Scalar("train/loss/<client>", "6 clients/loss of <client>", _NATS, "In runs of up to 1,000 clients"),
     Scalar("", "9 stacked time/<phase>", _SECONDS, "From the start of the round to the end of the phase"),
 )  # fmt: skip
