@@ -251,6 +251,10 @@ def test_the_same_bits_on_1_2_and_3_ranks_and_after_a_resume_on_another_number(
         results = [json.loads((folder / name / "result.json").read_text()) for name in ("1", other)]
         assert results[0]["accuracy"] == results[1]["accuracy"]
         assert results[0]["mean_loss"] == results[1]["mean_loss"]
+        assert results[0]["clients"] == results[1]["clients"]
+        assert [results[0][f"mean_{kind}"] for kind in ("macro_f1", "calibration_error")] == [
+            results[1][f"mean_{kind}"] for kind in ("macro_f1", "calibration_error")
+        ]
         if other != "resumed":
             assert server_scalars(folder / other) == server_scalars(folder / "1")
 

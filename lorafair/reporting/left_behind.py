@@ -31,7 +31,9 @@ class ClientSpread:
     def curves(self) -> dict[str, float]:
         """The scalars of a round."""
         numbers = {"": self.mean, "_worst_decile": self.worst_decile, "_best_decile": self.best_decile}
-        return {f"eval/client_accuracy{name}": value for name, value in (numbers | {"_deviation": self.deviation}).items()}
+        return {
+            f"eval/client_accuracy{name}": value for name, value in (numbers | {"_deviation": self.deviation}).items()
+        }
 
 
 def client_accuracies(experiment: Experiment, evaluation: Evaluation) -> np.ndarray | None:

@@ -116,7 +116,9 @@ def _squared_distances(
 ) -> list[float]:
     """‖w − w_k‖² (K,) of what clients send, on every rank: each is computed on the rank that has the client's row."""
     fabric, layout, kept = experiment.fabric, experiment.layout, set(results.clients)
-    trained, sent = (parts(state.completed_rounds) for parts in (experiment.aggregator.trains, experiment.aggregator.sends))
+    trained, sent = (
+        parts(state.completed_rounds) for parts in (experiment.aggregator.trains, experiment.aggregator.sends)
+    )
     clients_of_rank = [[client for client in clients if client in kept] for clients in plan.clients_of_rank]
     mine = [
         _squared_distance(layout, initial_adapters(experiment, state, (client,)), row, trained, sent)
@@ -135,7 +137,9 @@ def _squared_distance(
     return float(np.square(moved.cpu().numpy()).sum())  # by NumPy, whose sums do not depend on the number of threads
 
 
-def stepped(layout: AdapterLayout, update: ServerUpdate, start: Tensor, step: float, received: Sequence[Part]) -> ServerUpdate:
+def stepped(
+    layout: AdapterLayout, update: ServerUpdate, start: Tensor, step: float, received: Sequence[Part]
+) -> ServerUpdate:
     """The update that goes a part of the way from `start` (P,) to what the method returns, in the parts it sends."""
     proposed = layout.pack(update.adapter)
     moved = proposed.clone()

@@ -119,7 +119,11 @@ def test_a_result_has_the_numbers_of_its_table(tiny: Tiny, capsys: pytest.Captur
     worst = [f"{100 * min(values[kind] for values in result['domains'].values()):.1f}" for kind in kinds]
     loss = max(values["loss"] for values in result["domains"].values())
     assert rows[-2] == ["worst", "domain", *worst, f"{loss:.3f}"]
-    assert result["accuracy_worst_domain"] == min(result["accuracy"].values()) == result["accuracy"][result["worst_domain"]]
+    assert (
+        result["accuracy_worst_domain"]
+        == min(result["accuracy"].values())
+        == result["accuracy"][result["worst_domain"]]
+    )
     means = [f"{100 * result[f'mean_{kind}']:.1f}" for kind in kinds]
     assert rows[-1] == ["mean", *means, f"{result['mean_loss']:.3f}", "96"]
     curves = read_metrics(config.folder)

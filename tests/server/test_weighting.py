@@ -196,15 +196,27 @@ def test_a_client_without_a_finite_loss_is_left_out(tiny: Tiny, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("method.name=local_only", "federation.weighting=afl"), r"weighting=afl has no effect with method\.name=local_o"),
+        (
+            ("method.name=local_only", "federation.weighting=afl"),
+            r"weighting=afl has no effect with method\.name=local_o",
+        ),
         (("method.name=centralized", "federation.weighting=q"), r"weighting=q has no effect with .* possible: fedit, "),
         (("client.scaffold=true", "federation.weighting=afl"), r"weighting=afl does not fit client\.scaffold=true"),
-        (("method.name=fedex_lora", "federation.weighting=q"), r"step=qfedavg does not fit method\.name=fedex_lora.*=full"),
+        (
+            ("method.name=fedex_lora", "federation.weighting=q"),
+            r"step=qfedavg does not fit method\.name=fedex_lora.*=full",
+        ),
         (("client.optimizer=adamw", "federation.weighting=q"), r"step=qfedavg does not fit client\.optimizer=adamw"),
         (("server.optimizer=fedavgm", "federation.weighting=q"), r"does not fit server\.optimizer=fedavgm"),
         (("client.b_learning_rate_ratio=4", "federation.weighting=q"), r"does not fit client\.b_learning_rate_ratio=4"),
-        (("federation.initialization=fresh", "federation.weighting=q"), r"does not fit federation\.initialization=fresh"),
-        (("federation.weighting_q=1",), r"federation\.weighting_q=1\.0 has no effect: it needs federation\.weighting=q"),
+        (
+            ("federation.initialization=fresh", "federation.weighting=q"),
+            r"does not fit federation\.initialization=fresh",
+        ),
+        (
+            ("federation.weighting_q=1",),
+            r"federation\.weighting_q=1\.0 has no effect: it needs federation\.weighting=q",
+        ),
         (("federation.weighting=q", "federation.weighting_rate=1"), r"federation\.weighting_rate=1\.0 has no effect"),
         (("federation.weighting=afl", "federation.weighting_rate=0"), r"weighting_rate=0\.0 is out of range"),
     ],
