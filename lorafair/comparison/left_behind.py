@@ -132,17 +132,14 @@ def head_table(outcomes: Outcomes, setting: str) -> Table:
     """What the class-wise mean of the head does to each method, in top-1 and in balanced accuracy."""
     rows: list[list[Cell]] = []
     for plain, by_class in head_pairs(outcomes, setting):
-        row: list[Cell] = [outcomes.title(plain)]
-        for kind in ("accuracy", "balanced_accuracy"):
+        for what, kind in (("top-1", "accuracy"), ("balanced", "balanced_accuracy")):
             value = mean_of_domains(kind)
-            row += [summary(outcomes.runs_of(setting, method), value) for method in (plain, by_class)]
+            both = [summary(outcomes.runs_of(setting, method), value) for method in (plain, by_class)]
             difference = outcomes.difference(by_class, setting, against=plain, value=value)
-            row += ["–", "–"] if difference is None else [difference, difference.interval_text]
-        rows.append(row)
-    what = ("top-1", "balanced")
-    header = [f"{name}, {column}" for name in what for column in ("plain", "class", "gain", outcomes.interval_name)]
+            if difference is not None:
+                rows.append([outcomes.title(plain), what, *both, difference, difference.interval_text])
     caption = "The same method with the plain and with the class-wise mean of the head, in %; gains in points, paired"
-    return Table(caption, ["method", *header], rows)
+    return Table(caption, ["method", "accuracy", "plain", "class-wise", "gain", outcomes.interval_name], rows)
 
 
 def reading_text(outcomes: Outcomes) -> str:
@@ -151,8 +148,8 @@ def reading_text(outcomes: Outcomes) -> str:
         return ""
     return (
         "Balanced: mean recall of the classes with test images. Most frequent answer: the largest fraction of all "
-        "predictions that are one class; majority class: the accuracy of always predicting the largest class. An "
-        "accuracy near both is that of a model with one answer. Clients: each client's accuracy on test images with its "
-        "own mix of domains and classes; a decile is the mean of a tenth of the clients, rounded up. Calibration error: "
-        "mean distance of confidence and accuracy in 15 bins."
+        "predictions that are one class; majority class: the accuracy of always predicting the largest class. A model "
+        "whose most frequent answer is near 100% has the accuracy of one class. Clients: each client's accuracy on test "
+        "images with its own mix of domains and classes; a decile is the mean of a tenth of the clients, rounded up. "
+        "Calibration error: mean distance of confidence and accuracy in 15 bins."
     )

@@ -55,7 +55,9 @@ def client_accuracies(experiment: Experiment, evaluation: Evaluation) -> np.ndar
     known = ~np.isnan(expected)
     counts = np.bincount(owner_of[known], minlength=len(owners))
     sums = np.bincount(owner_of[known], weights=expected[known], minlength=len(owners))
-    return np.divide(sums, counts, out=np.full(len(owners), np.nan), where=counts > 0)
+    accuracies = np.full(len(owners), np.nan)
+    np.divide(sums, counts, out=accuracies, where=counts > 0)
+    return accuracies
 
 
 def client_spread(experiment: Experiment, evaluation: Evaluation) -> ClientSpread | None:

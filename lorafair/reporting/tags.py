@@ -61,7 +61,9 @@ SCALARS = (
         "eval/macro_f1", "1 accuracy/mean, F1 of classes", _FRACTION,
         "Mean F1 of the classes that a domain's labels or predictions have, unweighted mean of the domains",
     ),
-    Scalar("eval/macro_f1/<domain>", "1 accuracy/other F1 of classes on <domain>", _FRACTION, "The same for one domain"),
+    Scalar(
+        "eval/macro_f1/<domain>", "1 accuracy/other F1 of classes on <domain>", _FRACTION, "The same for one domain"
+    ),
     Scalar(
         "eval/calibration_error", "1 accuracy/other calibration error", _FRACTION,
         "Expected calibration error, 15 equal bins of the confidence, unweighted mean of the domains",
@@ -186,7 +188,10 @@ CHARTS = (
     Chart(
         "Accuracy", "Clients: mean, worst and best decile",
         bands=(
-            ("1 accuracy/of clients, mean", "1 accuracy/of clients, worst decile", "1 accuracy/of clients, best decile"),
+            (
+                "1 accuracy/of clients, mean", "1 accuracy/of clients, worst decile",
+                "1 accuracy/of clients, best decile",
+            ),
         ),
     ),
     Chart("Loss", "Training and test", ("2 loss/local training", "2 loss/test mean of domains")),

@@ -98,8 +98,8 @@ def afl_mixture(mixture: Sequence[float], losses: Sequence[float], rate: float) 
     With all clients in every round that is the paper's projection onto the simplex. Else clients compete with those of
     the same round, and the λ of all others stay: nobody gains or loses by being drawn.
     """
-    moved = np.array(mixture) + rate * np.array(losses)
-    return project(moved, math.fsum(mixture)).tolist()
+    moved = project(np.array(mixture) + rate * np.array(losses), math.fsum(mixture))
+    return [float(part) for part in moved]
 
 
 def project(values: np.ndarray, mass: float) -> np.ndarray:
@@ -108,7 +108,8 @@ def project(values: np.ndarray, mass: float) -> np.ndarray:
     thresholds = (np.cumsum(descending) - mass) / np.arange(1, len(values) + 1)
     if not (above := np.flatnonzero(descending > thresholds)).size:  # mass is 0
         return np.zeros_like(values)
-    return np.maximum(values - thresholds[above[-1]], 0.0)
+    nearest: np.ndarray = np.maximum(values - thresholds[above[-1]], 0.0)
+    return nearest
 
 
 def _squared_distances(

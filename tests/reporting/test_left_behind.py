@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ def made(hits: list[Any], *, personal: bool = False) -> tuple[Any, Evaluation]:
     cells = np.array([cell for mix in MIXES for cell in mix])
     bounds = np.cumsum([0, *map(len, MIXES)])
     experiment = SimpleNamespace(
-        owners=[SimpleNamespace(indices=np.arange(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)],
+        owners=[SimpleNamespace(indices=np.arange(a, b)) for a, b in itertools.pairwise(bounds)],
         aggregator=SimpleNamespace(personal_parts=("A",) if personal else ()),
         data=SimpleNamespace(train=SimpleNamespace(domains=cells[:, 0], labels=cells[:, 1])),
     )
