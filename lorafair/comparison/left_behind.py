@@ -149,7 +149,7 @@ def reading_text(outcomes: Outcomes) -> str:
     return (
         "Balanced: mean recall of the classes with test images. Most frequent answer: the largest fraction of all "
         "predictions that are one class; majority class: the accuracy of always predicting the largest class. A model "
-        "whose most frequent answer is near 100% has the accuracy of one class. Clients: each client's accuracy on test "
+        "whose most frequent answer is near 100% has the accuracy of one class. Clients: each one's accuracy on test "
         "images with its own mix of domains and classes; a decile is the mean of a tenth of the clients, rounded up. "
         "Calibration error: mean distance of confidence and accuracy in 15 bins."
     )
