@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -176,6 +177,37 @@ def test_rounds_of_afl_follow_the_mixture(tiny: Tiny, monkeypatch: pytest.Monkey
         assert after.step == 1.0
     assert math.fsum(mixture) == pytest.approx(1.0)
     assert np.abs(mixture - np.array(experiment.sizes) / sum(experiment.sizes)).max() > 1e-3
+
+
+def test_clients_that_are_done_bring_their_first_loss_to_the_continued_round(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (
+        "method.name=fedit",
+        "client.cohort=1",
+        "federation.weighting=afl",
+        "federation.weighting_rate=0.05",
+        "rounds=2",
+    )
+    whole, stopped = tiny(*given), tiny(*given)
+    stopped = dataclasses.replace(stopped, run_dir=whole.folder.with_name("stopped"))
+    run_federation(launched(1), whole)
+    train, calls = LocalTraining.train, []
+
+    def fail_at_the_third(self: Any, cohort: Any, inputs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("Connection closed by peer")
+        return train(self, cohort, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalTraining, "train", fail_at_the_third)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            run_federation(launched(1), stopped)
+    run_federation(launched(1), stopped)
+    for one, other in zip(adapters_of(whole), adapters_of(stopped), strict=True):
+        assert torch.equal(one["mixture"], other["mixture"])
+        assert torch.equal(one["adapter"], other["adapter"])
 
 
 def test_a_client_without_a_finite_loss_is_left_out(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
