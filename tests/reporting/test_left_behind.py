@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from lorafair.commands.run import RunResult
+from lorafair.errors import LorafairError
 from lorafair.evaluation import Evaluation
 from lorafair.federation import run_federation
 from lorafair.reporting.left_behind import client_accuracies, client_spread, spread_of
@@ -61,6 +65,15 @@ def test_a_client_with_a_model_of_its_own_has_the_accuracy_of_that() -> None:
     assert found[:2].tolist() == [pytest.approx((2 * 4 / 4 + 0) / 3), 1.0]
 
 
+def test_a_result_of_an_older_version_says_what_it_lacks(tmp_path: Path) -> None:
+    older = {"rounds": 1, "mean_accuracy": 0.5, "versions": {"lorafair": "0.1.0"}}
+    (tmp_path / "result.json").write_text(json.dumps(older))
+    with pytest.raises(
+        LorafairError, match=r"has no mean_macro_f1: lorafair 0\.1\.0 did not record it; remove result\.js"
+    ):
+        RunResult(tmp_path).macro_f1  # noqa: B018
+
+
 def test_an_evaluation_without_answers_by_class_has_no_clients() -> None:
     experiment, evaluation = made([[[1, 2, 0], [5, 0, 0]]])
     assert client_spread(experiment, dataclasses.replace(evaluation, hits=None)) is None
@@ -94,6 +107,14 @@ def test_a_run_records_its_clients(method: str, tiny: Any, capsys: pytest.Captur
     assert clients["standard_deviation"] == pytest.approx(np.std(values))
     assert f"clients:  {clients_text(result)}\n" in capsys.readouterr().out
     assert clients_text(result).startswith(f"{100 * min(values):.1f} % for the worst decile")
+    found = RunResult(config.folder)
+    assert found.clients == clients
+    assert found.accuracy[found.worst_domain] == result["accuracy_worst_domain"] == min(found.accuracy.values())
+    for kind in ("balanced_accuracy", "macro_f1", "calibration_error"):
+        of_domains = getattr(found, kind)
+        assert getattr(found, f"mean_{kind}") == pytest.approx(np.mean(list(of_domains.values())))
+        assert of_domains == {domain: curves[f"eval/{kind}/{domain}"][1] for domain in result["accuracy"]}
+    assert found.recall["noisy"] == result["recall"]["noisy"]
     if method != "local_only":  # one client a domain, and a balanced test set: the mix of its training images counts
         assert values != list(result["accuracy"].values())
         assert values == [pytest.approx(value, abs=0.2) for value in result["accuracy"].values()]
