@@ -1,10 +1,14 @@
-"""Top-1 and class-balanced accuracy, loss and the metrics of plug-ins for every domain, exact on any number of ranks.
+"""Accuracy, recall, F1, calibration, loss and the metrics of plug-ins for every domain, exact on any number of ranks.
 
 Every test image is visited once: batches do not depend on the number of ranks, ranks take them in turn, and what is
 added up over ranks are integers, or numbers that only one rank holds. Metrics of plug-ins see all batches on rank 0, in
 their order.
 
-Letters: M adapters evaluated (1, or one a client), D domains, Q classes, U batches, P packed length.
+The definitions are those of torchmetrics: MulticlassF1Score(average="macro") and MulticlassCalibrationError(n_bins=15).
+Its objects are not used here: to import them takes seconds of every run, and the latter keeps and gathers every
+confidence, in float32, whose sum depends on the order. Here all states are small sums of integers.
+
+Letters: M adapters evaluated (1, or one a client), D domains, Q classes, U batches, P packed length, N images.
 """
 
 from __future__ import annotations
@@ -35,7 +39,14 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 # names of curves that every run has
-_TAKEN = ("accuracy", "balanced_accuracy", "most_frequent_answer", "majority_class", "loss", "confusion")
+_TAKEN = (
+    "accuracy", "balanced_accuracy", "macro_f1", "calibration_error", "most_frequent_answer", "majority_class", "loss",
+    "confusion", "client_accuracy",
+)  # fmt: skip
+_BINS = 15  # of confidences; a last one holds those that are exactly 1, as in torchmetrics
+# A confidence as an integer, so that sums have no order. Exact: float32 has 24 bits, and the largest of Q <= 4096
+# probabilities is at least 2^-12. 2^27 images of a domain have room.
+_CONFIDENCE_UNIT = 2.0**-36
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,9 @@ class Evaluation:
     loss: Tensor  # (M, D) mean cross-entropy in nats
     confusion: Tensor  # (D, Q, Q) images by true and predicted class, added up over the adapters
     metrics: dict[str, float] = field(default_factory=dict)  # of plug-ins: name, or name/domain
+    hits: Tensor | None = None  # (M, D, Q) images by true class that an adapter classifies correctly
+    macro_f1: Tensor | None = None  # (M, D) mean F1 of the classes that a domain's labels or the predictions have
+    calibration_error: Tensor | None = None  # (M, D) expected calibration error, 15 equal bins of the confidence
 
     @property
     def mean_accuracy(self) -> float:
@@ -72,6 +86,12 @@ class Evaluation:
     def balanced_accuracy(self) -> Tensor:
         """(D,) mean recall over the classes of which a domain has test images."""
         return self.recall.nanmean(1)
+
+    @property
+    def recall_of_adapters(self) -> Tensor | None:
+        """(M, D, Q) as `recall`, of every adapter; NaN without images."""
+        images = self.confusion.sum(2) // len(self.accuracy)  # (D, Q)
+        return None if self.hits is None else self.hits / images.to(torch.float64)
 
     @property
     def majority_class(self) -> Tensor:
@@ -201,16 +221,24 @@ class Evaluator:
 class _Counts:
     """What is added up over batches and ranks."""
 
-    right: Tensor  # (M, D) int64
+    hits: Tensor  # (M, D, Q) int64, right answers by class
+    answers: Tensor  # (M, D, Q) int64, all answers by class
+    bins: Tensor  # (M, D, bins + 1, 3) int64 by confidence: images, right answers, sum of confidences in their unit
     confusion: Tensor  # (D, Q, Q) int64
     losses: Tensor  # (M, U) float64, each from one rank
 
     @staticmethod
     def zero(adapters: int, domains: int, batches: int, classes: int, fabric: Fabric) -> _Counts:
         """No batch is added yet."""
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=fabric.device)
+
         return _Counts(
-            right=torch.zeros(adapters, domains, dtype=torch.int64, device=fabric.device),
-            confusion=torch.zeros(domains, classes, classes, dtype=torch.int64, device=fabric.device),
+            hits=integers(adapters, domains, classes),
+            answers=integers(adapters, domains, classes),
+            bins=integers(adapters, domains, _BINS + 1, 3),
+            confusion=integers(domains, classes, classes),
             losses=torch.zeros(adapters, batches, dtype=torch.float64, device=fabric.device),
         )
 
@@ -218,25 +246,37 @@ class _Counts:
         """One batch of one adapter."""
         self.losses[adapter, batch] = F.cross_entropy(logits.double(), labels, reduction="sum")
         predicted = logits.argmax(1)
-        self.right[adapter, domain] += (predicted == labels).sum()
+        right, one = (predicted == labels).to(torch.int64), torch.ones_like(predicted)
+        self.hits[adapter, domain].index_add_(0, labels, right)
+        self.answers[adapter, domain].index_add_(0, predicted, one)
+        confidence = logits.float().softmax(1).amax(1).nan_to_num(0.0)
+        edges = torch.linspace(0, 1, _BINS + 1, device=logits.device)
+        counted = torch.stack([one, right, (confidence.double() / _CONFIDENCE_UNIT).to(torch.int64)], dim=1)  # (N, 3)
+        self.bins[adapter, domain].index_add_(0, torch.bucketize(confidence, edges, right=True) - 1, counted)
         # As torchmetrics' multiclass_confusion_matrix, which takes two seconds to import and waits for the device.
         cells = labels * self.confusion.shape[1] + predicted
-        self.confusion[domain].view(-1).index_add_(0, cells, torch.ones_like(cells))
+        self.confusion[domain].view(-1).index_add_(0, cells, one)
 
     def evaluation(
         self, fabric: Fabric, images: Sequence[int], domain_of_batch: Sequence[int], metrics: dict[str, float]
     ) -> Evaluation:
         """The result over all ranks. Call on every rank."""
-        for partial in (self.right, self.confusion, self.losses):
+        for partial in (self.hits, self.answers, self.bins, self.confusion, self.losses):
             sum_over_ranks(fabric, partial)
-        by_domain = torch.zeros(self.right.shape, dtype=torch.float64)
+        hits, confusion = self.hits.cpu(), self.confusion.cpu()
+        either = confusion.sum(2) // len(hits) + self.answers.cpu()  # (M, D, Q) images of a class and answers of it
+        _, right, confidence = self.bins.cpu().to(torch.float64).unbind(3)  # (M, D, bins + 1)
+        by_domain = torch.zeros(hits.shape[:2], dtype=torch.float64)
         by_domain.index_add_(1, torch.tensor(domain_of_batch), self.losses.cpu())
         of_domain = torch.tensor(images, dtype=torch.float64)  # (D,)
         return Evaluation(
-            accuracy=self.right.cpu() / of_domain,
+            accuracy=hits.sum(2) / of_domain,
             loss=by_domain / of_domain,
-            confusion=self.confusion.cpu(),
+            confusion=confusion,
             metrics=metrics,
+            hits=hits,
+            macro_f1=(2 * hits / either.to(torch.float64)).nanmean(2),
+            calibration_error=(right - _CONFIDENCE_UNIT * confidence).abs().sum(2) / of_domain,
         )
 
 

@@ -74,6 +74,7 @@ class Experiment:
     model: AdaptedModel
     identity: dict[str, Any]  # what a checkpoint must agree with
     labels: Tensor  # of all training images as clients see them, on the device
+    owners: tuple[Client, ...]  # who has the images: `clients`, also where these are pooled into one
     attack: Attack | None = None  # what some clients do
     lock: RunLock | None = None  # of the run directory, on rank 0
     shared: SharedTraining | None = None  # what other runs have trained, and what they may take from this one
@@ -142,6 +143,11 @@ class Experiment:
         """Training images of each client (N,)."""
         return [len(client.indices) for client in self.clients]
 
+    @property
+    def measured(self) -> int:
+        """Numbers that a client returns beside those it trained: mean loss and seconds, before them its first loss."""
+        return 3 if self.config.federation.weighting in ("q", "afl") else 2
+
     @cached_property
     def head_class_counts(self) -> Tensor | None:
         """Training images of each class at each client (N, Q), where they are the weights of the head's rows."""
@@ -176,6 +182,7 @@ class _Loaded:
     data: ImageData
     images: str  # the fingerprint of those that the run began with
     clients: tuple[Client, ...]
+    owners: tuple[Client, ...]
     lora_ranks: tuple[int, ...]
     local: ClientConfig
     model: AdaptedModel
@@ -227,6 +234,7 @@ def build_experiment(
         identity=identity,
         labels=labels if attack is None else attack.labels(labels, classes),
         attack=attack,
+        owners=loaded.owners,
         lock=lock,
     )
     checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
@@ -268,12 +276,13 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
         raise ConfigError(f"federation.clients_per_round={wanted}: there are {len(clients)} clients")
     if config.defence.name is not None:
         make_defence(config.defence).check(wanted or len(clients))
+    owners = clients
     if aggregator.pools_data:
         if local.steps is not None:  # as many images a round as the clients of a federated round see together
             local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
         clients = pooled(data.train.labels)
     model = build_model(config.model, len(data.classes), config.seed, aggregator.core)
-    return _Loaded(data, images, clients, lora_ranks_of_clients(config, len(clients)), local, model)
+    return _Loaded(data, images, clients, owners, lora_ranks_of_clients(config, len(clients)), local, model)
 
 
 def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[str, Any]) -> Checkpoint | None:

@@ -26,7 +26,7 @@ from lorafair.cluster.signals import Interrupted, finishing_clients
 from lorafair.cluster.watchdog import deadline, saving
 from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.communication.collectives import ClientResults, broadcast_update, drop_nonfinite, sum_over_ranks
-from lorafair.communication.traffic import Traffic, round_traffic, with_class_counts, with_control_variates
+from lorafair.communication.traffic import Traffic, round_traffic, with_class_counts, with_control_variates, with_losses
 from lorafair.config.schema import Config
 from lorafair.console import format_count, log
 from lorafair.evaluation import Evaluation
@@ -54,6 +54,7 @@ from lorafair.server.step import (
     make_server,
     update_controls,
 )
+from lorafair.server.weighting import weighted_by_losses
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -204,11 +205,11 @@ def train(experiment: Experiment, state: ServerState, this: Round) -> Tensor:
 def gather(experiment: Experiment, state: ServerState, this: Round, server: Server, trained: Tensor) -> ClientResults:
     """The results of all clients where they are aggregated, without those that are not finite."""
     with this.clock("gather"):
-        results = drop_nonfinite(experiment.fabric, trained, this.plan)
+        results = drop_nonfinite(experiment.fabric, trained, this.plan, experiment.measured)
         if not results.clients:
             abort_all_diverged(experiment, state)
         update_client_seconds(state.client_seconds, this.plan.clients, results.seconds)
-        return server.gather(state, this.plan, results)
+        return server.gather(state, this.plan, weighted_by_losses(experiment, state, this.plan, results))
 
 
 def aggregate(state: ServerState, this: Round, server: Server, clients: ClientResults) -> ServerResult | None:
@@ -320,6 +321,8 @@ def traffic_of(experiment: Experiment, state: ServerState, plan: RoundPlan, resu
         traffic = with_control_variates(traffic)
     if experiment.head_class_counts is not None:
         traffic = with_class_counts(traffic, len(plan.clients), len(experiment.data.classes))
+    if experiment.measured > 2:
+        traffic = with_losses(traffic, len(plan.clients))
     return traffic
 
 

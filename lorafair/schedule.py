@@ -11,7 +11,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
 
 import torch
 
@@ -42,7 +41,7 @@ class Scheduler:
     sizes: Sequence[int]  # (N,) training images of each client
     costs: Sequence[float]  # (N,) its expected work in a round, in any unit
     clients_per_round: int | None  # None: all
-    weighting: Literal["size", "uniform"]
+    weighting: str  # equal weights where it is uniform, else by size: what losses make of them comes later
     cohort: int  # C, clients trained side by side
     world_size: int
 
@@ -58,7 +57,7 @@ class Scheduler:
         to rank 0, which has their rows; they are not trained again.
         """
         clients = self._drawn(round_index)
-        amounts = [float(self.sizes[c]) if self.weighting == "size" else 1.0 for c in clients]
+        amounts = [1.0 if self.weighting == "uniform" else float(self.sizes[c]) for c in clients]
         total = sum(amounts)
         by_cost = sorted(clients, key=lambda c: (-self.costs[c], c))
         cohorts = [tuple(by_cost[i : i + self.cohort]) for i in range(0, len(by_cost), self.cohort)]

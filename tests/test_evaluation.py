@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
 from lorafair.config.schema import LoRAConfig, ModelConfig
 from lorafair.data.images import ImageData, ImagesInMemory, Split
@@ -50,7 +50,13 @@ def evaluated(fabric: Any, count: int) -> Evaluation:
     m = model()
     evaluator = Evaluator(fabric, Source(), DATA, batch_size=8)
     found = evaluator(m, adapters(m, count))
-    return Evaluation(*(t.numpy() for t in (found.accuracy, found.loss, found.confusion)))  # plain arrays travel
+    assert found.hits is not None
+    assert found.macro_f1 is not None
+    assert found.calibration_error is not None
+    return Evaluation(  # plain arrays travel
+        *(t.numpy() for t in (found.accuracy, found.loss, found.confusion)), {},
+        *(t.numpy() for t in (found.hits, found.macro_f1, found.calibration_error)),
+    )  # fmt: skip
 
 
 def test_equal_to_brute_force() -> None:
@@ -77,6 +83,9 @@ def test_the_same_on_1_2_and_3_ranks(count: int) -> None:
         assert np.array_equal(found.accuracy, results[0].accuracy)
         assert np.array_equal(found.loss, results[0].loss)
         assert np.array_equal(found.confusion, results[0].confusion)
+        assert np.array_equal(found.hits, results[0].hits)
+        assert np.array_equal(found.macro_f1, results[0].macro_f1)
+        assert np.array_equal(found.calibration_error, results[0].calibration_error)
 
 
 class Seen(Metric):
@@ -204,3 +213,47 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes_there_are() -> None
     assert one.majority_class.tolist() == [0.6]
     assert one.most_frequent_answer is not None
     assert one.most_frequent_answer.tolist() == [0.8]
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])  # confidences of all bins, and some that are exactly 1
+def test_f1_and_calibration_are_those_of_torchmetrics_and_of_the_definitions(scale: float) -> None:
+    m = model()
+    packed = adapters(m, 2)
+    packed[:, m.adapters.layout.slices["head"]] *= scale
+    found = Evaluator(launched(1), Source(), DATA, batch_size=8)(m, packed)
+    assert found.macro_f1 is not None
+    assert found.calibration_error is not None
+    assert found.recall_of_adapters is not None
+    for index, adapter in enumerate(packed):
+        m.adapters.write(adapter)
+        for domain in range(3):
+            batches = np.array_split(np.flatnonzero(domain == DOMAINS), range(8, (domain == DOMAINS).sum(), 8))
+            with torch.inference_mode():
+                logits = torch.cat([m(IMAGES[batch]) for batch in batches])
+            labels = torch.from_numpy(LABELS[domain == DOMAINS])
+            f1, error = float(found.macro_f1[index, domain]), float(found.calibration_error[index, domain])
+            assert f1 == pytest.approx(float(MulticlassF1Score(4, average="macro")(logits, labels)), abs=1e-6)
+            assert error == pytest.approx(float(MulticlassCalibrationError(4)(logits, labels)), abs=1e-6)
+            assert f1 == pytest.approx(macro_f1_of(logits.argmax(1).numpy(), labels.numpy()))
+            assert error == pytest.approx(calibration_error_of(logits.softmax(1).numpy(), labels.numpy()), abs=1e-9)
+            recall = [(logits.argmax(1) == labels)[labels == c].double().mean() for c in range(4)]
+            assert found.recall_of_adapters[index, domain].tolist() == [float(value) for value in recall]
+
+
+def macro_f1_of(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Of the classes in either, as scikit-learn's f1_score(average="macro")."""
+    found = []
+    for c in set(predicted) | set(labels):
+        right = ((predicted == c) & (labels == c)).sum()
+        precision, recall = right / max(1, (predicted == c).sum()), right / max(1, (labels == c).sum())
+        found.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    return float(np.mean(found))
+
+
+def calibration_error_of(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """With 15 bins of equal width, image by image; a confidence of 1 has a bin of its own."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    bins = [int(np.searchsorted(np.linspace(0, 1, 16, dtype=np.float32), c, side="right")) for c in confidence]
+    members = [[i for i, b in enumerate(bins) if b == bin] for bin in set(bins)]
+    errors = [abs(np.mean([float(right[i]) - float(confidence[i]) for i in of_bin])) for of_bin in members]
+    return float(sum(len(of_bin) * error for of_bin, error in zip(members, errors, strict=True)) / len(labels))

@@ -168,6 +168,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=3", "client.cohort=2", "rounds=3",
     ),
+    "q_weighting": (
+        "method.name=lora_fair", "federation.weighting=q", "client.optimizer=sgd", "partition.scheme=dirichlet",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=4", "client.cohort=2",
+    ),
+    "afl": (
+        "method.name=fedit", "federation.weighting=afl", "partition.scheme=dirichlet", "rounds=3",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=4", "client.cohort=2",
+    ),
     "class_head": (
         "method.name=flex_lora", "federation.head_weighting=class", "model.lora.client_ranks=[4,1]",
         "model.lora.client_rank_probabilities=[0.5,0.5]", "partition.scheme=dirichlet", "partition.alpha=0.1",
@@ -255,6 +263,10 @@ def test_the_same_bits_on_1_2_and_3_ranks_and_after_a_resume_on_another_number(
         results = [json.loads((folder / name / "result.json").read_text()) for name in ("1", other)]
         assert results[0]["accuracy"] == results[1]["accuracy"]
         assert results[0]["mean_loss"] == results[1]["mean_loss"]
+        assert results[0]["clients"] == results[1]["clients"]
+        assert [results[0][f"mean_{kind}"] for kind in ("macro_f1", "calibration_error")] == [
+            results[1][f"mean_{kind}"] for kind in ("macro_f1", "calibration_error")
+        ]
         if other != "resumed":
             assert server_scalars(folder / other) == server_scalars(folder / "1")
 

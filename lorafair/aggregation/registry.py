@@ -102,6 +102,7 @@ def method_of(config: Config) -> Aggregator:
         )
     _check_average(config, method, name)
     _check_robustness(config, method, name)
+    _check_weighting(config, method, name)
     if method.coding is not None and config.server.optimizer != "none":
         raise ConfigError(
             f"server.optimizer={config.server.optimizer} does not fit method.fold_bits of method.name={name}: it would "
@@ -230,6 +231,35 @@ def _check_average(config: Config, method: Aggregator, name: str) -> None:
         )
 
 
+def _check_weighting(config: Config, method: Aggregator, name: str) -> None:
+    """Weights that follow from losses, and the way that the server of q-FedAvg goes."""
+    federation, client = config.federation, config.client
+    key = f"federation.weighting={federation.weighting}"
+    if federation.weighting not in ("q", "afl"):
+        return
+    if not _averages_something(method):
+        raise ConfigError(
+            f"{key} has no effect with method.name={name}, which averages nothing; "
+            f"possible: {', '.join(_methods_that(_averages_something))}"
+        )
+    if client.scaffold:
+        raise ConfigError(f"{key} does not fit client.scaffold=true, whose control variates have weights that stay")
+    if federation.weighting_step != "qfedavg":
+        return
+    for other, misfit in (
+        (f"method.name={name}", method.folds or not _keeps_its_factors(method) or method.resets),
+        (f"federation.initialization={federation.initialization}", federation.initialization != "average"),
+        (f"server.optimizer={config.server.optimizer}", config.server.optimizer != "none"),
+        (f"client.optimizer={client.optimizer}", client.optimizer != "sgd"),
+        (f"client.b_learning_rate_ratio={client.b_learning_rate_ratio:g}", client.b_learning_rate_ratio != 1),
+    ):
+        if misfit:
+            raise ConfigError(
+                f"federation.weighting_step=qfedavg does not fit {other}: it scales the change of factors that are "
+                "averaged, after SGD with one learning rate; set federation.weighting_step=full"
+            )
+
+
 def _methods_that(fit: Callable[[type[Aggregator]], bool]) -> list[str]:
     return [name for name in METHODS.names if fit(METHODS[name])]
 
@@ -240,6 +270,10 @@ def _takes_mixed_lora_ranks(method: Aggregator | type[Aggregator]) -> bool:
 
 def _averages_the_head(method: Aggregator | type[Aggregator]) -> bool:
     return "head" not in method.personal_parts and not method.pools_data
+
+
+def _averages_something(method: Aggregator | type[Aggregator]) -> bool:
+    return not method.pools_data and not set(method.personal_parts) >= {"A", "B", "head"}
 
 
 def _keeps_its_factors(method: Aggregator | type[Aggregator]) -> bool:

@@ -42,6 +42,7 @@ class CohortResult:
 
     rows: Tensor  # (C, P) packed adapters
     losses: Tensor  # (C,) mean training loss over a client's steps
+    first_losses: Tensor  # (C,) of the first step, before the optimiser moves anything
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class LocalTraining:
         rule = replace(rule, penalty=cohort.penalty)
         trained = adapters.flat.data  # (C, P) all rows, also those that leave
         losses = torch.zeros(len(start), device=trained.device)  # (C,)
+        first = losses
         for step, batch in zip(cohort.steps, inputs, strict=True):
             active = len(step.counts)
             if active < len(adapters.flat):
@@ -79,11 +81,13 @@ class LocalTraining:
                 _keep_rows(optimizer, active)
             adapters.use_dropout(DropoutStreams(cohort.generators[:active], step.counts))
             losses[:active] += self.step(optimizer, rule, batch, step)
+            if first is losses:
+                first = losses.clone()
         adapters.use_dropout(None)
         adapters.scale_clients(None)
         taken = torch.tensor([sum(c < len(step.counts) for step in cohort.steps) for c in range(len(start))])
         rows = trained.clone() if cohort.scales is None else _b_times(adapters.layout, trained, cohort.scales)
-        return CohortResult(rows=rows, losses=losses / taken.to(losses.device, non_blocking=True))
+        return CohortResult(rows, losses / taken.to(losses.device, non_blocking=True), first)
 
     def step(self, optimizer: Optimizer, rule: GradientRule, inputs: Tensor, step: CohortStep) -> Tensor:
         """One optimiser step of every client of `step`; returns their losses (C,) without waiting for the device."""

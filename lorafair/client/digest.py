@@ -69,7 +69,7 @@ def _of_round(trainer: Trainer) -> str:
     _add(digest, _arithmetic(experiment))
     _add(digest, _settings(experiment))
     _add(digest, _images(experiment))
-    _add(digest, experiment.layout)
+    _add(digest, (experiment.layout, experiment.measured))
     _add(digest, {name: t for name, t in state.tensors().items() if name not in _STATE_NOT_READ})
     _add(digest, _changed_weights(experiment, state))
     _add(digest, (state.completed_rounds, experiment.config.seed_of("client")))

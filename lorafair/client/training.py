@@ -39,6 +39,8 @@ def train_clients(
 ) -> Tensor:
     """Train this rank's clients; returns (n, p + 2): the numbers trained, mean loss and seconds of each.
 
+    Where weights follow from losses, (n, p + 3): the loss of the first batch stands before the mean one.
+
     Those that are done already are taken from `partial`, and what is trained is added to it. Fewer are returned if a
     stop is requested.
     """
@@ -78,7 +80,7 @@ def train_clients(
             complete(ahead if stop.knows("cohort") else 0)  # the first of all tells how long one takes
         complete(0)
     stop.is_set("rest of the round")
-    width = experiment.layout.length_of(trainer.training.parts) + 2
+    width = experiment.layout.length_of(trainer.training.parts) + experiment.measured
     return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
 
 
@@ -129,13 +131,13 @@ class _CohortInTraining:
 
     cohort: tuple[int, ...]
     numbers: Tensor  # (C, p)
-    losses: Tensor  # (C,)
+    losses: tuple[Tensor, ...]  # each (C,): of the first batch where it is asked for, and the mean
     stopwatch: _Stopwatch
 
     def rows(self) -> Tensor:
-        """(C, p + 2): the numbers trained, mean loss and seconds of each. Waits for the device."""
-        seconds = torch.full_like(self.losses, self.stopwatch.seconds() / len(self.cohort))
-        return torch.cat([self.numbers, torch.stack([self.losses, seconds], dim=1).to(self.numbers)], dim=1)
+        """(C, p + 2 or 3): the numbers trained, losses and seconds of each. Waits for the device."""
+        seconds = torch.full_like(self.losses[0], self.stopwatch.seconds() / len(self.cohort))
+        return torch.cat([self.numbers, torch.stack([*self.losses, seconds], dim=1).to(self.numbers)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ class Trainer:
             rows = rule(round_index, cohort, of_clients.start, rows)
         stopwatch.stop()
         numbers = self.experiment.layout.select(rows, self.training.parts)
-        return _CohortInTraining(cohort, numbers, result.losses, stopwatch)
+        losses = (result.first_losses, result.losses)[-(self.experiment.measured - 1) :]
+        return _CohortInTraining(cohort, numbers, losses, stopwatch)
 
 
 def _counted(stream: Iterator[Tensor], steps: Sequence[CohortStep], progress: TrainingProgress) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from lorafair.config.schema import Config
 from lorafair.console import printing, write_text
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.launch import in_place, launch, let_idle_threads_sleep, resolve_placement, run_until_stopped
-from lorafair.reporting.run_dir import Curve, read_metrics, read_result
+from lorafair.reporting.run_dir import RESULT_FILE, Curve, read_metrics, read_result
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,6 +56,68 @@ class RunResult:
     def accuracy(self) -> dict[str, float]:
         """Top-1 accuracy by domain."""
         return dict(self._result["accuracy"])
+
+    @property
+    def mean_balanced_accuracy(self) -> float:
+        """Mean recall of the classes, the unweighted mean over domains."""
+        return float(self._value("mean_balanced_accuracy"))
+
+    @property
+    def balanced_accuracy(self) -> dict[str, float]:
+        """Mean recall of the classes, by domain."""
+        return self._by_domain("balanced_accuracy")
+
+    @property
+    def worst_domain(self) -> str:
+        """The domain where accuracy is lowest."""
+        return min(self.accuracy, key=self.accuracy.__getitem__)
+
+    @property
+    def mean_macro_f1(self) -> float:
+        """Mean F1 of the classes, the unweighted mean over domains."""
+        return float(self._value("mean_macro_f1"))
+
+    @property
+    def macro_f1(self) -> dict[str, float]:
+        """Mean F1 of the classes, by domain."""
+        return self._by_domain("macro_f1")
+
+    @property
+    def mean_calibration_error(self) -> float:
+        """Expected calibration error with 15 bins, the unweighted mean over domains."""
+        return float(self._value("mean_calibration_error"))
+
+    @property
+    def calibration_error(self) -> dict[str, float]:
+        """Expected calibration error with 15 bins, by domain."""
+        return self._by_domain("calibration_error")
+
+    @property
+    def recall(self) -> dict[str, dict[str, float]]:
+        """Fraction of the test images of a class that are classified correctly, by domain and class."""
+        return dict(self._value("recall"))
+
+    @property
+    def clients(self) -> dict[str, Any]:
+        """Accuracy over clients: accuracy (mean), worst_decile, best_decile, standard_deviation, number, accuracies.
+
+        The page "Who is left behind" defines them.
+        """
+        return dict(self._value("clients"))
+
+    def _by_domain(self, kind: str) -> dict[str, float]:
+        self._value(f"mean_{kind}")
+        return {domain: float(values[kind]) for domain, values in self._result["domains"].items()}
+
+    def _value(self, key: str) -> Any:
+        """LorafairError where the run is of a version that did not record it."""
+        if key not in self._result:
+            version = self._result["versions"].get("lorafair", "an older version")
+            raise LorafairError(
+                f"{self.run_dir} has no {key}: lorafair {version} did not record it; "
+                f"remove {RESULT_FILE} and run it again, which evaluates the last round anew"
+            )
+        return self._result[key]
 
     @property
     def content(self) -> dict[str, Any]:

@@ -173,23 +173,26 @@ class ClientResults:
     dropped: tuple[int, ...]  # clients left out
     rows: Tensor  # (n, p) numbers trained by this rank's clients; once the server has gathered them, adapters (K, P)
     metrics: Mapping[str, float] = field(default_factory=dict)  # what rules tell of the round, by name in metrics.csv
+    first_losses: tuple[float, ...] = ()  # (K,) of each client's first batch, where weights follow from them
+    step: float = 1.0  # the part of the way that the server goes to what the method returns
 
 
-def drop_nonfinite(fabric: Fabric, trained: Tensor, plan: RoundPlan) -> ClientResults:
+def drop_nonfinite(fabric: Fabric, trained: Tensor, plan: RoundPlan, measured: int = 2) -> ClientResults:
     """Leave out clients whose adapter holds NaN or infinity and renormalise the weights of the others.
 
     `trained` (n, p + 2) are this rank's numbers trained, mean loss and seconds, in the order of `plan.clients_of_rank`;
-    three numbers a client are gathered. Call on every rank.
+    three numbers a client are gathered. With three numbers `measured`, the loss of the first batch stands before the
+    mean one, and has to be finite, too. Call on every rank.
     """
     # Some rows at a time, because the mask of all of them would be as large as a quarter of them.
     blocks = trained.split(clients_at_a_time(trained.shape[1]))
     finite_here = torch.cat([block[:, :-2].isfinite().all(1, keepdim=True) for block in blocks])  # (n, 1)
-    table = gather_clients(fabric, torch.cat([trained[:, -2:], finite_here.to(trained)], dim=1), plan.clients_of_rank)
-    losses, seconds, finite = table.T.tolist()
+    beside = torch.cat([trained[:, -measured:], finite_here.to(trained)], dim=1)
+    *first, losses, seconds, finite = gather_clients(fabric, beside, plan.clients_of_rank).T.tolist()
     kept = [index for index, ok in enumerate(finite) if ok]
     total = sum(plan.weights[index] for index in kept)
     dropped = tuple(client for client, ok in zip(plan.clients, finite, strict=True) if not ok)
-    rows = trained[:, :-2]
+    rows = trained[:, :-measured]
     return ClientResults(
         clients=tuple(plan.clients[index] for index in kept),
         weights=tuple(plan.weights[index] / total for index in kept),
@@ -197,6 +200,7 @@ def drop_nonfinite(fabric: Fabric, trained: Tensor, plan: RoundPlan) -> ClientRe
         seconds=tuple(seconds),
         dropped=dropped,
         rows=rows[finite_here.squeeze(1)] if dropped else rows,
+        first_losses=tuple(of_client[index] for of_client in first for index in kept),
     )
 
 

@@ -81,6 +81,11 @@ def with_class_counts(traffic: Traffic, clients: int, classes: int) -> Traffic:
     return Traffic(traffic.up + clients * classes * BYTES_PER_NUMBER, traffic.down)
 
 
+def with_losses(traffic: Traffic, clients: int) -> Traffic:
+    """The same where each client of the round sends the loss that its weight follows from, 4 bytes."""
+    return Traffic(traffic.up + clients * BYTES_PER_NUMBER, traffic.down)
+
+
 def _numbers(
     layout: AdapterLayout, parts: Sequence[Part], lora_rank: int | None, sent_lora_rank: Mapping[str, int]
 ) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorafair.comparison import tables
+from lorafair.comparison import left_behind, tables
 from lorafair.comparison.evidence import components_table, reading_text, significance_table
 from lorafair.comparison.fairness import start_table, start_text
 from lorafair.comparison.figures import KINDS, file_stem
@@ -79,7 +79,13 @@ def document(findings: Findings, *, details: bool = True) -> Iterator[Part]:
     yield Heading("How to read this")
     if not begun.startswith("WARNING"):
         yield Paragraph(begun)
-    yield from map(Paragraph, filter(None, (findings.interval_text(), reading_text(findings), findings.tuning_text())))
+    texts = (
+        findings.interval_text(),
+        reading_text(findings),
+        findings.tuning_text(),
+        left_behind.reading_text(findings),
+    )
+    yield from map(Paragraph, filter(None, texts))
     yield Paragraph(
         "MB: what all clients would send and receive over all rounds (float32 adapter and head). Seconds: the "
         "rounds, without start and loading; comparable where the runs had the machine to themselves. Training that was "
@@ -95,6 +101,10 @@ def _of_setting(findings: Findings, setting: str, *, figures: bool) -> Iterator[
         yield Paragraph(f"Options: {_options(changed)}.")
     for make in (
         tables.accuracy_table,
+        left_behind.balance_table,
+        left_behind.spread_table,
+        *([left_behind.recall_table] if figures else []),
+        left_behind.head_table,
         tables.per_client_table,
         tables.difference_table,
         significance_table,

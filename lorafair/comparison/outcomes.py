@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorafair.comparison.statistics import Estimate, Values
 
 CONFIDENCE = 0.95
+Value = Callable[[Mapping[str, Any]], float | None]  # of the content of a result.json
 BEFORE, AFTER = "server/error_before", "server/error_after"  # of the relative aggregation bias
 
 
@@ -224,15 +225,27 @@ class Outcomes:
         """All methods but the baseline."""
         return [method for method in self.comparison.methods if method != self.comparison.baseline]
 
-    def difference(self, method: str, *settings: str) -> Difference | None:
-        """The method against the baseline in these settings; None without a common seed."""
+    def difference(
+        self, method: str, *settings: str, against: str | None = None, value: Value | None = None
+    ) -> Difference | None:
+        """The method against the baseline, or `against` another, in these settings; None without a common seed.
+
+        `value` is what is compared, from the content of a result: mean accuracy unless it is given.
+        """
         common: dict[tuple[str, int], float] = {}
         for setting in settings:
-            theirs = {f.run.seed: f.accuracy for f in self.runs_of(setting, self.comparison.baseline)}
-            mine = {f.run.seed: f.accuracy for f in self.runs_of(setting, method)}
+            theirs = self._values(setting, against or self.comparison.baseline, value)
+            mine = self._values(setting, method, value)
             seeds = [seed for seed in self.comparison.seeds if seed in mine and seed in theirs]
             common |= {(setting, seed): mine[seed] - theirs[seed] for seed in seeds}
         return Difference(common, self.draws, self.decision_level) if common else None
+
+    def _values(self, setting: str, method: str, value: Value | None) -> dict[int, float]:
+        """In %, by seed, of the runs that have it."""
+        runs = self.runs_of(setting, method)
+        if value is None:
+            return {run.run.seed: run.accuracy for run in runs}
+        return {run.run.seed: 100 * v for run in runs if (v := value(run.result)) is not None}
 
     @property
     def draws(self) -> Draws | None:

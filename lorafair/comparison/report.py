@@ -14,6 +14,7 @@ from lorafair import third_party
 from lorafair.comparison.document import document
 from lorafair.comparison.figures import KINDS, Figures, draw_figures, file_stem
 from lorafair.comparison.findings import Findings
+from lorafair.comparison.left_behind import mean_of_domains
 from lorafair.comparison.listing import options_text
 from lorafair.comparison.markdown import to_markdown, to_text
 from lorafair.comparison.page import to_html
@@ -25,6 +26,9 @@ from lorafair.console import log
 from lorafair.errors import LorafairError
 from lorafair.files.writing import naming, replacing, write_atomically
 
+_BESIDE = ("balanced_accuracy", "macro_f1", "calibration_error", "most_frequent_answer", "majority_class")
+_SPREAD = ("worst_decile", "best_decile", "standard_deviation")
+_OF_RUNS = ("worst_domain", *(f"clients_{kind}" for kind in _SPREAD))  # in the line of a run's mean
 REPORT_FILE, PAGE_FILE, CSV_FILE = "report.md", "report.html", "results.csv"
 
 
@@ -47,7 +51,7 @@ def write_report(comparison: Comparison) -> None:
     _show_in_tensorboard(folder, pictures)
     log.info(f"\n{to_text(document(findings, details=False))}\n")
     log.info(f"report:   {folder / PAGE_FILE}, {folder / REPORT_FILE}")
-    log.info(f"tables:   {folder / CSV_FILE} and {len(paths)} of results and differences, as .tex and .csv")
+    log.info(f"tables:   {folder / CSV_FILE} and {len(paths)} of results, clients and differences, as .tex and .csv")
     log.info(f"figures:  {len(pictures)} as .png; for a paper, as PDF: lorafair plot {folder}")
     # With more than forty runs TensorBoard shows none of them until they are ticked.
     log.info(f"curves:   tensorboard --logdir {folder}, figures alone: {folder / REPORT}")
@@ -62,26 +66,32 @@ def _save_pictures(comparison: Comparison, figures: Figures) -> dict[str, Path]:
 
 
 def write_results(findings: Findings, file: Path) -> None:
-    """One line for each run and domain, and for its mean; accuracies in %."""
+    """One line for each run and domain, and for its mean; accuracies, and all that is a fraction, in %."""
     with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         header = ["setting", "method", "seed", "domain", "accuracy", "rounds", "tuned", "bytes", "seconds"]
         draws = findings.draws
         designed = ["partition_seed", "training_seed"] if draws and draws.is_design else []
-        writer.writerow([*header, "balanced_accuracy", *designed])
+        writer.writerow([*header, *_BESIDE, *_OF_RUNS, *designed])
         for (setting, method), runs in findings.finished.items():
             for f in runs:
                 values = {**f.result["accuracy"], "(mean)": f.result["mean_accuracy"]}
                 values |= {f"({key.removeprefix('accuracy_')})": f.result[key] for key in PER_CLIENT if key in f.result}
                 totals = f.result.get("totals", {})
                 cost = [int(totals.get("bytes", 0)), f"{seconds_of(f.result):.3f}"]
-                balanced = {name: of.get("balanced_accuracy") for name, of in f.result.get("domains", {}).items()}
-                balanced["(mean)"] = f.result.get("mean_balanced_accuracy")
+                beside = {
+                    domain: [of.get(kind) for kind in _BESIDE] for domain, of in f.result.get("domains", {}).items()
+                }
+                beside["(mean)"] = [mean_of_domains(kind)(f.result) for kind in _BESIDE]
+                spread = [f.result.get("accuracy_worst_domain")]
+                spread += [f.result.get("clients", {}).get(kind) for kind in _SPREAD]
                 for domain, value in values.items():
                     run = [setting, method, f.run.seed, domain, f"{100 * value:.4f}", f.result["rounds"]]
-                    recall = balanced.get(domain)  # not there in results of 0.1
+                    more = beside.get(domain, [None] * len(_BESIDE))
+                    more = [*more, *(spread if domain == "(mean)" else [None] * len(spread))]
+                    percent = ["" if v is None else f"{100 * v:.4f}" for v in more]  # not there in older results
                     writer.writerow(
-                        [*run, options_text(f.chosen), *cost, "" if recall is None else f"{100 * recall:.4f}"]
+                        [*run, options_text(f.chosen), *cost, *percent]
                         + ([*map(str, draws.seeds(f.run.seed))] if draws and draws.is_design else [])
                     )
 

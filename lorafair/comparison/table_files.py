@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorafair.comparison.figures import file_stem, make_folder
+from lorafair.comparison.left_behind import balance_table, head_table, spread_table
 from lorafair.comparison.outcomes import Difference, Outcomes, Summary
 from lorafair.comparison.tables import Cell, Table, difference_table, result_table
 from lorafair.files.writing import replacing, write_atomically
@@ -19,12 +20,14 @@ _SPECIAL = {
 
 
 def write_tables(outcomes: Outcomes, folder: Path) -> list[Path]:
-    """Results and differences of each setting, each as LaTeX and as CSV; returns the files."""
+    """Results, differences and what stands beside them of each setting, as LaTeX and as CSV; returns the files."""
     make_folder(folder)
     paths = []
     for setting in outcomes.settings():
         for what, table in (
-            ("results", result_table(outcomes, setting)), ("differences", difference_table(outcomes, setting))
+            ("results", result_table(outcomes, setting)), ("differences", difference_table(outcomes, setting)),
+            ("balance", balance_table(outcomes, setting)), ("left_behind", spread_table(outcomes, setting)),
+            ("heads", head_table(outcomes, setting)),
         ):  # fmt: skip
             if table.rows:
                 stem = folder / file_stem(setting, what)

@@ -364,9 +364,34 @@ class FederationConfig:
     clients_per_round: int | None = option(
         None, "Clients drawn each round, uniformly without replacement (all).", at_least=1
     )
-    weighting: Literal["size", "uniform"] = option(
+    weighting: Literal["size", "uniform", "q", "afl"] = option(
         "size",
-        "Aggregation weights: by number of training images (as in the paper) or equal (as in its released code).",
+        """Aggregation weights. size: by number of training images (as in the paper). uniform: equal (as in its released
+        code). q: q-FedAvg (arXiv 1905.10497), number of images times F^q. afl: agnostic federated learning (arXiv
+        1902.00146), a mixture that moves towards clients with a high loss F, and is kept in checkpoints. F is the loss
+        of a client's first batch of the round, before its first step; each client sends it with its adapter.""",
+    )
+    weighting_q: float | None = option(
+        None,
+        "q of q-FedAvg: 0 is size, and the larger it is, the more clients with a high loss count.",
+        at_least=0,
+        requires=when("federation.weighting", "q"),
+        conditional_default=1.0,
+    )
+    weighting_step: Literal["qfedavg", "full"] | None = option(
+        None,
+        """How far the server goes. qfedavg: as published, a part of the way to the weighted mean that follows from the
+        losses and from how far clients went (L = 1/learning rate, times 1 - momentum). full: all the way, so that q
+        changes the weights alone.""",
+        requires=when("federation.weighting", "q"),
+        conditional_default="qfedavg",
+    )
+    weighting_rate: float | None = option(
+        None,
+        "Step size of AFL's projected gradient ascent on the mixture, per nat of loss.",
+        above=0,
+        requires=when("federation.weighting", "afl"),
+        conditional_default=0.1,
     )
     head_weighting: Literal["client", "class"] = option(
         "client",

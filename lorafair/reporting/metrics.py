@@ -15,6 +15,7 @@ from lorafair.communication.traffic import Traffic
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import AdapterLayout
+from lorafair.reporting.left_behind import client_spread
 from lorafair.reporting.tags import NORMS_OF_A, NORMS_OF_B
 from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
 
@@ -53,6 +54,10 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
     if len(experiment.clients) <= CLIENT_CURVES:
         for client, loss in zip(summary.results.clients, losses, strict=True):
             scalars[f"train/loss/{experiment.clients[client].name}"] = loss
+    if experiment.measured > 2:  # weights follow from losses
+        weights = summary.results.weights
+        scalars |= {"train/weight_highest": max(weights), "train/weight_lowest": min(weights)}
+        scalars["server/step"] = summary.results.step
     scalars |= _server_scalars(list(experiment.layout.factors), summary.bias)
     scalars |= {
         "comm/up_bytes": summary.traffic.up,
@@ -71,7 +76,7 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
 
 
 def evaluation_scalars(experiment: Experiment, evaluation: Evaluation) -> dict[str, float]:
-    """Accuracies and loss of every domain and their means, and the metrics of plug-ins."""
+    """Accuracies and loss of every domain and their means, their spread over clients, and the metrics of plug-ins."""
     balanced, answer = evaluation.balanced_accuracy, evaluation.most_frequent_answer
     scalars = {"eval/accuracy": evaluation.mean_accuracy, "eval/loss": evaluation.mean_loss}
     scalars["eval/balanced_accuracy"] = float(balanced.mean())
@@ -83,6 +88,13 @@ def evaluation_scalars(experiment: Experiment, evaluation: Evaluation) -> dict[s
         scalars[f"eval/balanced_accuracy/{domain}"] = float(balanced[index])
         scalars[f"eval/loss/{domain}"] = float(evaluation.loss[:, index].mean())
     scalars["eval/accuracy_worst_domain"] = float(evaluation.accuracy.mean(0).min())
+    for name, values in (("macro_f1", evaluation.macro_f1), ("calibration_error", evaluation.calibration_error)):
+        if values is not None:
+            scalars[f"eval/{name}"] = float(values.mean())
+            of_domains = zip(experiment.data.domains, values.mean(0).tolist(), strict=True)
+            scalars |= {f"eval/{name}/{domain}": value for domain, value in of_domains}
+    if (spread := client_spread(experiment, evaluation)) is not None:
+        scalars |= spread.curves
     own = own_domain_mask(experiment, evaluation)
     if own is not None:
         scalars["eval/accuracy_own_domain"] = float(evaluation.accuracy[own].mean())

@@ -23,7 +23,7 @@ from lorafair.reporting.introduction import introduce
 from lorafair.reporting.loggers import open_loggers
 from lorafair.reporting.metrics import RoundSummary, evaluation_scalars, factor_norms, round_scalars
 from lorafair.reporting.pictures import LARGEST, confusion_picture
-from lorafair.reporting.results import result_text, write_result
+from lorafair.reporting.results import clients_text, result_text, write_result
 from lorafair.reporting.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_result, version_of
 from lorafair.reporting.tags import CONFUSION
 from lorafair.reporting.tracker import Tracker
@@ -155,5 +155,7 @@ def report_finished_before(config: Config) -> None:
 def print_result(config: Config, result: Mapping[str, Any]) -> None:
     """Print the final table and where everything is."""
     log.info(f"\n{result_text(result)}\n")
+    if clients := clients_text(result):
+        log.info(f"clients:  {clients}")
     log.info(f"results:  {config.folder / RESULT_FILE}, {config.folder / METRICS_FILE}")
     log.info(f"curves:   tensorboard --logdir {config.folder.parent}")

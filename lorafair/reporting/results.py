@@ -20,9 +20,11 @@ from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.files.shipped import commit
-from lorafair.reporting.metrics import evaluation_scalars, own_domain_mask
+from lorafair.reporting.left_behind import client_accuracies, client_spread
+from lorafair.reporting.metrics import CLIENT_CURVES, evaluation_scalars, own_domain_mask
 from lorafair.reporting.run_dir import RESULT_FILE, read_result, write_result_file
 
+_FURTHER = ("macro_f1", "calibration_error", "majority_class", "most_frequent_answer")
 OWN, OTHERS = "own_client", "other_clients"  # accuracy of methods whose clients keep a model each
 
 
@@ -37,10 +39,13 @@ def write_result(experiment: Experiment, evaluation: Evaluation, totals: Mapping
         "accuracy": {domain: scalars[f"eval/accuracy/{domain}"] for domain in data.domains},
         "mean_accuracy": evaluation.mean_accuracy,
         "mean_balanced_accuracy": scalars["eval/balanced_accuracy"],
+        **{f"mean_{kind}": scalars[f"eval/{kind}"] for kind in _FURTHER if f"eval/{kind}" in scalars},
         "mean_loss": evaluation.mean_loss,
+        "worst_domain": min(data.domains, key=lambda domain: scalars[f"eval/accuracy/{domain}"]),
         **{name.removeprefix("eval/"): value for name, value in scalars.items() if "_domain" in name},
         "metrics": evaluation.metrics,
         "domains": _by_domain(experiment, evaluation),
+        "clients": _of_clients(experiment, evaluation),
         "recall": _recall(experiment, evaluation),
         "totals": dict(totals),
         "processes": experiment.fabric.world_size,
@@ -65,11 +70,11 @@ def is_finished(config: Config) -> bool:
 
 
 def result_text(result: Mapping[str, Any]) -> str:
-    """The table of a result: a row for each domain, and their mean."""
+    """The table of a result: a row for each domain, the worst of each column, and their mean."""
     domains: Mapping[str, Mapping[str, float]] = result["domains"]
     rounds = format_count(result["rounds"], "round")
     title = f"{result['method']['name']} on {result['data']['source']}, {rounds}, seed {result['seed']}"
-    columns = {"accuracy %": "accuracy", "balanced %": "balanced_accuracy"}
+    columns = {"accuracy %": "accuracy", "balanced %": "balanced_accuracy", "macro F1 %": "macro_f1"}
     columns |= {"own client %": OWN, "other clients %": OTHERS}
     columns = {header: name for header, name in columns.items() if name in next(iter(domains.values()))}
     rows = [
@@ -81,13 +86,29 @@ def result_text(result: Mapping[str, Any]) -> str:
         ]
         for domain, values in domains.items()
     ]
+    worst = [f"{100 * min(values[name] for values in domains.values()):.1f}" for name in columns.values()]
+    rows.append(["worst domain", *worst, f"{max(values['loss'] for values in domains.values()):.3f}", ""])
     means = {"accuracy": result["mean_accuracy"], OWN: result.get("accuracy_own_domain", 0.0)}
-    means["balanced_accuracy"] = result.get("mean_balanced_accuracy", 0.0)
+    means |= {kind: result.get(f"mean_{kind}", 0.0) for kind in ("balanced_accuracy", "macro_f1")}
     means[OTHERS] = result.get("accuracy_other_domains", 0.0)
     images = sum(int(values["test_images"]) for values in domains.values())
     mean = [f"{100 * means[name]:.1f}" for name in columns.values()]
     rows.append(["mean", *mean, f"{result['mean_loss']:.3f}", f"{images:,}"])
     return f"{title}\n{table(['domain', *columns, 'loss', 'test images'], rows)}"
+
+
+def clients_text(result: Mapping[str, Any]) -> str:
+    """What a result says about its clients, in a line; empty for one of an older version."""
+    found: Mapping[str, Any] = result.get("clients") or {}
+    if "accuracy" not in found:
+        return ""
+    worst, best, mean = (f"{100 * found[kind]:.1f} %" for kind in ("worst_decile", "best_decile", "accuracy"))
+    left_out = found["without_test_images"]
+    return (
+        f"{worst} for the worst decile, {best} for the best, mean {mean}, standard deviation "
+        f"{100 * found['standard_deviation']:.1f} points, {format_count(found['number'], 'client')}"
+        + (f" ({left_out:,} without test images of their classes left out)" if left_out else "")
+    )
 
 
 @functools.cache
@@ -113,6 +134,9 @@ def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict
         found[domain] = {"accuracy": float(accuracy.mean()), "loss": float(evaluation.loss[:, index].mean())}
         found[domain]["balanced_accuracy"] = float(evaluation.balanced_accuracy[index])
         found[domain]["majority_class"] = float(evaluation.majority_class[index])
+        for name, values in (("macro_f1", evaluation.macro_f1), ("calibration_error", evaluation.calibration_error)):
+            if values is not None:
+                found[domain][name] = float(values[:, index].mean())
         if evaluation.most_frequent_answer is not None:
             found[domain]["most_frequent_answer"] = float(evaluation.most_frequent_answer[index])
         found[domain]["test_images"] = images[index]
@@ -121,6 +145,25 @@ def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict
                 OWN: float(accuracy[own[:, index]].mean()),
                 OTHERS: float(accuracy[~own[:, index]].mean()),
             }
+    return found
+
+
+def _of_clients(experiment: Experiment, evaluation: Evaluation) -> dict[str, Any]:
+    """The spread over clients, and each one's accuracy in runs with curves of clients; NaN without test images."""
+    accuracies, spread = client_accuracies(experiment, evaluation), client_spread(experiment, evaluation)
+    if accuracies is None or spread is None:
+        return {"number": len(experiment.owners)}
+    names = [owner.name for owner in experiment.owners]
+    found: dict[str, Any] = {
+        "number": spread.clients,
+        "without_test_images": spread.without_test_images,
+        "accuracy": spread.mean,
+        "worst_decile": spread.worst_decile,
+        "best_decile": spread.best_decile,
+        "standard_deviation": spread.deviation,
+    }
+    if len(names) <= CLIENT_CURVES:
+        found["accuracies"] = dict(zip(names, accuracies.tolist(), strict=True))
     return found
 
 

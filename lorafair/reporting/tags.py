@@ -57,6 +57,37 @@ SCALARS = (
         "eval/most_frequent_answer", "1 accuracy/other most frequent answer", _FRACTION,
         "Largest fraction of predictions that are one class, mean of the domains; only with a global model",
     ),
+    Scalar(
+        "eval/macro_f1", "1 accuracy/mean, F1 of classes", _FRACTION,
+        "Mean F1 of the classes that a domain's labels or predictions have, unweighted mean of the domains",
+    ),
+    Scalar(
+        "eval/macro_f1/<domain>", "1 accuracy/other F1 of classes on <domain>", _FRACTION, "The same for one domain"
+    ),
+    Scalar(
+        "eval/calibration_error", "1 accuracy/other calibration error", _FRACTION,
+        "Expected calibration error, 15 equal bins of the confidence, unweighted mean of the domains",
+    ),
+    Scalar(
+        "eval/calibration_error/<domain>", "1 accuracy/other calibration error on <domain>", _FRACTION,
+        "The same for one domain",
+    ),
+    Scalar(
+        "eval/client_accuracy", "1 accuracy/of clients, mean", _FRACTION,
+        "Accuracy on test images with a client's own mix of domains and classes, mean of the clients",
+    ),
+    Scalar(
+        "eval/client_accuracy_worst_decile", "1 accuracy/of clients, worst decile", _FRACTION,
+        "The same, mean of the tenth of the clients where it is lowest",
+    ),
+    Scalar(
+        "eval/client_accuracy_best_decile", "1 accuracy/of clients, best decile", _FRACTION,
+        "The same, mean of the tenth of the clients where it is highest",
+    ),
+    Scalar(
+        "eval/client_accuracy_deviation", "1 accuracy/of clients, standard deviation", _FRACTION,
+        "The same, standard deviation over the clients",
+    ),
     Scalar("eval/accuracy/<domain>", "1 accuracy/on <domain>", _FRACTION, "Top-1 accuracy on the domain's test images"),
     Scalar("eval/<metric>", "1 accuracy/other <metric>", "of the metric", "A metric of evaluation.metrics"),
     Scalar("train/loss", "2 loss/local training", _NATS, "Mean over a client's steps, weighted mean of the clients"),
@@ -108,6 +139,15 @@ SCALARS = (
     Scalar("train/learning_rate", "6 clients/learning rate", "", "Learning rate of the round (client.schedule)"),
     Scalar("train/loss_highest", "6 clients/loss highest", _NATS, "Training loss of the client where it is highest"),
     Scalar("train/loss_lowest", "6 clients/loss lowest", _NATS, "Training loss of the client where it is lowest"),
+    Scalar(
+        "train/weight_highest", "6 clients/weight highest", _FRACTION,
+        "Largest weight of a client in the mean, with federation.weighting=q or afl",
+    ),
+    Scalar("train/weight_lowest", "6 clients/weight lowest", _FRACTION, "Smallest weight of a client in the mean"),
+    Scalar(
+        "server/step", "3 aggregation/part of the way", _RATIO,
+        "How far the server goes to the mean, with federation.weighting=q (1: all the way)",
+    ),
     Scalar("train/loss/<client>", "6 clients/loss of <client>", _NATS, "In runs of up to 1,000 clients"),
     Scalar("", "9 stacked time/<phase>", _SECONDS, "From the start of the round to the end of the phase"),
 )  # fmt: skip
@@ -158,6 +198,16 @@ CHARTS = (
     Chart(
         "Accuracy", "Mean and worst domain",
         bands=(("1 accuracy/mean of domains", "1 accuracy/minimum of domains", "1 accuracy/mean of domains"),),
+    ),
+    Chart("Accuracy", "Top-1 and balanced", ("1 accuracy/mean of domains", "1 accuracy/mean, balanced over classes")),
+    Chart(
+        "Accuracy", "Clients: mean, worst and best decile",
+        bands=(
+            (
+                "1 accuracy/of clients, mean", "1 accuracy/of clients, worst decile",
+                "1 accuracy/of clients, best decile",
+            ),
+        ),
     ),
     Chart("Loss", "Training and test", ("2 loss/local training", "2 loss/test mean of domains")),
     Chart("Loss", "Test, all domains", ("2 loss/test on <domain>",)),
@@ -211,7 +261,9 @@ COLUMNS = (
 )
 RESULTS = {  # title of a metric of that tab -> the curve whose last value it is
     "accuracy": "1 accuracy/mean of domains",
+    "balanced": "1 accuracy/mean, balanced over classes",
     "worst domain": "1 accuracy/minimum of domains",
+    "worst decile": "1 accuracy/of clients, worst decile",
     "bias": "3 aggregation/bias after",
     "MB": "4 traffic/total MB",
     "seconds": "5 time/total",

@@ -35,6 +35,7 @@ class ServerState:
         None  # of the server optimiser; of use for the layers a rank aggregates, on rank 0 for all
     )
     controls: ControlVariates | None = None  # of SCAFFOLD
+    mixture: Tensor | None = None  # (N,) float64, sum 1: λ of federation.weighting=afl
     lora_ranks: Tensor | None = None  # (N,) int64 of the clients, for a method that changes them
     initial_factors: Tensor | None = None  # A and B of the first round, packed, for a method that resets to them
     recent: RecentAdapters | None = None  # of the last rounds, where their mean is evaluated
@@ -54,6 +55,8 @@ class ServerState:
             tensors |= {"moments.first": self.moments.first, "moments.second": self.moments.second}
         if self.controls is not None:
             tensors |= {"controls.server": self.controls.server, "controls.clients": self.controls.clients}
+        if self.mixture is not None:
+            tensors["mixture"] = self.mixture
         if self.lora_ranks is not None:
             tensors["lora_ranks"] = self.lora_ranks
         if self.initial_factors is not None:
@@ -96,10 +99,16 @@ def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
         personal_adapters=adapter.repeat(clients, 1) if experiment.personal_parts else None,
         moments=Moments.at_start(config.server, adapter) if config.server.optimizer != "none" else None,
         controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
+        mixture=mixture_at_start(experiment.sizes) if config.federation.weighting == "afl" else None,
         lora_ranks=torch.tensor(experiment.lora_ranks) if experiment.aggregator.rank_pruning is not None else None,
         initial_factors=layout.select(adapter, ("A", "B")).clone() if experiment.aggregator.resets else None,
         recent=RecentAdapters.at_start(config.evaluation, experiment.layout, adapter.device),
     )
+
+
+def mixture_at_start(sizes: Sequence[int]) -> Tensor:
+    """AFL's λ (N,) before the first round: the clients' shares of the images, as federation.weighting=size has it."""
+    return torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
 
 
 def check_fits(experiment: Experiment, checkpoint: Checkpoint) -> None:

@@ -34,6 +34,7 @@ from lorafair.server.gathered import rules_of
 from lorafair.server.optimizer import Moments, server_step
 from lorafair.server.recent import averaged_parts
 from lorafair.server.state import ServerState, initial_adapters, lora_ranks_of
+from lorafair.server.weighting import stepped
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Server(ABC):
             counts = counts[list(results.clients)]
         update, moments = aggregate(of_round, clients, weights, shard.unpack(start), received, counts), None
         check_finite(aggregator, update)
+        if results.step != 1:
+            update = stepped(shard, update, start, results.step, received)
         if state.moments is not None:
             moments = Moments(*(take_columns(moment, columns).clone() for moment in state.moments.tensors))
             proposed = shard.pack(update.adapter)

@@ -109,13 +109,22 @@ def test_a_result_has_the_numbers_of_its_table(tiny: Tiny, capsys: pytest.Captur
     assert table in out
     assert table.startswith("lora_fair on synthetic, 1 round, seed 3\n")
     header, _, *rows = (line.split() for line in table.splitlines()[1:])
-    assert header == ["domain", "accuracy", "%", "balanced", "%", "loss", "test", "images"]
-    for name, *numbers in rows[:-1]:
+    assert header == ["domain", "accuracy", "%", "balanced", "%", "macro", "F1", "%", "loss", "test", "images"]
+    kinds = ("accuracy", "balanced_accuracy", "macro_f1")
+    for name, *numbers in rows[:-2]:
         values = result["domains"][name]
-        accuracies = [f"{100 * values[kind]:.1f}" for kind in ("accuracy", "balanced_accuracy")]
+        accuracies = [f"{100 * values[kind]:.1f}" for kind in kinds]
         assert numbers == [*accuracies, f"{values['loss']:.3f}", "32"]
         assert values["accuracy"] == result["accuracy"][name]
-    means = [f"{100 * result[f'mean_{kind}']:.1f}" for kind in ("accuracy", "balanced_accuracy")]
+    worst = [f"{100 * min(values[kind] for values in result['domains'].values()):.1f}" for kind in kinds]
+    loss = max(values["loss"] for values in result["domains"].values())
+    assert rows[-2] == ["worst", "domain", *worst, f"{loss:.3f}"]
+    assert (
+        result["accuracy_worst_domain"]
+        == min(result["accuracy"].values())
+        == result["accuracy"][result["worst_domain"]]
+    )
+    means = [f"{100 * result[f'mean_{kind}']:.1f}" for kind in kinds]
     assert rows[-1] == ["mean", *means, f"{result['mean_loss']:.3f}", "96"]
     curves = read_metrics(config.folder)
     assert curves["eval/balanced_accuracy"] == {1: result["mean_balanced_accuracy"]}
