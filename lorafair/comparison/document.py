@@ -64,7 +64,7 @@ Part = Heading | Paragraph | Items | Table | FigurePart | Commands
 
 
 def document(findings: Findings, *, details: bool = True) -> Iterator[Part]:
-    """All parts; without `details` those for the console: no list of runs, no settings, no figures."""
+    """All parts; without `details` those for a console, which shows what fits on a screen and names the report."""
     yield Heading(f"Comparison {findings.comparison.folder.name}", 1)
     yield Paragraph(findings.question())
     yield Items(findings.answers())
@@ -74,8 +74,11 @@ def document(findings: Findings, *, details: bool = True) -> Iterator[Part]:
     if begun.startswith("WARNING"):
         yield Paragraph(begun, "warning")
     for setting in findings.settings():
-        yield from _of_setting(findings, setting, figures=details)
+        yield from _of_setting(findings, setting, details=details)
     yield from _of_all_settings(findings, figures=details)
+    if not details:
+        yield Paragraph(findings.interval_text())
+        return
     yield Heading("How to read this")
     if not begun.startswith("WARNING"):
         yield Paragraph(begun)
@@ -91,30 +94,33 @@ def document(findings: Findings, *, details: bool = True) -> Iterator[Part]:
         "rounds, without start and loading; comparable where the runs had the machine to themselves. Training that was "
         "taken over from another run counts with the time that it took there."
     )
-    if details:
-        yield from _details(findings)
+    yield from _details(findings)
 
 
-def _of_setting(findings: Findings, setting: str, *, figures: bool) -> Iterator[Part]:
+_SHORT = (tables.accuracy_table, tables.per_client_table, tables.difference_table)
+_LONG = (
+    tables.accuracy_table,
+    left_behind.balance_table,
+    left_behind.spread_table,
+    left_behind.recall_table,
+    left_behind.head_table,
+    tables.per_client_table,
+    tables.difference_table,
+    significance_table,
+    components_table,
+    tables.bias_table,
+)
+
+
+def _of_setting(findings: Findings, setting: str, *, details: bool) -> Iterator[Part]:
     yield Heading(f"Setting {setting}")
     if changed := findings.comparison.settings[setting]:
         yield Paragraph(f"Options: {_options(changed)}.")
-    for make in (
-        tables.accuracy_table,
-        left_behind.balance_table,
-        left_behind.spread_table,
-        *([left_behind.recall_table] if figures else []),
-        left_behind.head_table,
-        tables.per_client_table,
-        tables.difference_table,
-        significance_table,
-        components_table,
-        tables.bias_table,
-    ):
+    for make in _LONG if details else _SHORT:
         table = make(findings, setting)
         if table.rows:
             yield table
-    for kind, of_kind in KINDS.items() if figures else ():
+    for kind, of_kind in KINDS.items() if details else ():
         if of_kind.of_setting:
             yield FigurePart(file_stem(setting, kind), of_kind.caption)
 

@@ -50,9 +50,10 @@ def write_report(comparison: Comparison) -> None:
     paths = write_tables(findings, folder)
     _show_in_tensorboard(folder, pictures)
     log.info(f"\n{to_text(document(findings, details=False))}\n")
-    log.info(f"report:   {folder / PAGE_FILE}, {folder / REPORT_FILE}")
+    log.info(f"report:   {folder / PAGE_FILE} (all tables, figures and how to read them), {folder / REPORT_FILE}")
     log.info(f"tables:   {folder / CSV_FILE} and {len(paths)} of results, clients and differences, as .tex and .csv")
-    log.info(f"figures:  {len(pictures)} as .png; for a paper, as PDF: lorafair plot {folder}")
+    traffic = next((path for path in pictures.values() if path.stem.endswith("traffic")), folder)
+    log.info(f"figures:  {len(pictures)} as .png, accuracy by traffic: {traffic}; as PDF: lorafair plot {folder}")
     # With more than forty runs TensorBoard shows none of them until they are ticked.
     log.info(f"curves:   tensorboard --logdir {folder}, figures alone: {folder / REPORT}")
 
