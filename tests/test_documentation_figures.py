@@ -135,14 +135,14 @@ def test_the_table_of_one_layer_has_the_published_errors(module: ModuleType) -> 
 def test_the_numbers_kept_show_that_the_noise_is_what_costs_accuracy(module: ModuleType) -> None:
     """The claim of the page, on the stored curves; the picture was drawn from them."""
     found = module.last_accuracies()
-    assert list(found) == list(module.TITLES)
-    differences = {
-        method: [accuracy - plain for accuracy, plain in zip(values, found["fedit"], strict=True)]
+    assert {"fedit", "released", "exact"} <= set(found) <= set(module.TITLES)
+    assert len({len(values) for values in found.values()}) == 1, "of the same draws"
+    below = {
+        method: [plain - accuracy for accuracy, plain in zip(values, found["fedit"], strict=True)]
         for method, values in found.items()
     }
-    assert len(differences["fedit"]) >= 3
-    assert max(differences.pop("released")) < -10
-    for method, values in differences.items():
+    assert min(below.pop("released")) > 10
+    for method, values in below.items():
         assert abs(sum(values) / len(values)) < 4, method
     assert module.accuracy_table().count("\n") == len(found) + 1
     assert f"numbers {module.digest()}" in module.PICTURE.read_text()

@@ -100,7 +100,8 @@ def keep(folder: Path) -> None:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(["method", "seed", "round", *CURVES])
         for method in TITLES:
-            for run in sorted(folder.glob(f"default/{method}-seed*")):
+            for result in sorted(folder.glob(f"default/{method}-seed*/result.json")):
+                run = result.parent
                 found = read_metrics(run)
                 for number in sorted({r for scalar in CURVES.values() for r in found[scalar]}):
                     values = [found[scalar].get(number) for scalar in CURVES.values()]
@@ -129,14 +130,14 @@ def last_accuracies() -> dict[str, list[float]]:
 
 
 def accuracy_table() -> str:
-    """Accuracy after the last round and the difference to FedIT, paired by seed, as a Markdown table."""
+    """Accuracy after the last round and the difference to FedIT, paired by draw, as a Markdown table."""
     found = last_accuracies()
     lines = ["| method | accuracy, % | minus FedIT, points | 95 % interval |", "|---|---:|---:|---:|"]
-    for method, title in TITLES.items():
+    for method in found:
         pairs = zip(found[method], found["fedit"], strict=True)
-        difference = Difference({("", seed): a - b for seed, (a, b) in enumerate(pairs)})
+        difference = Difference({("", draw): a - b for draw, (a, b) in enumerate(pairs)})
         cells = ["", ""] if method == "fedit" else [str(difference), difference.interval_text]
-        lines.append(f"| {title} | {Summary(tuple(found[method]))} | {' | '.join(cells)} |")
+        lines.append(f"| {TITLES[method]} | {Summary(tuple(found[method]))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -154,11 +155,11 @@ def draw() -> None:
         for method, by_seed in read().items()
     }
     outcomes: Any = SimpleNamespace(
-        comparison=SimpleNamespace(methods=TITLES),
+        comparison=SimpleNamespace(methods=TITLES),  # those without numbers have no line
         recorded=recorded,
         styles=styles({label: label if label in METHODS.names else "lora_fair" for label in TITLES}),
         title=TITLES.__getitem__,
-        unit="seed",
+        unit="draw",
     )
     panels = [Panel(ACCURACY, "mean accuracy (%)", "accuracy", 100), ERROR_PANEL, NORM_PANEL]
     with paper_settings():
