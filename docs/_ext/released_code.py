@@ -98,7 +98,7 @@ def keep(folder: Path) -> None:
     """Write the curves of the comparison in `folder` into the file of numbers."""
     with NUMBERS.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")
-        writer.writerow(["method", "seed", "round", *CURVES])
+        writer.writerow(["method", "draw", "round", *CURVES])
         for method in TITLES:
             for result in sorted(folder.glob(f"default/{method}-seed*/result.json")):
                 run = result.parent
@@ -110,34 +110,44 @@ def keep(folder: Path) -> None:
 
 
 def read() -> dict[str, dict[int, dict[str, dict[int, float]]]]:
-    """method -> seed -> scalar -> round -> value."""
+    """method -> draw -> scalar -> round -> value."""
     found: dict[str, dict[int, dict[str, dict[int, float]]]] = {}
     with NUMBERS.open(encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
-            curves = found.setdefault(row["method"], {}).setdefault(int(row["seed"]), {})
+            curves = found.setdefault(row["method"], {}).setdefault(int(row["draw"]), {})
             for column, scalar in CURVES.items():
                 if row[column]:
                     curves.setdefault(scalar, {})[int(row["round"])] = float(row[column])
     return found
 
 
-def last_accuracies() -> dict[str, list[float]]:
-    """method -> accuracy in % after the last round, by seed."""
+def last_accuracies() -> dict[str, dict[int, float]]:
+    """method -> draw -> accuracy in % after the last round."""
     return {
-        method: [100 * curves[ACCURACY][max(curves[ACCURACY])] for _, curves in sorted(by_seed.items())]
-        for method, by_seed in read().items()
+        method: {draw: 100 * curves[ACCURACY][max(curves[ACCURACY])] for draw, curves in sorted(by_draw.items())}
+        for method, by_draw in read().items()
+    }
+
+
+def differences() -> dict[str, Difference]:
+    """method -> its accuracy minus that of FedIT, paired by the draws that both have."""
+    found = last_accuracies()
+    plain = found.pop("fedit")
+    return {
+        method: Difference({("", draw): value - plain[draw] for draw, value in by_draw.items() if draw in plain})
+        for method, by_draw in found.items()
     }
 
 
 def accuracy_table() -> str:
-    """Accuracy after the last round and the difference to FedIT, paired by draw, as a Markdown table."""
-    found = last_accuracies()
-    lines = ["| method | accuracy, % | minus FedIT, points | 95 % interval |", "|---|---:|---:|---:|"]
-    for method in found:
-        pairs = zip(found[method], found["fedit"], strict=True)
-        difference = Difference({("", draw): a - b for draw, (a, b) in enumerate(pairs)})
-        cells = ["", ""] if method == "fedit" else [str(difference), difference.interval_text]
-        lines.append(f"| {TITLES[method]} | {Summary(tuple(found[method]))} | {' | '.join(cells)} |")
+    """Accuracy after the last round and the difference to FedIT, as a Markdown table."""
+    lines = ["| method | draws | accuracy, % | minus FedIT, points | 95 % interval |", "|---|---:|---:|---:|---:|"]
+    apart = differences()
+    for method, by_draw in last_accuracies().items():
+        difference = apart.get(method)
+        cells = ["", ""] if difference is None else [str(difference), difference.interval_text]
+        accuracies = Summary(tuple(by_draw.values()))
+        lines.append(f"| {TITLES[method]} | {len(by_draw)} | {accuracies} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -151,8 +161,8 @@ def draw() -> None:
     import matplotlib
 
     recorded = {
-        ("", method): [SimpleNamespace(curves=curves) for curves in by_seed.values()]
-        for method, by_seed in read().items()
+        ("", method): [SimpleNamespace(curves=curves) for curves in by_draw.values()]
+        for method, by_draw in read().items()
     }
     outcomes: Any = SimpleNamespace(
         comparison=SimpleNamespace(methods=TITLES),  # those without numbers have no line

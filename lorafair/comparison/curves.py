@@ -21,7 +21,7 @@ ACCURACY = "eval/accuracy"
 NORM_RATIO = "server/norm_ratio"
 _MARKS = 8  # of a line
 _STEPS = [1, 2, 5, 10]  # of ticks
-_POWERS = 50.0  # largest to smallest value, from which a logarithmic axis is easier to read
+_POWERS = 20.0  # largest to smallest value, from which a logarithmic axis is easier to read
 _PANEL_ROWS = 30  # layers of a heat map that have a name; of more every second, third, ...
 
 
