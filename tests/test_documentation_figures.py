@@ -17,7 +17,8 @@ from lorafair import LoRAFactors
 from lorafair.seeding import seeded
 
 DOCS = Path(__file__).parents[1] / "docs"
-DRAWINGS = sorted(file for file in (DOCS / "_static").glob("*.svg") if file.name != "results.svg")  # drawn by hand
+DRAWN = ("results.svg", "released_code.svg")  # by the modules in _ext; the others by hand
+DRAWINGS = sorted(file for file in (DOCS / "_static").glob("*.svg") if file.name not in DRAWN)
 OUT, IN, R, K = 40, 24, 4, 3
 
 
@@ -95,6 +96,52 @@ def test_the_figure_of_the_readme_shows_the_numbers_of_the_results(module: Modul
     assert len(differences) == 8
     assert {name: [f"{value:+.2f}" for value in of["by_seed"].values()] for name, of in numbers.items()} == differences
     assert {name: of["bias"] for name, of in numbers.items()} == {name: left[name] for name in numbers}
+    assert f"numbers {module.digest()}" in module.PICTURE.read_text()
+
+
+@pytest.mark.parametrize("module", ["released_code"], indirect=True)
+@pytest.mark.parametrize(("norm", "published"), [(10, 0.69), (3, 2.28), (1, 6.94)])
+def test_noise_at_the_start_stays_and_is_the_error(module: ModuleType, norm: float, published: float) -> None:
+    """LoRA-FAIR as public code runs it, on one layer: its error is that of the noise, whatever the clients returned."""
+    error, ratio = module.errors(norm, "public code, λ = 0.01", clients=2)
+    assert error == pytest.approx(published, rel=0.03)
+    assert ratio == pytest.approx((1 + (0.9 * module.noise_norm(768, 32) / norm) ** 2) ** 0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("module", ["released_code"], indirect=True)
+def test_without_the_noise_or_with_a_penalty_that_removes_it_there_is_no_error(module: ModuleType) -> None:
+    small = {"clients": 2, "size": 96, "rank": 8}
+    found = {solver: module.errors(1, solver, **small) for solver in module.SOLVERS}
+    assert found.pop("public code, λ = 0.01")[0] > 2
+    for solver, (error, ratio) in found.items():
+        assert error < 1.001 * module.errors(1, None, **small)[0], solver
+        assert ratio == pytest.approx(1, abs=0.01), solver
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["released_code"], indirect=True)
+def test_the_table_of_one_layer_has_the_published_errors(module: ModuleType) -> None:
+    rows = [[float(cell) for cell in line.strip("|").split("|")] for line in module.error_table().splitlines()[2:]]
+    assert [row[0] for row in rows] == [10, 3, 1]
+    for row, published in zip(rows, (0.69, 2.28, 6.94), strict=True):
+        _, plain, exact, public, from_zero, strong, _ = row
+        assert plain == pytest.approx(0.121, abs=0.002)
+        assert public == pytest.approx(published, rel=0.01)
+        assert strong == pytest.approx(0.121, abs=0.003)
+        assert exact <= from_zero <= plain
+
+
+@pytest.mark.parametrize("module", ["released_code"], indirect=True)
+def test_the_numbers_kept_show_that_the_noise_is_what_costs_accuracy(module: ModuleType) -> None:
+    """The claim of the page, on the stored curves; the picture was drawn from them."""
+    found = module.differences()
+    assert {"released", "exact"} <= set(found) <= set(module.TITLES)
+    values = {method: list(difference.by_pair.values()) for method, difference in found.items()}
+    assert min(map(len, values.values())) >= 2
+    assert max(values.pop("released")) < -10, "on every draw"
+    for method, points in values.items():
+        assert max(map(abs, points)) < 4, method
+    assert module.accuracy_table().count("\n") == len(found) + 2
     assert f"numbers {module.digest()}" in module.PICTURE.read_text()
 
 

@@ -1,4 +1,4 @@
-"""Figures over the rounds: accuracy, losses, the aggregation bias, and the bias of each layer."""
+"""Figures over the rounds: accuracy, losses, the aggregation bias, the size of a correction, the bias of each layer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ACCURACY = "eval/accuracy"
+NORM_RATIO = "server/norm_ratio"
 _MARKS = 8  # of a line
 _STEPS = [1, 2, 5, 10]  # of ticks
+_POWERS = 20.0  # largest to smallest value, from which a logarithmic axis is easier to read
 _PANEL_ROWS = 30  # layers of a heat map that have a name; of more every second, third, ...
 
 
@@ -31,6 +33,11 @@ class Panel:
     label: str  # of the vertical axis
     title: str = ""
     factor: float = 1.0
+    spreads: bool = False  # over powers of ten: the axis is logarithmic where the values are that far apart
+
+
+ERROR_PANEL = Panel(AFTER, "‖ΔW − X‖/‖ΔW‖", "error of the update", spreads=True)
+NORM_PANEL = Panel(NORM_RATIO, "‖B'‖/‖B̄‖", "norm of B", spreads=True)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Line:
 
 def accuracy_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | None:
     """Mean accuracy over domains, by round."""
-    return _by_round(outcomes, setting, width, [Panel(ACCURACY, "mean accuracy (%)", factor=100)])
+    return by_round(outcomes, setting, width, [Panel(ACCURACY, "mean accuracy (%)", factor=100)])
 
 
 def domains_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | None:
@@ -54,21 +61,26 @@ def domains_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | N
         if name.startswith(f"{ACCURACY}/")
     }  # fmt: skip
     panels = [Panel(name, "accuracy (%)", name.removeprefix(f"{ACCURACY}/"), 100) for name in names]
-    return _by_round(outcomes, setting, width, panels)
+    return by_round(outcomes, setting, width, panels)
 
 
 def loss_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | None:
     """Training loss of the clients, and loss on the test images, by round."""
     panels = [Panel("train/loss", "loss", "training"), Panel("eval/loss", "loss", "test")]
-    return _by_round(outcomes, setting, width, panels)
+    return by_round(outcomes, setting, width, panels)
 
 
 def bias_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | None:
     """The relative aggregation bias before the method's correction, and what is left after it, by round."""
     bias = "aggregation bias"
-    return _by_round(
+    return by_round(
         outcomes, setting, width, [Panel(BEFORE, bias, "plain average"), Panel(AFTER, bias, "update of the method")]
     )
+
+
+def correction_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | None:
+    """How far the server's update is from the ideal one, and how much longer its B is than the mean B, by round."""
+    return by_round(outcomes, setting, width, [ERROR_PANEL, NORM_PANEL])
 
 
 def traffic_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | None:
@@ -101,7 +113,9 @@ def _recorded(outcomes: Outcomes, setting: str) -> list[tuple[str, list[Recorded
     return [(m, runs) for m in outcomes.comparison.methods if (runs := outcomes.recorded.get((setting, m), []))]
 
 
-def _by_round(outcomes: Outcomes, setting: str, width: float, panels: Sequence[Panel]) -> Figure | None:
+def by_round(outcomes: Outcomes, setting: str, width: float, panels: Sequence[Panel]) -> Figure | None:
+    """Scalars by round, one in each panel, a line for each method; None where no run has recorded any of them."""
+
     def line(runs: Sequence[RecordedRun], panel: Panel) -> Line | None:
         return line_of(runs, panel.scalar, panel.factor)
 
@@ -134,13 +148,26 @@ def _panels(
             continue
         panel, lines = drawn[place]
         _draw_lines(axes, outcomes, lines)
+        if panel.spreads:
+            _spread(axes, np.concatenate([line.mean for line in lines.values()]))
         axes.set_title(shown(panel.title, each - 0.4, 7.0))
-        if place % columns == 0:
+        if place % columns == 0 or panel.label != drawn[place - 1][0].label:
             axes.set_ylabel(panel.label)
         if place + columns >= len(drawn):
             axes.set_xlabel(x_label)
     _legend_of_lines(figure, outcomes, [lines for _, lines in drawn])
     return figure
+
+
+def _spread(axes: Any, values: np.ndarray[Any, Any]) -> None:
+    """A logarithmic vertical axis where the values are powers of ten apart; zero is at its lower end."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive) or positive.max() / positive.min() < _POWERS:
+        return
+    axes.set_yscale("log", nonpositive="clip")
+    axes.set_ylim(positive.min() / 1.5, 1.5 * positive.max())
+    axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own is a formula, and text is none here
+    axes.yaxis.set_minor_formatter("")
 
 
 def _draw_lines(axes: Any, outcomes: Outcomes, lines: Mapping[str, Line]) -> None:

@@ -48,6 +48,12 @@ KINDS: dict[str, Kind] = {
         curves.bias_figure,
         BEFORE,
     ),
+    "correction": Kind(
+        "By round, mean over layers: the relative error that the method leaves, and the norm of its B to that of the "
+        "mean of the clients' B.",
+        curves.correction_figure,
+        curves.NORM_RATIO,
+    ),
     "layers": Kind("Relative aggregation bias left by the method, by layer and round.", curves.layers_figure, AFTER),
     "differences": Kind(
         "Differences of mean accuracy to the baseline, pair by pair of runs, with the intervals of the table.",

@@ -67,6 +67,7 @@ def finish(comparison: Comparison, run: Run, domains: Sequence[str], rounds: int
     for layer in ("", *(f"/{layer}" for layer in LAYERS)):
         curves[f"server/error_before{layer}"] = (0.2 * draw.random(rounds)).tolist()
         curves[f"server/error_after{layer}"] = (0.1 * draw.random(rounds)).tolist()
+    curves["server/norm_ratio"] = (1 + draw.random(rounds)).tolist()
     write_metrics(run.folder, curves)
     config = comparison.config(run)
     result = {

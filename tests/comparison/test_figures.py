@@ -19,7 +19,7 @@ from lorafair.comparison.findings import Findings
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.registry import METHODS
 from lorafair.reporting.palette import COLOURS, styles
-from tests.comparison.made_up import LAYERS, made_up
+from tests.comparison.made_up import LAYERS, made_up, write_metrics
 
 LONG = "lora_fair_with_a_label_that_is_much_longer_than_any_name_in_a_paper_would_be"
 SHIPPED = ("fedit", "lora_fair", "ffa_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "ro_lora")
@@ -99,6 +99,24 @@ def test_a_line_is_the_mean_of_the_seeds_and_the_band_their_deviation(figures: F
         band = axes.collections[axes.lines.index(line)].get_paths()[0].vertices
         expected = 100 * (np.mean(curves, 0) + np.std(curves, 0, ddof=1))
         assert band[:, 1].max() == pytest.approx(expected.max())
+
+
+def test_errors_over_powers_of_ten_have_a_logarithmic_axis(tmp_path: Path) -> None:
+    """An inflated B of the first round would hide all later ones; methods without an error stay on the axis."""
+    comparison = made_up(tmp_path, ("fedit", "lora_fair"), seeds=2)
+    plain = draw_figures(Findings(comparison), ["correction"])["correction"]
+    assert [axes.get_yscale() for axes in plain.axes] == ["linear", "linear"]
+    assert [axes.get_ylabel() for axes in plain.axes] == ["‖ΔW − X‖/‖ΔW‖", "‖B'‖/‖B̄‖"]
+    ratios = []
+    for run in comparison.final_runs:
+        if run.method == "lora_fair":
+            curves = {"server/norm_ratio": [100.0 + run.seed, 2, 1.5, 1], "server/error_after": [90.0, 1, 0.5, 0]}
+            ratios.append(curves["server/norm_ratio"])
+            write_metrics(run.folder, curves)
+    figure = draw_figures(Findings(comparison), ["correction"])["correction"]
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "log"]
+    np.testing.assert_allclose(figure.axes[1].lines[1].get_ydata(), np.mean(ratios, 0))
+    assert_nothing_is_cut(figure, "correction")
 
 
 def test_a_heat_map_has_a_row_for_each_layer(figures: Figures, findings: Findings) -> None:

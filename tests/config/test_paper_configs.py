@@ -13,6 +13,8 @@ import yaml
 from lightning_fabric import Fabric
 from PIL import Image
 
+from lorafair.aggregation.lora_fair import LoRAFair
+from lorafair.aggregation.registry import method_of
 from lorafair.commands.checks import check_comparison
 from lorafair.comparison.plan import Comparison
 from lorafair.comparison.section import load_comparison
@@ -25,7 +27,8 @@ from tests.conftest import launched
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "conf" / "paper").glob("*.yaml"))
 COMPARISONS = [file for file in FILES if file.stem.startswith(("ablation_", "compare_"))]
-SETTINGS = [file for file in FILES if file not in COMPARISONS]
+RELEASED = ROOT / "conf" / "paper" / "released_code.yaml"  # goes over a setting
+SETTINGS = [file for file in FILES if file not in COMPARISONS and file != RELEASED]
 
 DOMAINS = {
     "domainnet": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
@@ -216,3 +219,48 @@ def test_what_a_comparison_varies(stem: str, key: str, values: list[Any], tmp_pa
             value = value[part]
         found.append(value)
     assert found == values
+
+
+@pytest.mark.parametrize("setting", SETTINGS[1:3], ids=lambda f: f.stem)
+def test_the_released_code_differs_from_a_setting_in_what_public_code_does(setting: Path) -> None:
+    words = command_of(RELEASED)
+    assert words[1:3] == [str(RELEASED), "data.root=/path/to/DomainNet"]
+    alone, released = load_config([str(setting), *words[2:]]), load_config([str(setting), *words[1:]])
+    assert (released.federation.weighting, released.data.antialias) == ("uniform", False)
+    method = method_of(released)
+    assert method == LoRAFair(
+        similarity="cosine_columns",
+        regularization=0.01,
+        solver="sgd",
+        sgd_start="xavier",
+        sgd_steps=500,
+        sgd_learning_rate=0.01,
+        sgd_patience=5,
+    )
+    same = dataclasses.replace(
+        released,
+        method=alone.method,
+        federation=dataclasses.replace(released.federation, weighting=alone.federation.weighting),
+        data=dataclasses.replace(released.data, antialias=alone.data.antialias),
+    )
+    assert same == alone
+
+
+def test_the_released_code_is_compared_with_what_it_changes_one_by_one(tmp_path: Path) -> None:
+    comparison = load_comparison([str(ROOT / "conf" / "compare" / "released_code.yaml"), f"run_dir={tmp_path}"])
+    assert comparison is not None
+    (setting,) = comparison.settings
+    of = {label: method_of(comparison.configs[setting, label, 0]) for label in comparison.methods}
+    public = load_config([str(SETTINGS[0]), str(RELEASED), "data.root=/data"])
+    released = method_of(public)
+    assert isinstance(released, LoRAFair)
+    explicit = {"sgd_learning_rate": 0.01}
+    assert dataclasses.replace(of["released"], **explicit) == released
+    assert dataclasses.replace(of["released_zero"], **explicit) == dataclasses.replace(released, sgd_start="zero")
+    assert dataclasses.replace(of["released_lambda_1"], **explicit) == dataclasses.replace(released, regularization=1)
+    assert of["exact"] == LoRAFair(similarity="cosine_columns")
+    assert of["lora_fair"] == LoRAFair()
+    for config in comparison.configs.values():
+        assert config.federation.weighting == public.federation.weighting
+        clients = 5 * (config.partition.clients_per_domain or 0)  # GlyphDomains has five domains
+        assert (clients, config.federation.clients_per_round) == (100, 10)

@@ -75,10 +75,12 @@ def descend_jointly(
     """
     found, last, still = list(starts), math.inf, 0
     for _ in range(steps):
-        loss = sum(float(f(at)) for f, at in zip(objectives, found, strict=True)) if patience is not None else 0.0
-        found = [_step(f, at, residual, learning_rate) for f, at in zip(objectives, found, strict=True)]
+        seen = [f.value_and_gradient(at) for f, at in zip(objectives, found, strict=True)]
+        slopes = [slope for _, slope in seen]
+        found = [_step(at, slope, residual, learning_rate) for at, slope in zip(found, slopes, strict=True)]
         if patience is None:
             continue
+        loss = sum(float(value) for value, _ in seen)
         if abs(last - loss) >= _STILL:
             last, still = loss, 0
             continue
@@ -88,8 +90,7 @@ def descend_jointly(
     return found
 
 
-def _step(objective: LayerObjective, at: LoRAFactors, residual: Residual, learning_rate: float) -> LoRAFactors:
-    slope = objective.gradient(at)
+def _step(at: LoRAFactors, slope: LoRAFactors, residual: Residual, learning_rate: float) -> LoRAFactors:
     return LoRAFactors(
         A=at.A if residual == "B" else at.A - learning_rate * slope.A,
         B=at.B if residual == "A" else at.B - learning_rate * slope.B,

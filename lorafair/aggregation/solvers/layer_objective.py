@@ -35,22 +35,23 @@ class LayerObjective:
 
     def __call__(self, factors: LoRAFactors) -> Tensor:
         """The value at A (R, I), B (O, R), a scalar tensor. The cosine with a zero matrix or column is 0."""
-        h, nu = self._products(factors)
-        if self.similarity == "frobenius":
-            distance = self.ideal_square - 2 * h + nu
-        else:
-            distance = 1 - (h * self._inverse_norms(nu)).mean()
-        change_a, change_b = (factors.A - self.mean.A).square().sum(), (factors.B - self.mean.B).square().sum()
-        return distance + self.penalty_a * change_a + self.penalty_b * change_b
+        return self._value(factors, *self._products(factors))
 
     def gradient(self, factors: LoRAFactors) -> LoRAFactors:
         """The derivatives in A (R, I) and B (O, R)."""
-        A, B, (h, nu) = factors.A, factors.B, self._products(factors)
+        return self.value_and_gradient(factors)[1]
+
+    def value_and_gradient(self, factors: LoRAFactors) -> tuple[Tensor, LoRAFactors]:
+        """Both, for little more than one of them."""
+        A, B = factors.A, factors.B
+        cross, image = self._times_ideal(B), (B.mT @ B) @ A  # the large products
+        h, nu = self._total(A * cross), self._total(A * image).clamp(min=0)
         by_h, by_nu, _, _ = self._slopes(h, nu)
-        return LoRAFactors(
-            A=self._times_ideal(B) * by_h + 2 * (B.mT @ B) @ A * by_nu + 2 * self.penalty_a * (A - self.mean.A),
+        slope = LoRAFactors(
+            A=cross * by_h + 2 * image * by_nu + 2 * self.penalty_a * (A - self.mean.A),
             B=self._ideal_times(A * by_h) + 2 * B @ (A * by_nu @ A.mT) + 2 * self.penalty_b * (B - self.mean.B),
         )
+        return self._value(factors, h, nu), slope
 
     def hessian(self, factors: LoRAFactors) -> Callable[[LoRAFactors], LoRAFactors]:
         """The derivative of the gradient at `factors` along a change of both factors."""
@@ -80,6 +81,14 @@ class LayerObjective:
         if self.similarity == "frobenius":
             return torch.full_like(nu, 2.0)
         return torch.where(nu > 0, 1 / torch.where(nu > 0, nu, 1.0), 0.0) / nu.numel()
+
+    def _value(self, factors: LoRAFactors, h: Tensor, nu: Tensor) -> Tensor:
+        if self.similarity == "frobenius":
+            distance = self.ideal_square - 2 * h + nu
+        else:
+            distance = 1 - (h * self._inverse_norms(nu)).mean()
+        change_a, change_b = (factors.A - self.mean.A).square().sum(), (factors.B - self.mean.B).square().sum()
+        return distance + self.penalty_a * change_a + self.penalty_b * change_b
 
     def _times_ideal(self, B: Tensor) -> Tensor:
         """BᵀΔW, (R, I)."""
