@@ -98,7 +98,7 @@ def test_every_setting_is_read_but_those_that_are_named(trainer: Trainer) -> Non
     identity = {**flatten(trainer.experiment.identity), "privacy.noise": None, "federation.deadline": None}
     for key in identity:
         trainer.experiment.identity = {**identity, key: "something else"}
-        unread = key.split(".")[0] in ("method", "server", "evaluation") or key in (
+        unread = key.split(".")[0] in ("method", "server", "defence", "evaluation") or key in (
             "federation.head_weighting", "federation.weighting", "federation.clients_per_round",
             "federation.initialization",
         )  # fmt: skip
