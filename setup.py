@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the version names the commit, and the package has conf/ and slurm/ inside it."""
+"""What pyproject.toml cannot say: the version names the commit, and the package has conf/, profiles/ and slurm/."""
 
 import re
 import shutil
@@ -17,14 +17,16 @@ if not is_sdist and Path(".git").exists() and shutil.which("git"):
 
 
 class Build(build_py):
-    """Puts conf/ and slurm/ into a package."""
+    """Puts conf/, profiles/ and slurm/ into a package."""
 
     def run(self):  # noqa: D102
         package = Path(self.build_lib, "lorafair")
         if package.resolve() != Path("lorafair").resolve():
             shutil.rmtree(package, ignore_errors=True)  # else modules of an earlier build would stay in it
         super().run()
-        for folder in () if self.editable_mode else ("conf", "slurm"):  # an editable install finds them where they are
+        for folder in (
+            () if self.editable_mode else ("conf", "profiles", "slurm")
+        ):  # an editable install finds them where they are
             shutil.copytree(folder, package / folder)
 
 

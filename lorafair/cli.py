@@ -25,6 +25,8 @@ from lorafair.commands.compare import Part, compare_command
 from lorafair.commands.plot import Wanted, plot_command
 from lorafair.commands.run import run_command
 from lorafair.commands.slurm import SCHEDULER, Options, slurm_command
+from lorafair.commands.timeline import Wanted as WantedTimeline
+from lorafair.commands.timeline import timeline_command
 from lorafair.comparison.section import has_section, load_comparison
 from lorafair.config.describe import describe_options, descriptions_text, groups, options_text
 from lorafair.config.hints import options_called
@@ -42,6 +44,7 @@ USAGE = """usage: lorafair SUBCOMMAND [FILE.yaml ...] [key=value ...]
   lorafair slurm demo.yaml --submit         write, print or submit a run's batch script
   lorafair export RUN_DIR OUT_DIR           the trained model for timm, or as a PEFT adapter
   lorafair plot RUN ...                     figures and tables of runs, or of a comparison, for a paper
+  lorafair timeline RUN ... --profile NAME  what runs would take on the devices and networks of a profile
   lorafair options [GROUP]                  every option with its type, default and meaning
   lorafair methods [NAME]                   the aggregation methods, or the options of one
 
@@ -291,6 +294,18 @@ def _plot(namespace: argparse.Namespace) -> int:
     return plot_command(wanted)
 
 
+def _timeline(namespace: argparse.Namespace) -> int:
+    wanted = WantedTimeline(
+        places=namespace.places,
+        profiles=[name for names in namespace.profile or () for name in names],
+        targets=[target for targets in namespace.target or () for target in targets],
+        formats=[name for names in namespace.format or (("png",),) for name in names],
+        out=namespace.out,
+        only_list=namespace.list,
+    )
+    return timeline_command(wanted)
+
+
 def _options(namespace: argparse.Namespace) -> int:
     if not namespace.group:
         for name, about in groups().items():
@@ -320,6 +335,13 @@ def _run_index(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text}: give the number of a run, as --list shows them")
     return int(text)
+
+
+def _percent(text: str) -> float:
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: give an accuracy in percent, such as 60") from error
 
 
 def _nonempty(text: str) -> str:
@@ -373,6 +395,20 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder given, or figures for several")
 
 
+def _timeline_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "places", nargs="*", type=Path, metavar="RUN", help="run directories, folders with runs, a comparison's folder"
+    )
+    parser.add_argument("--list", action="store_true", help="the shipped profiles, and nothing else")
+    parser.add_argument("--profile", nargs="+", action="append", metavar="NAME", help="shipped ones, or YAML files")
+    parser.add_argument(
+        "--target", nargs="+", action="append", type=_percent, metavar="PERCENT",
+        help="accuracies to be reached, in percent; default: the highest that all runs reach",
+    )  # fmt: skip
+    parser.add_argument("--format", nargs="+", action="append", metavar="KIND", help="png (default), pdf, svg")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder timeline in the folder given")
+
+
 def _options_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("group", nargs="?", metavar="GROUP", help="for example client, or model.lora")
 
@@ -423,6 +459,13 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "Figures and tables of runs, or of a comparison, as a paper prints them.",
         "lorafair plot runs/methods --figure accuracy bias --format pdf png",
         _plot_arguments,
+        takes_configuration=False,
+    ),
+    "timeline": Subcommand(
+        _timeline,
+        "What runs would take on the devices and networks of a profile: time, traffic, energy, costs to an accuracy.",
+        "lorafair timeline runs/methods --profile hospital phones_4g --target 60",
+        _timeline_arguments,
         takes_configuration=False,
     ),
     "options": Subcommand(

@@ -35,6 +35,7 @@ from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import smallest_over_ranks
 from lorafair.config.identity import run_identity
+from lorafair.config.profiles import read_profile
 from lorafair.config.schema import ClientConfig, Config
 from lorafair.console import format_count, log
 from lorafair.data.attacks import Attack, StampedSource, backdoor_success, make_attack
@@ -48,9 +49,12 @@ from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
 from lorafair.model.backbone import build_model, weights_text
 from lorafair.model.side_by_side import clients_that_pay, clients_with_room
+from lorafair.model.work import flop_per_image
 from lorafair.registry import METHODS
 from lorafair.schedule import Scheduler
 from lorafair.seeding import seeded
+from lorafair.virtual_time.choice import Rule
+from lorafair.virtual_time.devices import Devices
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -137,6 +141,18 @@ class Experiment:
             cohort=self.cohort,
             world_size=self.fabric.world_size,
         )
+
+    @cached_property
+    def choice_rule(self) -> Rule | None:
+        """How federation.profile chooses the clients; None without it, and where all data is in one place."""
+        federation = self.config.federation
+        if federation.profile is None or self.aggregator.pools_data:
+            return None
+        profile, flop = read_profile(federation.profile), None
+        if profile.needs_flop:
+            flop = flop_per_image(self.config.model, len(self.data.classes), self.aggregator.core)
+        devices = Devices(profile, self.config.seed_of("federation"))
+        return Rule(devices, federation.over_selection, federation.deadline_seconds, flop)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -274,6 +290,11 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
     wanted = config.federation.clients_per_round
     if wanted is not None and wanted > len(clients):
         raise ConfigError(f"federation.clients_per_round={wanted}: there are {len(clients)} clients")
+    if config.federation.over_selection is not None and wanted == len(clients):
+        raise ConfigError(
+            f"federation.over_selection={config.federation.over_selection:g} has no effect: "
+            f"federation.clients_per_round={wanted} is all clients; set fewer"
+        )
     if config.defence.name is not None:
         make_defence(config.defence).check(wanted or len(clients))
     owners = clients

@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial as partial_call
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
+from lorafair.aggregation.base import ServerUpdate
 from lorafair.checkpointing.checkpoint import Checkpoint, save_checkpoint
 from lorafair.checkpointing.claim import holding
 from lorafair.checkpointing.lock import RunLock
@@ -37,6 +39,7 @@ from lorafair.reporting.report import Report, open_report, report_finished_befor
 from lorafair.reporting.results import is_finished
 from lorafair.reporting.tracker import Clock
 from lorafair.schedule import RoundPlan, update_client_seconds
+from lorafair.server.choice import FOLDED, choose_clients, folded_bytes
 from lorafair.server.recent import evaluated_adapter
 from lorafair.server.state import (
     ServerState,
@@ -55,6 +58,7 @@ from lorafair.server.step import (
     update_controls,
 )
 from lorafair.server.weighting import weighted_by_losses
+from lorafair.virtual_time.record import RoundWork
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -163,8 +167,9 @@ def begin_round(
         start=lambda: start_of_round(experiment.identity, round_index, adapter),
         seconds=config.checkpoint.seconds,
     )
+    choice = choose_clients(experiment, state, partial_call(traffic_of, experiment, state))
     finished = found_unfinished(experiment, partial) if round_index in state.unfinished_rounds else []
-    plan = experiment.scheduler.plan(round_index, state.client_seconds, finished)
+    plan = experiment.scheduler.plan(round_index, state.client_seconds, finished, choice)
     if finished:
         done = sum(len(cohort) for cohort in plan.cohorts_of_rank[0] if cohort in finished)
         log.info(f"round {round_index + 1}: {format_count(done, 'client')} done before the interruption")
@@ -275,7 +280,8 @@ def log_and_save(
         if experiment.lock is not None:
             experiment.lock.confirm()
         if this.report is not None and result is not None:
-            traffic = traffic_of(experiment, state, this.plan, result)
+            work = work_of(experiment, state, this, result)
+            traffic = Traffic(sum(work.up), sum(work.down) + sum(work.late_down))
             shared = seconds_of(this.taken, this.plan, clients)
             add_to_totals(state, sum(this.clock.seconds.values()), traffic, len(clients.dropped), shared)
             summary = RoundSummary(
@@ -286,6 +292,7 @@ def log_and_save(
                 evaluation=evaluation,
                 seconds=this.clock.seconds,
                 traffic=traffic,
+                work=work,
                 total_bytes=state.totals["bytes"],
                 total_seconds=state.totals["seconds"],
                 adapter=state.adapter,
@@ -312,17 +319,46 @@ def add_to_totals(
         state.totals[name] = state.totals.get(name, 0) + amount
 
 
-def traffic_of(experiment: Experiment, state: ServerState, plan: RoundPlan, result: ServerResult) -> Traffic:
-    """What the clients of the round just completed would have sent and received."""
-    lora_ranks = lora_ranks_of(experiment, state, plan.clients)
-    round_index = state.completed_rounds - 1
-    traffic = round_traffic(experiment.layout, experiment.aggregator, result.update, round_index, lora_ranks)
+def work_of(experiment: Experiment, state: ServerState, this: Round, result: ServerResult) -> RoundWork:
+    """What the clients and the server of the round just completed have done, client by client; on rank 0.
+
+    Late clients have received what the others have; what they send is not taken.
+    """
+    choice, round_index, update = this.plan.choice, state.completed_rounds - 1, result.update
+    late = () if choice is None else choice.late
+    traffics = [traffic_of(experiment, state, (client,), update, round_index) for client in (*this.plan.clients, *late)]
+    count = len(this.plan.clients)
+    if choice is not None:
+        of_experiment = partial_call(traffic_of, experiment, state)
+        state.totals[FOLDED] = folded_bytes(this.plan.clients[0], update, round_index, of_experiment)
+    return RoundWork(
+        round=state.completed_rounds,
+        clients=this.plan.clients,
+        images=tuple(experiment.costs[client] for client in this.plan.clients),
+        down=tuple(traffic.down for traffic in traffics[:count]),
+        up=tuple(traffic.up for traffic in traffics[:count]),
+        late=late,
+        late_images=tuple(experiment.costs[client] for client in late),
+        late_down=tuple(traffic.down for traffic in traffics[count:]),
+        late_up=tuple(traffic.up for traffic in traffics[count:]),
+        waited=None if choice is None else choice.waited,
+        classes=len(experiment.data.classes),
+        server_seconds=float(f"{this.clock.seconds.get('server', 0.0):.4g}"),
+    )
+
+
+def traffic_of(
+    experiment: Experiment, state: ServerState, clients: tuple[int, ...], update: ServerUpdate, round_index: int
+) -> Traffic:
+    """What these clients would have sent and received in a round."""
+    lora_ranks = lora_ranks_of(experiment, state, clients)
+    traffic = round_traffic(experiment.layout, experiment.aggregator, update, round_index, lora_ranks)
     if experiment.config.client.scaffold:
         traffic = with_control_variates(traffic)
     if experiment.head_class_counts is not None:
-        traffic = with_class_counts(traffic, len(plan.clients), len(experiment.data.classes))
+        traffic = with_class_counts(traffic, len(clients), len(experiment.data.classes))
     if experiment.measured > 2:
-        traffic = with_losses(traffic, len(plan.clients))
+        traffic = with_losses(traffic, len(clients))
     return traffic
 
 

@@ -17,6 +17,7 @@ import torch
 from lorafair.config.schema import ClientConfig
 from lorafair.model.adapter import Part
 from lorafair.seeding import seeded
+from lorafair.virtual_time.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RoundPlan:
     clients: tuple[int, ...]  # ascending; the row order of every (K, ...) tensor
     weights: tuple[float, ...]  # (K,) sum to 1
     cohorts_of_rank: tuple[tuple[tuple[int, ...], ...], ...]  # W entries: the cohorts a rank trains, in order
+    choice: Choice | None = None  # how the clients were chosen in virtual time
 
     @property
     def clients_of_rank(self) -> tuple[tuple[int, ...], ...]:
@@ -46,7 +48,11 @@ class Scheduler:
     world_size: int
 
     def plan(
-        self, round_index: int, measured: Mapping[int, float], finished: Collection[tuple[int, ...]] = ()
+        self,
+        round_index: int,
+        measured: Mapping[int, float],
+        finished: Collection[tuple[int, ...]] = (),
+        choice: Choice | None = None,
     ) -> RoundPlan:
         """The plan of round `round_index` (from 0); the same on every rank.
 
@@ -54,9 +60,10 @@ class Scheduler:
         clients trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least
         work. How long they take is expected from the seconds `measured` before: times differ from run to run, and only
         the assignment to ranks may, too. Cohorts that an earlier attempt at the round has `finished` are assigned
-        to rank 0, which has their rows; they are not trained again.
+        to rank 0, which has their rows; they are not trained again. A `choice` in virtual time replaces the draw; the
+        clients that it has found late are not trained.
         """
-        clients = self._drawn(round_index)
+        clients = self._drawn(round_index) if choice is None else list(choice.clients)
         amounts = [1.0 if self.weighting == "uniform" else float(self.sizes[c]) for c in clients]
         total = sum(amounts)
         by_cost = sorted(clients, key=lambda c: (-self.costs[c], c))
@@ -69,15 +76,21 @@ class Scheduler:
             clients=tuple(clients),
             weights=tuple(amount / total for amount in amounts),
             cohorts_of_rank=(done + first, *others),
+            choice=choice,
         )
 
     def _drawn(self, round_index: int) -> list[int]:
         """The clients of a round, ascending."""
+        order, wanted = self.order(round_index)
+        return sorted(order[:wanted])
+
+    def order(self, round_index: int) -> tuple[list[int], int]:
+        """All clients in the order in which a round asks them, and how many it wants."""
         total = len(self.sizes)
         if self.clients_per_round is None or self.clients_per_round == total:
-            return list(range(total))
-        order = torch.randperm(total, generator=seeded(self.seed, "clients", round_index))
-        return sorted(order[: self.clients_per_round].tolist())
+            return list(range(total)), total
+        order: list[int] = torch.randperm(total, generator=seeded(self.seed, "clients", round_index)).tolist()
+        return order, self.clients_per_round
 
 
 def expected_seconds(costs: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:

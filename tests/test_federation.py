@@ -35,6 +35,7 @@ from lorafair.model.backbone import build_model
 from lorafair.model.side_by_side import NUMBERS_OF_STEP
 from lorafair.registry import METHODS
 from lorafair.server.state import ServerState
+from lorafair.virtual_time.record import RoundWork, read_work
 from tests.conftest import damaged_folder, launched, run_ranks
 
 Tiny = Callable[..., Config]
@@ -181,6 +182,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.lora.client_rank_probabilities=[0.5,0.5]", "partition.scheme=dirichlet", "partition.alpha=0.1",
         "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=3",
     ),
+    "late_clients": (  # some rounds have late clients, one has clients that are away, and one waits for the deadline
+        "method.name=fedex_lora", "federation.profile=phones_4g", "federation.over_selection=2",
+        "federation.deadline_seconds=0.09", "partition.scheme=iid", "partition.clients=9",
+        "federation.clients_per_round=3", "client.cohort=2", "rounds=4",
+    ),
     "centralized": ("method.name=centralized",),
     "local_only": ("method.name=local_only",),
     "folding": ("method.name=stacking",),
@@ -269,6 +275,12 @@ def test_the_same_bits_on_1_2_and_3_ranks_and_after_a_resume_on_another_number(
         ]
         if other != "resumed":
             assert server_scalars(folder / other) == server_scalars(folder / "1")
+        assert recorded_work(folder / other) == recorded_work(folder / "1")
+
+
+def recorded_work(run_dir: Path) -> list[RoundWork]:
+    """All of it but measured seconds."""
+    return [dataclasses.replace(work, server_seconds=0.0) for work in read_work(run_dir)]
 
 
 def server_scalars(run_dir: Path) -> list[str]:

@@ -98,6 +98,32 @@ def traffic_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | N
     return _panels(outcomes, setting, width, [panel], lambda runs, _: line(runs), "MB sent and received by all clients")
 
 
+def time_figure(outcomes: Outcomes, setting: str, width: float) -> Figure | None:
+    """Mean accuracy by virtual time, a panel for each profile."""
+    methods = [method for method, _ in _recorded(outcomes, setting)]
+    priced = {
+        pricing.profile.name: {m: pricing.runs(outcomes, setting, m) for m in methods} for pricing in outcomes.pricings
+    }
+    priced = {name: found for name, found in priced.items() if any(found.values())}
+    if not priced:
+        return None
+    from lorafair.comparison.pricing import unit_of_time
+
+    units = {name: unit_of_time([run for runs in found.values() for run in runs]) for name, found in priced.items()}
+    panels = {Panel(ACCURACY, "mean accuracy (%)", f"{name}, {units[name][1]}", 100): name for name in priced}
+
+    def line(runs: Sequence[RecordedRun], panel: Panel) -> Line | None:
+        accuracy, name = line_of(runs, ACCURACY, 100), panels[panel]
+        mine = priced[name][runs[0].run.method]
+        if accuracy is None or len(mine) < len(runs):  # a mean over other runs than the accuracy's would mislead
+            return None
+        spent, second = [run.spent for run in mine], units[name][0]
+        x = [sum(each[r].seconds for each in spent) / len(spent) / second for r in accuracy.x.tolist()]
+        return Line(np.array(x), accuracy.mean, accuracy.std)
+
+    return _panels(outcomes, setting, width, list(panels), line, "virtual time")
+
+
 def line_of(runs: Sequence[RecordedRun], scalar: str, factor: float = 1.0) -> Line | None:
     """The mean of a scalar over the runs that have it, and its standard deviation; None where none has it."""
     curves = [run.curves[scalar] for run in runs if run.curves.get(scalar)]

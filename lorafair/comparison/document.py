@@ -13,8 +13,9 @@ from typing import Any, Literal
 from lorafair.comparison import left_behind, tables
 from lorafair.comparison.evidence import components_table, reading_text, significance_table
 from lorafair.comparison.fairness import start_table, start_text
-from lorafair.comparison.figures import KINDS, file_stem
+from lorafair.comparison.figures import file_stem, kinds_of, of_kind
 from lorafair.comparison.findings import Findings
+from lorafair.comparison.pricing import pricing_table
 from lorafair.comparison.tables import Cell, Table, seconds_of
 from lorafair.config.identity import flatten, identity_settings
 from lorafair.config.schema import Config
@@ -120,9 +121,12 @@ def _of_setting(findings: Findings, setting: str, *, details: bool) -> Iterator[
         table = make(findings, setting)
         if table.rows:
             yield table
-    for kind, of_kind in KINDS.items() if details else ():
-        if of_kind.of_setting:
-            yield FigurePart(file_stem(setting, kind), of_kind.caption)
+    for pricing in findings.pricings:
+        if (table := pricing_table(findings, setting, pricing)).rows:
+            yield table
+    for kind in kinds_of(findings) if details else ():
+        if of_kind(kind).of_setting:
+            yield FigurePart(file_stem(setting, kind), of_kind(kind).caption)
 
 
 def _of_all_settings(findings: Findings, *, figures: bool) -> Iterator[Part]:
@@ -132,9 +136,9 @@ def _of_all_settings(findings: Findings, *, figures: bool) -> Iterator[Part]:
         yield overall
         if by_setting.rows:
             yield by_setting
-        for kind, of_kind in KINDS.items() if figures else ():
-            if not of_kind.of_setting:
-                yield FigurePart(kind, of_kind.caption)
+        for kind in kinds_of(findings) if figures else ():
+            if not of_kind(kind).of_setting:
+                yield FigurePart(kind, of_kind(kind).caption)
 
 
 def _details(findings: Findings) -> Iterator[Part]:

@@ -68,6 +68,16 @@ KINDS: dict[str, Kind] = {
     ),
 }
 
+# Where runs are priced with a profile.
+PRICED_KINDS: dict[str, Kind] = {
+    "time": Kind(
+        "Mean accuracy by virtual time, with each profile.",
+        curves.time_figure,
+        curves.ACCURACY,
+        empty="no profile is given (lorafair timeline RUN --profile NAME, or compare.profile), or no run recorded work",
+    ),
+}
+
 
 class Figures(Mapping[str, "Figure"]):
     """Figures by name; a notebook shows all of them.
@@ -143,23 +153,23 @@ def draw_figures(outcomes: Outcomes, kinds: Collection[str] | None = None, width
     captions: dict[str, str] = {}
     notes: list[str] = []
     with paper_settings():
-        for kind in kinds or KINDS:
+        for kind in kinds or kinds_of(outcomes):
             drawn = dict(_drawn(outcomes, kind, inches))
             if not drawn and kinds:
                 raise LorafairError(f"there is nothing to show in figure {kind}: {_why_empty(outcomes, kind)}")
             figures |= drawn
-            captions |= dict.fromkeys(drawn, KINDS[kind].caption)
-            if drawn and (without := _without(outcomes, KINDS[kind].scalar)):
-                notes.append(f"{kind} leaves out {format_count(len(without), 'run')} without {KINDS[kind].scalar}: "
+            captions |= dict.fromkeys(drawn, of_kind(kind).caption)
+            if drawn and (without := _without(outcomes, of_kind(kind).scalar)):
+                notes.append(f"{kind} leaves out {format_count(len(without), 'run')} without {of_kind(kind).scalar}: "
                              f"{some(without)}")  # fmt: skip
     return Figures(figures, captions, notes)
 
 
 def _drawn(outcomes: Outcomes, kind: str, inches: float) -> Iterator[tuple[str, Figure]]:
     """Name and figure, for each setting where there is something to show."""
-    of_kind = KINDS[kind]
-    for setting in list(outcomes.comparison.settings) if of_kind.of_setting else [""]:
-        figure = of_kind.draw(outcomes, setting, inches)
+    drawn = of_kind(kind)
+    for setting in list(outcomes.comparison.settings) if drawn.of_setting else [""]:
+        figure = drawn.draw(outcomes, setting, inches)
         if figure is not None:
             yield file_stem(setting, kind), finish(figure)
 
@@ -175,17 +185,29 @@ def _without(outcomes: Outcomes, scalar: str) -> list[str]:
 
 
 def _why_empty(outcomes: Outcomes, kind: str) -> str:
-    scalar = KINDS[kind].scalar
+    scalar = of_kind(kind).scalar
     runs = [run for runs in outcomes.recorded.values() for run in runs]
     if scalar and not any(run.curves.get(scalar) for run in runs):
         return f"no run has recorded {scalar} yet"
-    return KINDS[kind].empty or "no run has what it shows"
+    return of_kind(kind).empty or "no run has what it shows"
+
+
+def kinds_of(outcomes: Outcomes) -> list[str]:
+    """The kinds of figures that runs may have."""
+    return [*KINDS, *(PRICED_KINDS if outcomes.pricings else ())]
+
+
+def of_kind(kind: str) -> Kind:
+    """What is known about a kind. ConfigError for one that there is not."""
+    known = KINDS | PRICED_KINDS
+    if kind not in known:
+        raise ConfigError(f"there is no figure {kind}; {did_you_mean(kind, known)}figures: {', '.join(known)}")
+    return known[kind]
 
 
 def check_kind(kind: str) -> None:
     """Raise ConfigError for a figure that there is not."""
-    if kind not in KINDS:
-        raise ConfigError(f"there is no figure {kind}; {did_you_mean(kind, KINDS)}figures: {', '.join(KINDS)}")
+    of_kind(kind)
 
 
 def check_formats(formats: Sequence[str]) -> None:

@@ -117,13 +117,13 @@ def _line(what: str, folders: Sequence[str]) -> str:
 def _found_in(place: Path, *, several: bool) -> Iterator[FoundRun]:
     place = place.resolve()
     if _is_run(place):
-        yield FoundRun(place, "", _options_of(place))
+        yield FoundRun(place, "", options_of(place))
         return
     runs = sorted(_runs_below(place, _DEPTH))
     for folder in runs:
         *between, _ = folder.relative_to(place).parts
         setting = "/".join([place.name, *between] if several else between)
-        yield FoundRun(folder, setting, _options_of(folder))
+        yield FoundRun(folder, setting, options_of(folder))
 
 
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
@@ -152,7 +152,7 @@ def _no_run(place: Path) -> str:
     return f"{place} is no run, and no run is below it: a run has a {CONFIG_FILE}; {ask}"
 
 
-def _options_of(folder: Path) -> dict[str, Any]:
+def options_of(folder: Path) -> dict[str, Any]:
     """config.yaml with dotted keys. It was written by lorafair, so it is read without checks, which take time."""
     file = folder / CONFIG_FILE
     try:
@@ -207,7 +207,8 @@ def _record_of(
     seeds = tuple(sorted({run.seed for run in found}))
     alone = records[0] if len(records) == 1 else None  # of several comparisons no one design holds for all
     draws, level = (alone.draws, alone.decision_level) if alone else (None, None)
-    return Record(methods, {s: {} for s in settings}, seeds, chosen, draws=draws, decision_level=level)
+    profiles, targets = (alone.profiles, alone.targets) if alone else ((), ())
+    return Record(methods, {s: {} for s in settings}, seeds, chosen, None, draws, level, profiles, targets)
 
 
 def _recorded(index: int, run: FoundRun, label: str) -> tuple[RecordedRun, str]:

@@ -16,6 +16,7 @@ from lorafair.reporting.palette import Style, styles
 from lorafair.reporting.run_dir import Curve, read_metrics
 
 if TYPE_CHECKING:
+    from lorafair.comparison.pricing import Pricing
     from lorafair.comparison.statistics import Estimate, Values
 
 CONFIDENCE = 0.95
@@ -256,6 +257,16 @@ class Outcomes:
     def decision_level(self) -> float | None:
         """Of one difference, where draws stop once all are decided."""
         return getattr(self.comparison, "decision_level", None)
+
+    @cached_property
+    def pricings(self) -> list[Pricing]:
+        """The profiles with which runs are priced. Raises ConfigError for one that cannot be read."""
+        profiles = getattr(self.comparison, "profiles", ())
+        if not profiles:
+            return []
+        from lorafair.comparison.pricing import pricings_of
+
+        return pricings_of(profiles, getattr(self.comparison, "targets", ()))
 
     @property
     def unit(self) -> str:

@@ -89,6 +89,8 @@ class Comparison:
     arguments: tuple[str, ...] = ()  # the files and pairs that declare it
     draws: Draws | None = None  # what `seeds` number, where they are draws
     share_training: bool = True  # of runs of a draw that begin alike
+    profiles: tuple[str, ...] = ()  # with which the report prices the runs
+    targets: tuple[float, ...] = ()  # accuracies in %, for these prices
     _accuracies: dict[Path, float] = field(default_factory=dict, repr=False, compare=False)  # of done runs, as read
     _stops: dict[tuple[str, str], int] = field(default_factory=dict, repr=False, compare=False)  # decisions so far
 

@@ -28,6 +28,8 @@ class Record:
     tuning: Tuning | None = None
     draws: Draws | None = None
     decision_level: float | None = None
+    profiles: tuple[str, ...] = ()
+    targets: tuple[float, ...] = ()
 
 
 def write_record(comparison: Comparison) -> None:
@@ -40,6 +42,8 @@ def write_record(comparison: Comparison) -> None:
     }
     if comparison.draws is not None:
         content |= {"draws": dataclasses.asdict(comparison.draws), "decision_level": comparison.decision_level}
+    if comparison.profiles:
+        content |= {"profiles": comparison.profiles, "targets": comparison.targets}
     write_atomically(comparison.folder / RECORD_FILE, json.dumps(content, indent=1, default=str) + "\n")
 
 
@@ -55,6 +59,8 @@ def read_record(folder: Path) -> Record | None:
         if "draws" in content:
             level = content["decision_level"]
             record = dataclasses.replace(record, draws=Draws(**content["draws"]), decision_level=level)
+        profiles, targets = tuple(map(str, content.get("profiles", ()))), tuple(map(float, content.get("targets", ())))
+        record = dataclasses.replace(record, profiles=profiles, targets=targets)
         if record.baseline not in methods or not all("method.name" in options for options in methods.values()):
             raise ValueError("it is not the record of a comparison")
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lorafair import third_party
 from lorafair.comparison.document import document
-from lorafair.comparison.figures import KINDS, Figures, draw_figures, file_stem
+from lorafair.comparison.figures import KINDS, PRICED_KINDS, Figures, draw_figures, file_stem
 from lorafair.comparison.findings import Findings
 from lorafair.comparison.left_behind import mean_of_domains
 from lorafair.comparison.listing import options_text
@@ -60,8 +60,8 @@ def write_report(comparison: Comparison) -> None:
 
 def _save_pictures(comparison: Comparison, figures: Figures) -> dict[str, Path]:
     """Every figure as a PNG, by its name; those of an earlier report that there are no longer are removed."""
-    for kind, of_kind in KINDS.items():
-        for setting in comparison.settings if of_kind.of_setting else [""]:
+    for kind, known in (KINDS | PRICED_KINDS).items():
+        for setting in comparison.settings if known.of_setting else [""]:
             (comparison.folder / f"{file_stem(setting, kind)}.png").unlink(missing_ok=True)
     return dict(zip(figures, figures.save(comparison.folder, ("png",)), strict=True))
 

@@ -11,6 +11,8 @@
         seed: 1000                                                                # the first of seeds
         fraction: 0.2                                                             # of the training images, held out
         rounds: 5                                                                 # as many as the runs
+      profile: [hospital, phones_4g]                                              # optional: see pricing.py
+      target: 60                                                                  # accuracy in %; else what all reach
 
 Nothing heavy is imported, unless a plug-in does.
 """
@@ -33,11 +35,12 @@ from lorafair.comparison.plan import REPORT, SECTION, Comparison, Options, Run, 
 from lorafair.config.identity import leaves
 from lorafair.config.layers import ConfigLayer, flat_arguments, is_pair, read_layers
 from lorafair.config.loading import config_of, merge_layers
+from lorafair.config.profiles import check_target, read_profile
 from lorafair.config.schema import Config
 from lorafair.console import format_value
 from lorafair.errors import ConfigError, did_you_mean, first_line
 
-_KEYS = ("methods", "settings", "seeds", *KEYS, "baseline", "tune", "share_training")
+_KEYS = ("methods", "settings", "seeds", *KEYS, "baseline", "tune", "share_training", "profile", "target")
 _TUNE_KEYS = ("options", "seed", "fraction", "rounds")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 # What no entry may set, and why; a key stands for the group below it, too.
@@ -120,6 +123,8 @@ def _comparison_of(section: Any, layers: Sequence[ConfigLayer], file: str) -> Co
         runs=_runs(folder, tuple(settings), tuple(methods), seeds, tuning, draws),
         draws=draws,
         share_training=_share_training(section),
+        profiles=_profiles(section),
+        targets=_targets(section),
     )
 
 
@@ -128,6 +133,26 @@ def _share_training(section: Mapping[str, Any]) -> bool:
     if not isinstance(given, bool):
         raise ConfigError(f"{SECTION}.share_training={given} must be true or false")
     return given
+
+
+def _profiles(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """The profiles of the report, files with their whole path. Raises ConfigError for one that cannot be used."""
+    given = section.get("profile")
+    names = given if isinstance(given, list) else [] if given is None else [given]
+    for name in names:
+        try:
+            read_profile(str(name))
+        except ConfigError as error:
+            raise ConfigError(f"{SECTION}.profile: {error}") from error
+    return tuple(str(Path(str(name)).resolve()) if Path(str(name)).is_file() else str(name) for name in names)
+
+
+def _targets(section: Mapping[str, Any]) -> tuple[float, ...]:
+    given = section.get("target")
+    targets = given if isinstance(given, list) else [] if given is None else [given]
+    if targets and not section.get("profile"):
+        raise ConfigError(f"{SECTION}.target={given} has no effect: it needs {SECTION}.profile")
+    return tuple(check_target(target, f"{SECTION}.target") for target in targets)
 
 
 def _methods(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

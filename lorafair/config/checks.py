@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lorafair import registry
 from lorafair.config.identity import check_accepted
 from lorafair.config.options import Option, all_options, option_of, types_of
+from lorafair.config.profiles import check_profile_options
 from lorafair.config.schema import SIGNALS, Config
 from lorafair.errors import ConfigError, check_utf8
 
@@ -62,6 +63,7 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"loggers.{name}={config.loggers[name]} must be a group of its options, or {{}}")
     _check_plugin_options(config)
     _check_client_ranks(config)
+    check_profile_options(config)
     if (mode := config.model.compile_mode) is not None and config.model.compile != "inductor":
         raise ConfigError(f"model.compile_mode={mode} is one of inductor; set model.compile=inductor, or no mode")
     check_accepted(config.accept)

@@ -9,11 +9,13 @@ from typing import Any
 
 from lorafair import registry
 from lorafair.config.options import all_options, former_keys, group_of, option_of
+from lorafair.config.profiles import read_profile
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean
 
 _PLUGINS = "plugins"  # the group with a sum of each file of a plug-in that defines something of the run
 _CORRECTED = "mixed_lora_ranks"  # the version that corrected what the method does with clients of different LoRA ranks
+_PROFILE = "profile"  # a sum of what federation.profile says about the clients, where it is set
 _NOT_SET = "not set"
 _SHOWN = 40  # characters of a value
 _FOLLOWS = ("images", "classes", "frozen_weights")  # follow from settings, whose differences are listed first
@@ -42,7 +44,9 @@ def run_identity(config: Config) -> dict[str, Any]:
     )
     plugins = {f"{names.kind} {name}": names.source_sha256(name) for names, name in named if names.is_from_plugin(name)}
     corrected = {_CORRECTED: _correction_of(config)} if _correction_of(config) else {}
-    return identity_settings(config) | ({_PLUGINS: plugins} if plugins else {}) | corrected
+    given = config.federation.profile
+    profile = {} if given is None else {_PROFILE: read_profile(given).fingerprint}
+    return identity_settings(config) | ({_PLUGINS: plugins} if plugins else {}) | corrected | profile
 
 
 def _correction_of(config: Config) -> str:
@@ -97,6 +101,10 @@ def _is_in(key: str, names: Collection[str]) -> bool:
 def _difference(key: str, there: object, here: object) -> str:
     if key.startswith(f"{_PLUGINS}.") and _NOT_SET not in (there, here):
         return f"the file that defines {key.removeprefix(f'{_PLUGINS}.')} has changed"
+    if key == _PROFILE:
+        if _NOT_SET in (there, here):
+            return f"federation.profile is set {'here' if there == _NOT_SET else 'there'} alone"
+        return "federation.profile gives the clients other speeds, networks or availability"
     if key == _CORRECTED:
         version = here if there == _NOT_SET else there
         return f"what the method does where clients differ in LoRA rank was corrected in lorafair {version}"
@@ -106,7 +114,7 @@ def _difference(key: str, there: object, here: object) -> str:
 def check_accepted(keys: Collection[str]) -> None:
     """Raise ConfigError for a key in which two runs cannot differ."""
     options = [key for key, declared in all_options(Config) if option_of(declared).identity]
-    known = [*_FOLLOWS, _PLUGINS, _CORRECTED, *options]
+    known = [*_FOLLOWS, _PLUGINS, _CORRECTED, _PROFILE, *options]
     for key in keys:
         if not _is_in(key, known):
             hint = did_you_mean(key, known)

@@ -408,8 +408,31 @@ class FederationConfig:
     )
     seed: int | None = option(
         None,
-        "Seed of the clients drawn each round, and of LoRA ranks drawn for clients; null: the seed of the run.",
+        """Seed of the clients drawn each round, of LoRA ranks drawn for clients, and of the devices of
+        federation.profile; null: the seed of the run.""",
         at_least=0,
+    )
+    profile: str | None = option(
+        None,
+        """Devices and networks of the clients: a shipped profile (lorafair timeline --list) or a YAML file. In each
+        round, clients that are not available in it are not asked; over_selection and deadline_seconds drop those that
+        are late in its virtual time (null: no client is late or away).""",
+        is_path=True,
+        identity=False,
+    )
+    over_selection: float | None = option(
+        None,
+        """Ask this many times clients_per_round clients, rounded up, and keep the first clients_per_round of them to
+        finish (1).""",
+        above=1,
+        requires=when_given("federation.profile"),
+    )
+    deadline_seconds: float | None = option(
+        None,
+        """Drop clients whose update arrives later than this after they were asked, in virtual time. If all are later,
+        the fastest one is kept (null: no deadline).""",
+        above=0,
+        requires=when_given("federation.profile"),
     )
 
 

@@ -1,4 +1,4 @@
-"""What comes with the package: configurations, batch scripts, its version."""
+"""What comes with the package: configurations, profiles, batch scripts, its version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMMAND = re.compile(r"#\s*(python|lorafair|sbatch) ")
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder `conf` or `slurm`: inside the installed package, else at the top of the checkout."""
+    """The folder `conf`, `profiles` or `slurm`: inside the installed package, else at the top of the checkout."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 

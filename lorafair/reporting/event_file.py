@@ -50,10 +50,14 @@ class EventFile:
             self._file = path.open("ab")
         self._writer = RecordWriter(self._file)
 
-    def write(self, summary: Summary, step: int) -> None:
-        """Add what belongs to a round, and make it visible at once. Raises UnwritableFile."""
+    def write(self, summary: Summary, step: int, wall_time: float | None = None) -> None:
+        """Add what belongs to a round, and make it visible at once; at the present time, unless another one is given.
+
+        Raises UnwritableFile.
+        """
+        at = time.time() if wall_time is None else wall_time
         with naming(self._path):
-            self._writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+            self._writer.write(Event(wall_time=at, step=step, summary=summary).SerializeToString())
             self._file.flush()
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from lorafair.model.adapter import AdapterLayout
 from lorafair.reporting.left_behind import client_spread
 from lorafair.reporting.tags import NORMS_OF_A, NORMS_OF_B
 from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
+from lorafair.virtual_time.record import RoundWork
 
 CLIENT_CURVES = 1000  # clients of a run of which each has a curve of its own; TensorBoard stalls with many more
 
@@ -37,6 +38,7 @@ class RoundSummary:
     total_seconds: float  # since round 1
     adapter: Tensor  # (P,) where clients start next
     shared_seconds: Mapping[int, float] = field(default_factory=dict)  # of clients that another run has trained, there
+    work: RoundWork | None = None  # client by client
 
     @property
     def train_loss(self) -> float:
@@ -64,6 +66,7 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
         "comm/down_bytes": summary.traffic.down,
         "comm/total_bytes": summary.total_bytes,
         "server/dropped_clients": len(summary.results.dropped),
+        "server/late_clients": 0 if summary.plan.choice is None else len(summary.plan.choice.late),
     }
     scalars |= {f"time/{phase}": seconds for phase, seconds in summary.seconds.items()}
     scalars |= {"time/round": sum(summary.seconds.values()), "time/total": summary.total_seconds}

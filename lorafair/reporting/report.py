@@ -27,6 +27,7 @@ from lorafair.reporting.results import clients_text, result_text, write_result
 from lorafair.reporting.run_dir import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_result, version_of
 from lorafair.reporting.tags import CONFUSION
 from lorafair.reporting.tracker import Tracker
+from lorafair.virtual_time.record import WorkFile
 
 
 class Report:
@@ -39,6 +40,7 @@ class Report:
         self._callbacks = Callbacks([*callbacks, *(make_callback(name) for name in config.callbacks)])
         settings, loggers = dataclasses.asdict(config), open_loggers(config)
         self._tracker = Tracker(config.folder, completed_rounds, settings, loggers, config.tensorboard)
+        self._work = WorkFile(config.folder, completed_rounds)
         introduce(experiment, self._tracker.board)
         self._tracker.recall()
         self._completed = completed_rounds
@@ -57,6 +59,8 @@ class Report:
         """Record one round and print its line; `totals` since round 1 give the pace while no whole round is done."""
         scalars = round_scalars(self._experiment, summary)
         self._tracker.scalars(scalars, summary.round)
+        if summary.work is not None:
+            self._work.write(summary.work)
         if self._experiment.config.tensorboard.histograms:
             for tag, norms in factor_norms(self._experiment.layout, summary.adapter).items():
                 self._tracker.board.histogram(tag, norms, summary.round)
@@ -96,6 +100,7 @@ class Report:
     def close(self, reason: str) -> None:
         """The run ends: `reason` is "finished", or what has ended it."""
         self._tracker.close("success" if reason == "finished" else "failed")
+        self._work.close()
         try:
             self._callbacks.call("on_stop", self._completed, reason)
         except LorafairError as error:  # the run is done, or another error is being raised

@@ -136,6 +136,10 @@ SCALARS = (
         "defence/attackers_weight", "6 defence/weight of attackers", _FRACTION,
         "Weight of the clients that lie, after the defence (attack.name); a real server does not know it",
     ),
+    Scalar(
+        "server/late_clients", "6 clients/late", "clients",
+        "Clients that were asked and came later than the others or the deadline (federation.profile)",
+    ),
     Scalar("train/learning_rate", "6 clients/learning rate", "", "Learning rate of the round (client.schedule)"),
     Scalar("train/loss_highest", "6 clients/loss highest", _NATS, "Training loss of the client where it is highest"),
     Scalar("train/loss_lowest", "6 clients/loss lowest", _NATS, "Training loss of the client where it is lowest"),
