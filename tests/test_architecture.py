@@ -16,10 +16,10 @@ PACKAGE = ROOT / "lorafair"
 # A part of the package, a file or a folder, may import what stands before it.
 ORDER = [
     "errors", "console", "third_party", "registry", "files", "config", "cluster", "seeding", "model", "data",
-    "schedule", "aggregation", "communication", "caching", "evaluation", "checkpointing", "experiment", "server",
-    "client", "reporting", "federation", "launch", "comparison", "commands", "cli", "__main__",
+    "schedule", "aggregation", "communication", "caching", "evaluation", "checkpointing", "privacy", "experiment",
+    "server", "client", "reporting", "federation", "launch", "comparison", "commands", "cli", "__main__",
 ]  # fmt: skip
-ROOMS = 27  # parts of the package, __init__.py among them
+ROOMS = 28  # parts of the package, __init__.py among them
 # Nothing heavy may be imported by these: a mistake is found, and a list printed, in a fraction of a second.
 LIGHT = ("errors", "console", "third_party", "registry", "files", "config", "cluster", "launch", "cli")
 
