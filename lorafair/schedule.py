@@ -73,11 +73,24 @@ class Scheduler:
 
     def _drawn(self, round_index: int) -> list[int]:
         """The clients of a round, ascending."""
-        total = len(self.sizes)
-        if self.clients_per_round is None or self.clients_per_round == total:
-            return list(range(total))
-        order = torch.randperm(total, generator=seeded(self.seed, "clients", round_index))
-        return sorted(order[: self.clients_per_round].tolist())
+        return drawn_clients(self.seed, round_index, len(self.sizes), self.clients_per_round)
+
+
+def drawn_clients(seed: int, round_index: int, total: int, wanted: int | None) -> list[int]:
+    """The clients of a round, ascending: `wanted` of all, drawn uniformly without replacement; all where it is None."""
+    if wanted is None or wanted == total:
+        return list(range(total))
+    order = torch.randperm(total, generator=seeded(seed, "clients", round_index))
+    return sorted(order[:wanted].tolist())
+
+
+def rounds_of_clients(seed: int, rounds: int, total: int, wanted: int | None) -> list[int]:
+    """In how many of the first `rounds` each client takes part (total,)."""
+    counts = [0] * total
+    for round_index in range(rounds):
+        for client in drawn_clients(seed, round_index, total, wanted):
+            counts[client] += 1
+    return counts
 
 
 def expected_seconds(costs: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
