@@ -6,7 +6,9 @@ Letters: C clients side by side, N clients of the run.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +36,7 @@ from lorafair.checkpointing.shared_training import SharedTraining
 from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import smallest_over_ranks
-from lorafair.config.identity import run_identity
+from lorafair.config.identity import NOISE, run_identity
 from lorafair.config.profiles import read_profile
 from lorafair.config.schema import ClientConfig, Config
 from lorafair.console import format_count, log
@@ -48,10 +50,15 @@ from lorafair.evaluation import Evaluation, Evaluator
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
 from lorafair.model.backbone import build_model, weights_text
+from lorafair.model.proof import prove_apart
 from lorafair.model.side_by_side import clients_that_pay, clients_with_room
 from lorafair.model.work import flop_per_image
+from lorafair.privacy.checks import check_privacy
+from lorafair.privacy.examples import ExampleBudget
+from lorafair.privacy.measures import MEASURES
+from lorafair.privacy.summary import Mechanism
 from lorafair.registry import METHODS
-from lorafair.schedule import Scheduler
+from lorafair.schedule import Scheduler, rounds_of_clients
 from lorafair.seeding import seeded
 from lorafair.virtual_time.choice import Rule
 from lorafair.virtual_time.devices import Devices
@@ -79,6 +86,7 @@ class Experiment:
     identity: dict[str, Any]  # what a checkpoint must agree with
     labels: Tensor  # of all training images as clients see them, on the device
     owners: tuple[Client, ...]  # who has the images: `clients`, also where these are pooled into one
+    noise_multiplier: float | None = None  # with privacy: as given, or as privacy.epsilon needs
     attack: Attack | None = None  # what some clients do
     lock: RunLock | None = None  # of the run directory, on rank 0
     shared: SharedTraining | None = None  # what other runs have trained, and what they may take from this one
@@ -179,6 +187,27 @@ class Experiment:
             return [local.steps * min(local.batch_size, size) for size in self.sizes]
         return [(local.epochs or 1) * size for size in self.sizes]
 
+    @cached_property
+    def examples(self) -> ExampleBudget | None:
+        """What clients release of their images, with example-level privacy."""
+        return budget_of_examples(self.config, self.local, self.clients)
+
+    @property
+    def measures(self) -> int:
+        """How many numbers each client measures of its mechanism."""
+        return 0 if self.examples is None else len(MEASURES)
+
+    def largest_epsilon(self, rounds: int) -> float | None:
+        """Of what is released in so many rounds, of all units; None without privacy."""
+        if self.examples is None or self.noise_multiplier is None:
+            return None
+        return self.examples.largest_epsilon(self.noise_multiplier, self.rounds_of_clients(rounds))
+
+    def rounds_of_clients(self, rounds: int) -> list[int]:
+        """In how many of the first `rounds` each client takes part (N,)."""
+        scheduler = self.scheduler
+        return rounds_of_clients(scheduler.seed, rounds, len(scheduler.sizes), scheduler.clients_per_round)
+
     @property
     def loss_scale(self) -> float:
         """By which the loss is multiplied, so that gradients are within the range of half precision."""
@@ -214,11 +243,14 @@ def build_experiment(
     Raises LorafairError on all ranks if one of them finds the data, weights or settings unusable.
     """
     aggregator = method_of(config)
+    check_privacy(config, aggregator)
     origin = _checkpoints_before(fabric, config)
     loaded = _load_in_turns(fabric, config, aggregator, origin)
     model = loaded.model
     cohort = cohort_size(config, loaded.clients, model, fabric.device)
     with same_error_on_all_ranks(fabric):
+        if config.privacy.unit == "example":
+            prove_apart(model, 2, "with privacy.unit=example")
         model.attach(fabric.device, cohort)
     cohort = _cohort_with_room(fabric, config, loaded, cohort)
     if METHODS.is_from_plugin(str(config.method["name"])):
@@ -227,7 +259,12 @@ def build_experiment(
     if config.model.compile is not None:
         mode = config.model.compile_mode
         model.compile(backend=config.model.compile, **({} if mode is None else {"mode": mode}))
+    noise_multiplier = None
+    with same_error_on_all_ranks(fabric):
+        noise_multiplier = noise_multiplier_of(config, aggregator, loaded.local, loaded.clients)
     identity = _identity(config, loaded, model)
+    if config.privacy.epsilon is not None:
+        identity[NOISE] = noise_multiplier
     precision = str(fabric.strategy.precision.precision)
     if precision in _HALVES:
         model.hold_frozen_in(_HALVES[precision])
@@ -249,10 +286,12 @@ def build_experiment(
         model=model,
         identity=identity,
         labels=labels if attack is None else attack.labels(labels, classes),
+        noise_multiplier=noise_multiplier,
         attack=attack,
         owners=loaded.owners,
         lock=lock,
     )
+    _introduce_privacy(experiment)
     checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
@@ -304,6 +343,26 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
         clients = pooled(data.train.labels)
     model = build_model(config.model, len(data.classes), config.seed, aggregator.core)
     return _Loaded(data, images, clients, owners, lora_ranks_of_clients(config, len(clients)), local, model)
+
+
+def budget_of_examples(config: Config, local: ClientConfig, clients: Sequence[Client]) -> ExampleBudget | None:
+    """What these clients release of their images, where the configuration protects images."""
+    if config.privacy.unit != "example":
+        return None
+    assert config.privacy.delta is not None
+    return ExampleBudget([len(client.indices) for client in clients], local, config.privacy.delta)
+
+
+def noise_multiplier_of(
+    config: Config, aggregator: Aggregator, local: ClientConfig, clients: Sequence[Client]
+) -> float | None:
+    """σ, as given or as privacy.epsilon needs for the clients of all rounds. Raises ConfigError."""
+    privacy, examples = config.privacy, budget_of_examples(config, local, clients)
+    if privacy.epsilon is None or examples is None:
+        return privacy.noise_multiplier
+    wanted = None if aggregator.pools_data else config.federation.clients_per_round
+    taken = rounds_of_clients(config.seed_of("federation"), config.rounds, len(clients), wanted)
+    return examples.noise_multiplier(privacy.epsilon, taken)
 
 
 def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[str, Any]) -> Checkpoint | None:
@@ -402,8 +461,23 @@ def _cohort_with_room(fabric: Fabric, config: Config, loaded: _Loaded, cohort: i
 
 
 def _largest_batch(config: Config, clients: tuple[Client, ...]) -> int:
-    """Images of a client in a step."""
-    return min(config.client.batch_size, max(len(client.indices) for client in clients))
+    """Images of a client in a step; a random sample is hardly ever larger than that."""
+    batch = config.client.batch_size
+    if config.privacy.unit == "example":
+        batch += math.ceil(4 * math.sqrt(batch))  # four standard deviations
+    return min(batch, max(len(client.indices) for client in clients))
+
+
+def _introduce_privacy(experiment: Experiment) -> None:
+    config, budget, noise_multiplier = experiment.config, experiment.examples, experiment.noise_multiplier
+    if budget is None or noise_multiplier is None or not experiment.fabric.is_global_zero:
+        return
+    trained = experiment.layout.length_of(experiment.aggregator.trains(0))
+    mechanism = Mechanism(config, budget, noise_multiplier, trained)
+    for line in mechanism.lines(experiment.rounds_of_clients(config.rounds)):
+        log.info(line)
+    for line in mechanism.warnings():
+        log.warning(line)
 
 
 def _introduce(config: Config, loaded: _Loaded, cohort: int, world_size: int) -> None:

@@ -210,7 +210,8 @@ def train(experiment: Experiment, state: ServerState, this: Round) -> Tensor:
 def gather(experiment: Experiment, state: ServerState, this: Round, server: Server, trained: Tensor) -> ClientResults:
     """The results of all clients where they are aggregated, without those that are not finite."""
     with this.clock("gather"):
-        results = drop_nonfinite(experiment.fabric, trained, this.plan, experiment.measured)
+        measured, measures = experiment.measured, experiment.measures
+        results = drop_nonfinite(experiment.fabric, trained, this.plan, measured, measures)
         if not results.clients:
             abort_all_diverged(experiment, state)
         update_client_seconds(state.client_seconds, this.plan.clients, results.seconds)

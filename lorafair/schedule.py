@@ -86,11 +86,25 @@ class Scheduler:
 
     def order(self, round_index: int) -> tuple[list[int], int]:
         """All clients in the order in which a round asks them, and how many it wants."""
-        total = len(self.sizes)
-        if self.clients_per_round is None or self.clients_per_round == total:
-            return list(range(total)), total
-        order: list[int] = torch.randperm(total, generator=seeded(self.seed, "clients", round_index)).tolist()
-        return order, self.clients_per_round
+        return asked_clients(self.seed, round_index, len(self.sizes), self.clients_per_round)
+
+
+def asked_clients(seed: int, round_index: int, total: int, wanted: int | None) -> tuple[list[int], int]:
+    """All clients in the order in which a round asks them, uniform without replacement, and how many it wants."""
+    if wanted is None or wanted == total:
+        return list(range(total)), total
+    order: list[int] = torch.randperm(total, generator=seeded(seed, "clients", round_index)).tolist()
+    return order, wanted
+
+
+def rounds_of_clients(seed: int, rounds: int, total: int, wanted: int | None) -> list[int]:
+    """In how many of the first `rounds` each client takes part (total,)."""
+    counts = [0] * total
+    for round_index in range(rounds):
+        order, number = asked_clients(seed, round_index, total, wanted)
+        for client in order[:number]:
+            counts[client] += 1
+    return counts
 
 
 def expected_seconds(costs: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:

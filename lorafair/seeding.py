@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+_MANTISSA = 53  # bits of a float64
 # SplitMix64's constants as signed numbers of 64 bits.
 _GOLDEN, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -47,6 +50,12 @@ def hashed(key: Tensor | int, counter: Tensor | int) -> Tensor:
 def below(bits: Tensor, limit: int) -> Tensor:
     """Whole numbers of 0 to limit − 1 from the random bits of `hashed`; for a limit far below 2^31."""
     return _shifted(bits, 33) % limit
+
+
+def system_uniform(count: int) -> NDArray[np.float64]:
+    """So many numbers, uniform in [0, 1), from the operating system's generator for cryptography: nothing repeats."""
+    bits = np.frombuffer(os.urandom(8 * count), np.uint64) >> np.uint64(64 - _MANTISSA)
+    return bits.astype(np.float64) * 2.0**-_MANTISSA
 
 
 def _shifted(z: Tensor, places: int) -> Tensor:

@@ -16,10 +16,11 @@ PACKAGE = ROOT / "lorafair"
 # A part of the package, a file or a folder, may import what stands before it.
 ORDER = [
     "errors", "console", "third_party", "registry", "files", "config", "cluster", "seeding", "virtual_time", "model",
-    "data", "schedule", "aggregation", "communication", "caching", "evaluation", "checkpointing", "experiment",
+    "data", "schedule", "aggregation", "communication", "caching", "evaluation", "checkpointing", "privacy",
+    "experiment",
     "server", "client", "reporting", "federation", "launch", "comparison", "commands", "cli", "__main__",
 ]  # fmt: skip
-ROOMS = 28  # parts of the package, __init__.py among them
+ROOMS = 29  # parts of the package, __init__.py among them
 # Nothing heavy may be imported by these: a mistake is found, and a list printed, in a fraction of a second.
 LIGHT = ("errors", "console", "third_party", "registry", "files", "config", "cluster", "launch", "cli")
 

@@ -207,6 +207,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "data.augmentation=crop_flip", "data.resident=true", "partition.scheme=iid", "partition.clients=4",
         "client.cohort=2", "client.epochs=2",
     ),
+    "private_examples": (
+        "method.name=lora_fair", "privacy.unit=example", "privacy.epsilon=30", "privacy.clip_norm=0.5",
+        "model.lora.client_ranks=[4,2]", "model.lora.client_rank_probabilities=[0.5,0.5]", "model.lora.dropout=0.1",
+        "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
+        "federation.clients_per_round=4", "client.cohort=2", "client.batch_size=4",
+    ),
     "no_cache": ("model.prefix_cache=never", "partition.scheme=iid", "partition.clients=4", "data.workers=1"),
 }  # fmt: skip
 

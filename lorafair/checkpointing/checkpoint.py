@@ -26,7 +26,7 @@ from torch import Tensor
 from lorafair.checkpointing.folder import FOLDER, ROUND, CheckpointError, numbered, set_aside, tidy, unreadable_now
 from lorafair.checkpointing.lock import LOCK, move_aside
 from lorafair.cluster.slurm import Job
-from lorafair.config.identity import differences, differing_keys
+from lorafair.config.identity import NOISE, differences, differing_keys
 from lorafair.console import log
 from lorafair.errors import ConfigError
 from lorafair.files.writing import fsync, open_to_others, write_atomically
@@ -262,11 +262,10 @@ def _check_identity(
 ) -> Checkpoint:
     differing = differences(checkpoint.identity, identity, accept)
     if differing:
-        keys = ",".join([*accept, *differing_keys(checkpoint.identity, identity, accept)])
-        raise CheckpointError(
-            f"{origin} belongs to another run: {differing}. Choose another run_dir, or resume=never to start anew, or "
-            f"'accept=[{keys}]' to go on from it all the same"
-        )
+        keys = [*accept, *differing_keys(checkpoint.identity, identity, accept)]
+        go_on = "" if NOISE in keys else f", or 'accept=[{','.join(keys)}]' to go on from it all the same"
+        choose = f"Choose another run_dir, or resume=never to start anew{go_on}"
+        raise CheckpointError(f"{origin} belongs to another run: {differing}. {choose}")
     if accepted := differences(checkpoint.identity, identity):
         log.warning(f"going on from {origin}, although {accepted} (accept)")
     return checkpoint

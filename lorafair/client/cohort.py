@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
+from lorafair.client.private_step import ExamplePrivacy, PrivateGradient
 from lorafair.config.schema import ClientConfig
 from lorafair.data.loading import CohortStep, index_on
 from lorafair.model.adapted_model import AdaptedModel
@@ -34,6 +35,7 @@ class Cohort:
     fixed: Tensor | None = None  # (C, P) bool: what stays as it is, of clients that train some directions only
     penalty: Callable[[Tensor, Tensor], None] | None = None  # adds to gradients (c, P), in place, at values (c, P)
     scales: Tensor | None = None  # (C,) s_k / s of clients whose update has a scaling of its own; `start` has it in B
+    privacy: ExamplePrivacy | None = None  # of DP-SGD, whose steps are random samples
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class CohortResult:
     """What a cohort leaves, on the training device."""
 
     rows: Tensor  # (C, P) packed adapters
-    losses: Tensor  # (C,) mean training loss over a client's steps
+    losses: Tensor  # (C,) mean training loss over a client's steps; with privacy over the images of its samples
     first_losses: Tensor  # (C,) of the first step, before the optimiser moves anything
+    measures: Tensor | None = None  # (C, M) of DP-SGD
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class LocalTraining:
         adapters.scale_clients(cohort.scales)
         columns = adapters.train_only(self.parts, separately=config.b_learning_rate_ratio != 1)
         optimizer = make_optimizer(columns, config)
-        rule = GradientRule(config.clip_norm, config.proximal, start, cohort.corrections, self.loss_scale, cohort.fixed)
+        private = self._private_gradient(cohort)
+        scale = self.loss_scale if private is None else 1.0
+        rule = GradientRule(config.clip_norm, config.proximal, start, cohort.corrections, scale, cohort.fixed)
         rule = replace(rule, penalty=cohort.penalty)
         trained = adapters.flat.data  # (C, P) all rows, also those that leave
         losses = torch.zeros(len(start), device=trained.device)  # (C,)
@@ -80,30 +85,56 @@ class LocalTraining:
                 adapters.resize(active)
                 _keep_rows(optimizer, active)
             adapters.use_dropout(DropoutStreams(cohort.generators[:active], step.counts))
-            losses[:active] += self.step(optimizer, rule, batch, step)
+            losses[:active] += self.step(optimizer, rule, batch, step, private)
             if first is losses:
                 first = losses.clone()
         adapters.use_dropout(None)
         adapters.scale_clients(None)
-        taken = torch.tensor([sum(c < len(step.counts) for step in cohort.steps) for c in range(len(start))])
+        if private is not None:
+            adapters.show()
+        taken = torch.tensor([_weight_of(c, cohort) for c in range(len(start))])
         rows = trained.clone() if cohort.scales is None else _b_times(adapters.layout, trained, cohort.scales)
-        return CohortResult(rows, losses / taken.to(losses.device, non_blocking=True), first)
+        losses = losses / taken.to(losses.device, non_blocking=True)
+        return CohortResult(rows, losses, first, measures=None if private is None else private.tally.rows)
 
-    def step(self, optimizer: Optimizer, rule: GradientRule, inputs: Tensor, step: CohortStep) -> Tensor:
+    def _private_gradient(self, cohort: Cohort) -> PrivateGradient | None:
+        """What makes the gradients of a cohort with privacy."""
+        if cohort.privacy is None:
+            return None
+        more = {"fixed": cohort.fixed, "scales": cohort.scales}
+        return PrivateGradient(self.model, cohort.privacy, self.parts, **more, loss_scale=self.loss_scale)
+
+    def step(
+        self,
+        optimizer: Optimizer,
+        rule: GradientRule,
+        inputs: Tensor,
+        step: CohortStep,
+        private: PrivateGradient | None = None,
+    ) -> Tensor:
         """One optimiser step of every client of `step`; returns their losses (C,) without waiting for the device."""
         targets = self.labels[index_on(step.indices, self.labels.device)]  # (C, N)
-        weights = _sample_weights(step.counts, step.indices.shape[1], targets.device)
         gradient = self.model.adapters.flat.grad
         assert gradient is not None
-        gradient.zero_()
-        with self.autocast():
-            logits = self.model(inputs)  # (C*N, classes)
-        losses = client_losses(logits, targets, weights)
-        (losses.sum() * rule.loss_scale).backward()
+        if private is not None:
+            losses = private(inputs, targets, step.counts, self.autocast)
+        else:
+            weights = _sample_weights(step.counts, step.indices.shape[1], targets.device)
+            gradient.zero_()
+            with self.autocast():
+                logits = self.model(inputs)  # (C*N, classes)
+            losses = client_losses(logits, targets, weights)
+            (losses.sum() * rule.loss_scale).backward()
         rule.apply(gradient, self.model.adapters.flat.data)
         optimizer.step()
         rule.restore(self.model.adapters.flat.data)
         return losses.detach()
+
+
+def _weight_of(client: int, cohort: Cohort) -> int:
+    """What the sum of a client's losses is divided by: its steps, or the images of its random samples."""
+    counts = [step.counts[client] for step in cohort.steps if client < len(step.counts)]
+    return len(counts) if cohort.privacy is None else max(1, sum(counts))
 
 
 def _b_times(layout: AdapterLayout, rows: Tensor, scales: Tensor) -> Tensor:

@@ -60,9 +60,11 @@ def digests_of(trainer: Trainer, cohorts: Sequence[Cohort]) -> dict[Cohort, str]
 
 def _of_round(trainer: Trainer) -> str:
     """What all cohorts of the round read."""
+    experiment, state, training = trainer.experiment, trainer.state, trainer.training
     if trainer.rules:  # they may note what a client has sent
         raise _NoDigest
-    experiment, state, training = trainer.experiment, trainer.state, trainer.training
+    if experiment.config.privacy.noise_source == "system":  # no two clients train alike
+        raise _NoDigest
     fields = {f.name: getattr(training, f.name) for f in dataclasses.fields(training) if f.name not in _MODEL_FIELDS}
     digest = hashlib.sha256()
     _add(digest, code_sha256())

@@ -1,6 +1,6 @@
 """The training phase of a round on one rank: its cohorts of clients, one after the other.
 
-Letters: C clients of a cohort, n clients of this rank, p numbers trained, P packed length.
+Letters: C clients of a cohort, n clients of this rank, p numbers trained, P packed length, M measures.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ from torch import Tensor
 from lorafair.aggregation.rank_pruning import add_penalty
 from lorafair.checkpointing.partial_round import PartialRound
 from lorafair.client.cohort import Cohort, LocalTraining
+from lorafair.client.private_step import ExamplePrivacy
 from lorafair.client.updates import UpdateRule, rules_of
 from lorafair.cluster.watchdog import heartbeat, within
 from lorafair.communication.agreement import StopRequest
 from lorafair.communication.progress import TrainingProgress
 from lorafair.data.augmentation import augmented
-from lorafair.data.loading import CohortStep, cohort_steps, local_batches, on_device
+from lorafair.data.loading import (
+    CohortStep,
+    cohort_steps,
+    local_batches,
+    on_device,
+    poisson_batches,
+    sampling_probability,
+)
 from lorafair.errors import ConfigError, first_line
 from lorafair.experiment import Experiment
 from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
@@ -37,9 +45,10 @@ T = TypeVar("T")
 def train_clients(
     experiment: Experiment, state: ServerState, plan: RoundPlan, partial: PartialRound, stop: StopRequest
 ) -> Tensor:
-    """Train this rank's clients; returns (n, p + 2): the numbers trained, mean loss and seconds of each.
+    """Train this rank's clients; returns (n, p + M + 2): the numbers trained, M measures, mean loss, seconds of each.
 
-    Where weights follow from losses, (n, p + 3): the loss of the first batch stands before the mean one.
+    Where weights follow from losses, the loss of the first batch stands before the mean one. There are measures with
+    example-level privacy alone.
 
     Those that are done already are taken from `partial`, and what is trained is added to it. Fewer are returned if a
     stop is requested.
@@ -80,7 +89,7 @@ def train_clients(
             complete(ahead if stop.knows("cohort") else 0)  # the first of all tells how long one takes
         complete(0)
     stop.is_set("rest of the round")
-    width = experiment.layout.length_of(trainer.training.parts) + experiment.measured
+    width = experiment.layout.length_of(trainer.training.parts) + experiment.measures + experiment.measured
     return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
 
 
@@ -132,12 +141,14 @@ class _CohortInTraining:
     cohort: tuple[int, ...]
     numbers: Tensor  # (C, p)
     losses: tuple[Tensor, ...]  # each (C,): of the first batch where it is asked for, and the mean
+    measures: Tensor | None  # (C, M)
     stopwatch: _Stopwatch
 
     def rows(self) -> Tensor:
-        """(C, p + 2 or 3): the numbers trained, losses and seconds of each. Waits for the device."""
+        """(C, p + M + 2 or 3): the numbers trained, measures, losses and seconds of each. Waits for the device."""
         seconds = torch.full_like(self.losses[0], self.stopwatch.seconds() / len(self.cohort))
-        return torch.cat([self.numbers, torch.stack([*self.losses, seconds], dim=1).to(self.numbers)], dim=1)
+        last = torch.stack([*self.losses, seconds], dim=1).to(self.numbers)
+        return torch.cat([self.numbers, *([] if self.measures is None else [self.measures]), last], dim=1)
 
 
 @dataclass(frozen=True)
@@ -165,11 +176,29 @@ class Trainer:
     def steps_of(self, cohort: Sequence[int]) -> list[CohortStep]:
         """The steps of these clients, each with its own batches."""
         seed, round_index = self.experiment.config.seed_of("client"), self.state.completed_rounds
-        return cohort_steps(
-            [
-                local_batches(self.experiment.clients[c].indices, self.training.config, seeded(seed, round_index, c))
-                for c in cohort
-            ]
+        local, privacy = self.training.config, self.experiment.config.privacy
+        images = {c: self.experiment.clients[c].indices for c in cohort}
+        if privacy.unit == "example":
+            of_system = privacy.noise_source == "system"
+            generators = {c: None if of_system else seeded(seed, round_index, c, "sample") for c in cohort}
+            return cohort_steps([poisson_batches(images[c], local, generators[c]) for c in cohort])
+        return cohort_steps([local_batches(images[c], local, seeded(seed, round_index, c)) for c in cohort])
+
+    def privacy_of(self, cohort: Sequence[int]) -> ExamplePrivacy | None:
+        """The mechanism of these clients, with example-level privacy."""
+        privacy, round_index = self.experiment.config.privacy, self.state.completed_rounds
+        if privacy.unit != "example":
+            return None
+        assert privacy.clip_norm is not None
+        assert self.experiment.noise_multiplier is not None
+        seed, device = self.experiment.config.seed_of("client"), self.experiment.fabric.device
+        of_system, local = privacy.noise_source == "system", self.training.config
+        sizes = [len(self.experiment.clients[c].indices) for c in cohort]
+        return ExamplePrivacy(
+            clip_norm=privacy.clip_norm,
+            noise_multiplier=self.experiment.noise_multiplier,
+            expected=[size * sampling_probability(size, local) for size in sizes],
+            generators=[None if of_system else seeded(seed, round_index, c, "noise", device=device) for c in cohort],
         )
 
     def lora_ranks_of(self, cohort: Sequence[int]) -> list[int]:
@@ -191,10 +220,18 @@ class Trainer:
         return add
 
     def fixed_of(self, cohort: Sequence[int]) -> Tensor | None:
-        """What these clients do not train (C, P), of a method that deals out directions; None where they train all."""
+        """What these clients do not train (C, P), of a method that deals out directions; None where they train all.
+
+        Directions beyond a client's LoRA rank have no gradient, but noise would move them.
+        """
         rank, lora_ranks = self.experiment.config.model.lora.rank, self.lora_ranks_of(cohort)
-        if not self.experiment.aggregator.selects_directions or all(lora_rank == rank for lora_rank in lora_ranks):
+        if all(lora_rank == rank for lora_rank in lora_ranks):
             return None
+        if not self.experiment.aggregator.selects_directions:
+            if self.experiment.config.privacy.unit != "example":
+                return None
+            owned = torch.arange(rank) < torch.tensor(lora_ranks).unsqueeze(1)
+            return self.experiment.layout.outside(owned.to(self.experiment.fabric.device, non_blocking=True))
         seed, round_index = self.experiment.config.seed_of("client"), self.state.completed_rounds
         chosen = torch.zeros(len(cohort), rank, dtype=torch.bool)
         for row, client, lora_rank in zip(chosen, cohort, lora_ranks, strict=True):
@@ -222,6 +259,7 @@ class Trainer:
             fixed=self.fixed_of(cohort),
             penalty=self.penalty_of(cohort),
             scales=self.scales_of(cohort),
+            privacy=self.privacy_of(cohort),
         )
 
     def train(
@@ -245,7 +283,7 @@ class Trainer:
         stopwatch.stop()
         numbers = self.experiment.layout.select(rows, self.training.parts)
         losses = (result.first_losses, result.losses)[-(self.experiment.measured - 1) :]
-        return _CohortInTraining(cohort, numbers, losses, stopwatch)
+        return _CohortInTraining(cohort, numbers, losses, result.measures, stopwatch)
 
 
 def _counted(stream: Iterator[Tensor], steps: Sequence[CohortStep], progress: TrainingProgress) -> Iterator[Tensor]:

@@ -19,12 +19,13 @@ from lorafair.data.partition import clients_known_before
 from lorafair.errors import ConfigError
 from lorafair.experiment import check_client_ranks
 from lorafair.model.backbone import check_model
+from lorafair.privacy.checks import check_privacy
 from lorafair.registry import SOURCES
 
 
 def check_run(config: Config) -> None:
     """Find the mistakes in a run's method, model, domains, clients and checkpoint. Raises ConfigError."""
-    method_of(config)
+    check_privacy(config, method_of(config))
     check_model(config.model)
     _check_domains(config)
     _check_clients(config)
@@ -36,7 +37,7 @@ def check_comparison(comparison: Comparison) -> None:
     models: list[object] = []
     for (setting, method, _), config in comparison.configs.items():
         try:
-            method_of(config)
+            check_privacy(config, method_of(config))
             _check_domains(config)
             _check_clients(config)
             if config.model not in models:

@@ -58,6 +58,15 @@ class RunResult:
         return dict(self._result["accuracy"])
 
     @property
+    def epsilon(self) -> float | None:
+        """The ε of the run at its δ, the largest of all units; None without privacy (privacy.unit=none).
+
+        `content["privacy"]` has the mechanism, and the ε of each client.
+        """
+        privacy = self._result.get("privacy")
+        return None if privacy is None else float(privacy["epsilon"])
+
+    @property
     def mean_balanced_accuracy(self) -> float:
         """Mean recall of the classes, the unweighted mean over domains."""
         return float(self._value("mean_balanced_accuracy"))

@@ -175,24 +175,28 @@ class ClientResults:
     metrics: Mapping[str, float] = field(default_factory=dict)  # what rules tell of the round, by name in metrics.csv
     first_losses: tuple[float, ...] = ()  # (K,) of each client's first batch, where weights follow from them
     step: float = 1.0  # the part of the way that the server goes to what the method returns
+    measures: Tensor | None = None  # (K', M) of all clients of the plan, in plan order, where they measure something
 
 
-def drop_nonfinite(fabric: Fabric, trained: Tensor, plan: RoundPlan, measured: int = 2) -> ClientResults:
+def drop_nonfinite(
+    fabric: Fabric, trained: Tensor, plan: RoundPlan, measured: int = 2, measures: int = 0
+) -> ClientResults:
     """Leave out clients whose adapter holds NaN or infinity and renormalise the weights of the others.
 
-    `trained` (n, p + 2) are this rank's numbers trained, mean loss and seconds, in the order of `plan.clients_of_rank`;
-    three numbers a client are gathered. With three numbers `measured`, the loss of the first batch stands before the
-    mean one, and has to be finite, too. Call on every rank.
+    `trained` (n, p + M + 2) are this rank's numbers trained, M `measures`, mean loss and seconds, in the order of
+    `plan.clients_of_rank`; all but the first and one more number a client are gathered. With three numbers `measured`,
+    the loss of the first batch stands before the mean one, and has to be finite, too. Call on every rank.
     """
     # Some rows at a time, because the mask of all of them would be as large as a quarter of them.
-    blocks = trained.split(clients_at_a_time(trained.shape[1]))
+    blocks, beside_rows = trained.split(clients_at_a_time(trained.shape[1])), measures + measured
     finite_here = torch.cat([block[:, :-2].isfinite().all(1, keepdim=True) for block in blocks])  # (n, 1)
-    beside = torch.cat([trained[:, -measured:], finite_here.to(trained)], dim=1)
-    *first, losses, seconds, finite = gather_clients(fabric, beside, plan.clients_of_rank).T.tolist()
+    beside = torch.cat([trained[:, -beside_rows:], finite_here.to(trained)], dim=1)
+    table = gather_clients(fabric, beside, plan.clients_of_rank)
+    *first, losses, seconds, finite = table[:, measures:].T.tolist()
     kept = [index for index, ok in enumerate(finite) if ok]
     total = sum(plan.weights[index] for index in kept)
     dropped = tuple(client for client, ok in zip(plan.clients, finite, strict=True) if not ok)
-    rows = trained[:, :-measured]
+    rows = trained[:, :-beside_rows]
     return ClientResults(
         clients=tuple(plan.clients[index] for index in kept),
         weights=tuple(plan.weights[index] / total for index in kept),
@@ -201,6 +205,7 @@ def drop_nonfinite(fabric: Fabric, trained: Tensor, plan: RoundPlan, measured: i
         dropped=dropped,
         rows=rows[finite_here.squeeze(1)] if dropped else rows,
         first_losses=tuple(of_client[index] for of_client in first for index in kept),
+        measures=table[:, :measures] if measures else None,
     )
 
 

@@ -90,6 +90,8 @@ def document(findings: Findings, *, details: bool = True) -> Iterator[Part]:
         left_behind.reading_text(findings),
     )
     yield from map(Paragraph, filter(None, texts))
+    if any("privacy" in run.result for runs in findings.finished.values() for run in runs):
+        yield Paragraph("ε: the largest of a method's runs, at privacy.delta; ∞ without privacy.")
     yield Paragraph(
         "MB: what all clients would send and receive over all rounds (float32 adapter and head). Seconds: the "
         "rounds, without start and loading; comparable where the runs had the machine to themselves. Training that was "

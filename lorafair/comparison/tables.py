@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorafair.comparison.listing import options_text
-from lorafair.comparison.outcomes import AFTER, BEFORE, Difference, Outcomes, Summary
+from lorafair.comparison.outcomes import AFTER, BEFORE, Difference, Outcomes, RecordedRun, Summary
 from lorafair.registry import METHODS
 
 PER_CLIENT = ("accuracy_own_domain", "accuracy_other_domains")  # of methods whose clients keep a model each
@@ -40,15 +41,25 @@ def accuracy_table(outcomes: Outcomes, setting: str) -> Table:
     """Rows are methods, columns domains, mean, seeds and cost."""
     tuned = ["tuned options"] if outcomes.comparison.tuning else []
     result = result_table(outcomes, setting)
+    every = [run for method in outcomes.methods(setting) for run in outcomes.runs_of(setting, method)]
+    private = ["ε"] if any("privacy" in run.result for run in every) else []
     rows: list[list[Cell]] = []
     for method, begin in zip(outcomes.methods(setting), result.rows, strict=True):
         runs = outcomes.runs_of(setting, method)
         totals = [f.result.get("totals", {}) for f in runs]
         megabytes = f"{statistics.fmean(t.get('bytes', 0) for t in totals) / 1e6:,.2f}"
         seconds = f"{statistics.fmean(seconds_of(f.result) for f in runs):,.1f}"
-        rows.append([*begin, *([options_text(runs[0].chosen)] if tuned else []), megabytes, seconds])
-    header = [*result.header, *tuned, "MB up + down", "seconds a run"]
+        middle = [options_text(runs[0].chosen)] if tuned else []
+        middle += [_epsilon_text(runs)] if private else []
+        rows.append([*begin, *middle, megabytes, seconds])
+    header = [*result.header, *tuned, *private, "MB up + down", "seconds a run"]
     return Table(result.caption, header, rows, result.best)
+
+
+def _epsilon_text(runs: Sequence[RecordedRun]) -> str:
+    """The largest ε of a method's runs; infinite for those without privacy."""
+    epsilon = max(float(run.result.get("privacy", {}).get("epsilon", math.inf)) for run in runs)
+    return "∞" if math.isinf(epsilon) else f"{epsilon:.3g}"
 
 
 def result_table(outcomes: Outcomes, setting: str) -> Table:

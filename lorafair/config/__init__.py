@@ -15,6 +15,7 @@ from lorafair.config.schema import (
     LoRAConfig,
     ModelConfig,
     PartitionConfig,
+    PrivacyConfig,
     ServerConfig,
     TensorBoardConfig,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "LoRAConfig",
     "ModelConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "ServerConfig",
     "TensorBoardConfig",
     "identity_settings",

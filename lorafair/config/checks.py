@@ -64,6 +64,7 @@ def check(config: DictConfig) -> None:
     _check_plugin_options(config)
     _check_client_ranks(config)
     check_profile_options(config)
+    _check_privacy(config)
     if (mode := config.model.compile_mode) is not None and config.model.compile != "inductor":
         raise ConfigError(f"model.compile_mode={mode} is one of inductor; set model.compile=inductor, or no mode")
     check_accepted(config.accept)
@@ -145,6 +146,20 @@ def _check_client_ranks(config: DictConfig) -> None:
     if lora.client_scaling == "own" and set(ranks) == {lora.rank}:
         raise ConfigError(
             f"model.lora.client_scaling=own has no effect: all model.lora.client_ranks are model.lora.rank={lora.rank}"
+        )
+
+
+def _check_privacy(config: DictConfig) -> None:
+    privacy = config.privacy
+    if privacy.unit == "none":
+        return
+    if privacy.unit == "client":
+        raise ConfigError("privacy.unit=client is not possible in this version; use privacy.unit=example, or none")
+    noise, epsilon = privacy.noise_multiplier, privacy.epsilon
+    if (noise is None) == (epsilon is None):
+        given = "both are given" if noise is not None else "neither is given"
+        raise ConfigError(
+            f"privacy.unit={privacy.unit} needs either privacy.noise_multiplier or privacy.epsilon, and {given}"
         )
 
 

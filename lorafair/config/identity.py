@@ -16,6 +16,7 @@ from lorafair.errors import ConfigError, did_you_mean
 _PLUGINS = "plugins"  # the group with a sum of each file of a plug-in that defines something of the run
 _CORRECTED = "mixed_lora_ranks"  # the version that corrected what the method does with clients of different LoRA ranks
 _PROFILE = "profile"  # a sum of what federation.profile says about the clients, where it is set
+NOISE = "noise_multiplier"  # that privacy.epsilon needs: it follows from the rounds, clients and steps
 _NOT_SET = "not set"
 _SHOWN = 40  # characters of a value
 _FOLLOWS = ("images", "classes", "frozen_weights")  # follow from settings, whose differences are listed first
@@ -108,6 +109,10 @@ def _difference(key: str, there: object, here: object) -> str:
     if key == _CORRECTED:
         version = here if there == _NOT_SET else there
         return f"what the method does where clients differ in LoRA rank was corrected in lorafair {version}"
+    if key == NOISE:
+        return (
+            f"the noise that privacy.epsilon needs over all rounds is σ={_short(there)} there and {_short(here)} here"
+        )
     return f"{key} is {_short(there)} there and {_short(here)} here"
 
 

@@ -15,6 +15,7 @@ from lorafair.config.options import option, when, when_given, when_not_given
 FOLDER_SOURCES = ("domainnet", "nico", "folder")
 SIGNALS = ("USR1", "USR2", "TERM")
 _SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi")
+_PRIVATE = when("privacy.unit", "client", "example")
 
 
 @dataclass(frozen=True)
@@ -556,6 +557,55 @@ class DefenceConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy: what one unit can change is bounded and hidden by Gaussian noise (extra `privacy`)."""
+
+    unit: Literal["none", "client", "example"] = option(
+        "none",
+        """What is protected (add-or-remove neighbours). client: everything a client has, by noise on the sum of the
+        clients' updates. example: each training image, by DP-SGD at every client (arXiv 1607.00133).""",
+    )
+    clip_norm: float | None = option(
+        None,
+        """C, the largest Euclidean norm of what one unit contributes: of a client's update, or of an image's
+        gradient.""",
+        above=0,
+        requires=_PRIVATE,
+        conditional_default=1.0,
+    )
+    noise_multiplier: float | None = option(
+        None,
+        """σ: the noise on a sum has standard deviation σ·C for every number. 0: contributions are clipped without
+        noise, and ε is infinite. Give either this or privacy.epsilon.""",
+        at_least=0,
+        requires=_PRIVATE,
+    )
+    epsilon: float | None = option(
+        None,
+        """Target: the smallest σ is used for which the ε of every unit is at most this after all `rounds`. Give either
+        this or privacy.noise_multiplier.""",
+        above=0,
+        requires=_PRIVATE,
+    )
+    delta: float | None = option(
+        None,
+        "δ of (ε, δ); it should be far below 1 / the number of units that are protected.",
+        above=0,
+        below=1,
+        requires=_PRIVATE,
+        conditional_default=1e-5,
+    )
+    noise_source: Literal["seeded", "system"] | None = option(
+        None,
+        """Where noise and random samples come from. seeded: from the seed, so that a run repeats; who knows the seed
+        can take the noise away, so this is for simulations. system: from the operating system's generator for
+        cryptography; the run does not repeat.""",
+        requires=_PRIVATE,
+        conditional_default="seeded",
+    )
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Top-1 accuracy on the test images of every domain, and metrics of plug-ins."""
 
@@ -781,6 +831,7 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     defence: DefenceConfig = field(default_factory=DefenceConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

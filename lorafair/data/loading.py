@@ -30,6 +30,7 @@ from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.schema import ClientConfig
 from lorafair.data.images import DataError, ImageReader
 from lorafair.errors import ConfigError, one_line
+from lorafair.seeding import system_uniform
 
 Indices = NDArray[np.int64]
 _PART = 64  # inputs sent to the device at a time
@@ -42,7 +43,7 @@ class CohortStep:
     """One training step of the C clients that still have batches, padded to the largest batch."""
 
     indices: Indices  # (C, N) into the training images; padding repeats a client's first image
-    counts: tuple[int, ...]  # (C,) images that are not padding
+    counts: tuple[int, ...]  # (C,) images that are not padding; 0 for an empty random sample
 
 
 class BatchSource(Protocol):
@@ -66,6 +67,27 @@ def local_batches(images: Indices, config: ClientConfig, generator: torch.Genera
     return batches[:wanted]
 
 
+def poisson_batches(images: Indices, config: ClientConfig, generator: torch.Generator | None) -> list[Indices]:
+    """A client's random samples of one round, as many as it has batches otherwise: each image is in each of them with
+    probability batch_size / images, independently, so a sample may be empty.
+
+    From the generator, or without one from the operating system's.
+    """
+    probability = sampling_probability(len(images), config)
+
+    def drawn() -> NDArray[np.float64]:
+        if generator is None:
+            return system_uniform(len(images))
+        return torch.rand(len(images), generator=generator, dtype=torch.float64).numpy()
+
+    return [images[drawn() < probability] for _ in range(number_of_batches(len(images), config))]
+
+
+def sampling_probability(images: int, config: ClientConfig) -> float:
+    """With which an image of a client with so many is in a random sample."""
+    return min(1.0, config.batch_size / images)
+
+
 def number_of_batches(images: int, config: ClientConfig) -> int:
     """How many batches a client with so many images trains in a round."""
     return config.steps if config.steps is not None else (config.epochs or 1) * -(-images // config.batch_size)
@@ -82,10 +104,11 @@ def cohort_steps(batches: Sequence[Sequence[Indices]]) -> list[CohortStep]:
     steps = []
     for t in range(lengths[0]):
         active = [of_client[t] for of_client in batches if t < len(of_client)]
-        width = max(len(batch) for batch in active)
+        width = max(1, *(len(batch) for batch in active))
         indices = np.empty((len(active), width), np.int64)
-        for row, batch in zip(indices, active, strict=True):
-            row[: len(batch)], row[len(batch) :] = batch, batch[0]
+        for row, batch, of_client in zip(indices, active, batches, strict=False):
+            row[: len(batch)] = batch
+            row[len(batch) :] = batch[0] if len(batch) else next((b[0] for b in of_client if len(b)), 0)
         steps.append(CohortStep(indices=indices, counts=tuple(len(batch) for batch in active)))
     return steps
 

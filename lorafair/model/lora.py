@@ -38,7 +38,7 @@ class DropoutStreams:
         """Inverted dropout of x (C*N, ...) with probability p."""
         if p == 0:
             return x
-        mask, padded = torch.empty_like(x), max(self.counts)
+        mask, padded = torch.empty_like(x), max(1, *self.counts)
         of_clients = mask.chunk(len(self.generators))
         for part, generator, count in zip(of_clients, self.generators, self.counts, strict=True):
             rows = part.shape[0] * count // padded  # a layer may split an image into several rows (windows)
@@ -287,6 +287,19 @@ class AdapterParameters:
         if cohort != len(self.flat):
             self._show(cohort)
 
+    def tensors(self) -> Iterator[tuple[slice, nn.Parameter]]:
+        """The columns of a packed row and the parameter of every tensor, in the order of the row."""
+        offset, layers = 0, self._layers.values()
+        ordered = [*(layer.A for layer in layers), *(layer.B for layer in layers)]
+        ordered += [tensor for path in self.layout.cores for tensor in self._core_parameters(path)]
+        for parameter in [*ordered, *self._head_parameters().values()]:
+            start, offset = offset, offset + parameter[0].numel()
+            yield slice(start, offset), parameter
+
+    def show(self) -> None:
+        """Let the model hold the rows in use, where its parameters have been something else."""
+        self._show(len(self.flat))
+
     def _show(self, cohort: int) -> None:
         if cohort > 1:  # gradients are views of one tensor on purpose: the optimiser then takes one step, not hundreds
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
@@ -374,6 +387,9 @@ class AdapterParameters:
             for handle in handles:
                 handle.remove()
             self._gradients.zero_()
+
+    def _core_parameters(self, path: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return self._layers[path].H, self._layers[path].scales
 
     def _head_parameters(self) -> dict[str, nn.Parameter]:
         return {f"{path}.{name}": p for path, head in self._heads.items() for name, p in head.named_parameters()}

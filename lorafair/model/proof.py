@@ -38,8 +38,10 @@ def prove_used(model: AdaptedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def prove_apart(model: AdaptedModel, cohort: int) -> None:
+def prove_apart(model: AdaptedModel, cohort: int, why: str = "") -> None:
     """Raise ConfigError for adapted layers in which `cohort` clients side by side would not be as one by one.
+
+    `why` says what needs that, where it is not client.cohort.
 
     Of two clients with an image each the second gets NaN for factors. Any number that depends on them is NaN, so the
     first one's logits are finite if and only if all that enters them went through its own factors, as it does one by
@@ -53,9 +55,8 @@ def prove_apart(model: AdaptedModel, cohort: int) -> None:
         return
     with _adapting(model, {}):
         model(_images(model, 2))  # what has failed may be something else, such as the memory: it fails here again
-    raise _refusal(
-        model, _fault_of_cohort, fault, f"cannot be adapted with client.cohort={cohort}", ", or client.cohort=1"
-    )
+    why, or_else = (why, "") if why else (f"with client.cohort={cohort}", ", or client.cohort=1")
+    raise _refusal(model, _fault_of_cohort, fault, f"cannot be adapted {why}", or_else)
 
 
 def _fault_of_use(model: AdaptedModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from lorafair.communication.traffic import Traffic
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import AdapterLayout
+from lorafair.privacy.measures import measured_scalars
 from lorafair.reporting.left_behind import client_spread
 from lorafair.reporting.tags import NORMS_OF_A, NORMS_OF_B
 from lorafair.schedule import RoundPlan, with_scheduled_learning_rate
@@ -73,6 +75,7 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
     if summary.shared_seconds:
         scalars["time/shared_training"] = sum(summary.shared_seconds.values())
     scalars |= _idle_fractions(summary)
+    scalars |= _privacy_scalars(experiment, summary)
     if summary.evaluation is not None:
         scalars |= evaluation_scalars(experiment, summary.evaluation)
     return scalars
@@ -122,6 +125,13 @@ def own_domain_mask(experiment: Experiment, evaluation: Evaluation) -> Tensor | 
     mask = torch.zeros_like(evaluation.accuracy, dtype=torch.bool)
     mask[torch.arange(len(domains)), torch.tensor(domains)] = True
     return mask
+
+
+def _privacy_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, float]:
+    """What the mechanism has done in the round, and the ε of all rounds so far, where there is one."""
+    measures, epsilon = summary.results.measures, experiment.largest_epsilon(summary.round)
+    scalars = {} if measures is None else measured_scalars(measures)
+    return scalars if epsilon is None or math.isinf(epsilon) else {"privacy/epsilon": epsilon, **scalars}
 
 
 def _server_scalars(paths: Sequence[str], bias: Mapping[str, Tensor]) -> dict[str, float]:

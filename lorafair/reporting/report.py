@@ -18,6 +18,7 @@ from lorafair.errors import LorafairError
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.files.writing import write_atomically
+from lorafair.privacy.measures import Watch, unmoved_parts
 from lorafair.reporting.callbacks import Callback, Callbacks, make_callback
 from lorafair.reporting.introduction import introduce
 from lorafair.reporting.loggers import open_loggers
@@ -46,6 +47,7 @@ class Report:
         self._completed = completed_rounds
         self._began: float | None = None  # of the first whole round, on the monotonic clock
         self._whole_rounds = 0
+        self._watch = Watch()
         if completed_rounds:
             log.info(f"continuing after round {completed_rounds} of {config.rounds}")
 
@@ -72,6 +74,11 @@ class Report:
         rounds = self._experiment.config.rounds
         left = clock_text(self._pace(totals) * (rounds - summary.round))
         log.info(f"round {summary.round:>{len(str(rounds))}}/{rounds}  {'  '.join(parts)}  ETA {left}")
+        if summary.results.measures is not None:
+            trained = self._experiment.aggregator.trains(summary.round - 1)
+            still = unmoved_parts(summary.results.measures, trained, self._experiment.layout)
+            for line in self._watch.lines(scalars, still):
+                log.warning(line)
         for client in summary.results.dropped:
             name = self._experiment.clients[client].name
             log.warning(f"client {name} returned NaN or infinity; this round goes without it")

@@ -20,6 +20,7 @@ from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.files.shipped import commit
+from lorafair.privacy.summary import privacy_result, privacy_text
 from lorafair.reporting.left_behind import client_accuracies, client_spread
 from lorafair.reporting.metrics import CLIENT_CURVES, evaluation_scalars, own_domain_mask
 from lorafair.reporting.run_dir import RESULT_FILE, read_result, write_result_file
@@ -48,6 +49,7 @@ def write_result(experiment: Experiment, evaluation: Evaluation, totals: Mapping
         "clients": _of_clients(experiment, evaluation),
         "recall": _recall(experiment, evaluation),
         "totals": dict(totals),
+        **_privacy(experiment),
         "processes": experiment.fabric.world_size,
         "data": {"source": config.data.source, "description": data.description, "fingerprint": data.fingerprint},
         "config": run_identity(config),
@@ -94,7 +96,8 @@ def result_text(result: Mapping[str, Any]) -> str:
     images = sum(int(values["test_images"]) for values in domains.values())
     mean = [f"{100 * means[name]:.1f}" for name in columns.values()]
     rows.append(["mean", *mean, f"{result['mean_loss']:.3f}", f"{images:,}"])
-    return f"{title}\n{table(['domain', *columns, 'loss', 'test images'], rows)}"
+    text = f"{title}\n{table(['domain', *columns, 'loss', 'test images'], rows)}"
+    return f"{text}\n{privacy_text(result['privacy'])}" if "privacy" in result else text
 
 
 def clients_text(result: Mapping[str, Any]) -> str:
@@ -123,6 +126,15 @@ def versions() -> Mapping[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _privacy(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    config, budget, noise_multiplier = experiment.config, experiment.examples, experiment.noise_multiplier
+    if budget is None or noise_multiplier is None:
+        return {}
+    rounds = experiment.rounds_of_clients(config.rounds)
+    names = [client.name for client in experiment.clients]
+    return {"privacy": privacy_result(config.privacy, noise_multiplier, budget, names, rounds)}
 
 
 def _by_domain(experiment: Experiment, evaluation: Evaluation) -> dict[str, dict[str, float]]:

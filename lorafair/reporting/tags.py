@@ -153,6 +153,17 @@ SCALARS = (
         "How far the server goes to the mean, with federation.weighting=q (1: all the way)",
     ),
     Scalar("train/loss/<client>", "6 clients/loss of <client>", _NATS, "In runs of up to 1,000 clients"),
+    Scalar("privacy/epsilon", "6 privacy/epsilon", "", "ε of what was released so far; the largest of all units"),
+    Scalar(
+        "privacy/clip_fraction", "6 privacy/clip fraction", _FRACTION,
+        "Fraction of the contributions that privacy.clip_norm shortens",
+    ),
+    Scalar("privacy/norm", "6 privacy/norm", "", "Norm of a contribution before clipping, mean"),
+    Scalar("privacy/norm/<part>", "6 privacy/norm of <part>", "", "The same for a part of it: A, B, core, head"),
+    Scalar(
+        "privacy/signal_to_noise/<part>", "6 privacy/signal to noise of <part>", _RATIO,
+        "Norm of the clipped sum to that of the noise on it, root of the mean squares",
+    ),
     Scalar("", "9 stacked time/<phase>", _SECONDS, "From the start of the round to the end of the phase"),
 )  # fmt: skip
 

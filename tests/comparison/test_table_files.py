@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -93,3 +94,15 @@ def test_special_characters_are_escaped() -> None:
     table = latex_table(Table("two\nlines", ["a_b", "50%"], [["x&y", "-1.5"], ["q", "+1.0 to +2.0"]]))
     assert table.splitlines()[0] == "% two lines.", "a caption cannot leave its comment"
     assert rows_of(table) == [[r"a\_b", r"50\%"], [r"x\&y", "$-1.5$"], ["q", "$[+1.0, +2.0]$"]]
+
+
+def test_epsilon_has_a_column_where_a_run_has_privacy(tmp_path: Path) -> None:
+    comparison = made_up(tmp_path, ("fedit", "lora_fair"), seeds=2)
+    for run, epsilon in zip([run for run in comparison.final_runs if run.method == "fedit"], (2.5, 3.75), strict=True):
+        file = run.folder / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"privacy": {"epsilon": epsilon}}))
+    table = accuracy_table(Findings(comparison), "default")
+    column = list(table.header).index("ε")
+    assert [row[column] for row in table.texts] == ["3.75", "∞"]
+    plain = made_up(tmp_path / "plain", ("fedit", "lora_fair"), seeds=2)
+    assert "ε" not in accuracy_table(Findings(plain), "default").header
