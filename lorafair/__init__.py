@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorafair.aggregation.base import Aggregator, InitialLayer, LayerUpdate
     from lorafair.aggregation.rank_pruning import RankPruning
     from lorafair.aggregation.registry import register_method
+    from lorafair.aggregation.smoothing import Smoothing
     from lorafair.commands.clients import count_labels
     from lorafair.commands.compare import ComparisonResult, compare
     from lorafair.commands.plot import plot
@@ -81,6 +82,7 @@ __all__ = [
     "RankPruning",
     "RunResult",
     "ServerConfig",
+    "Smoothing",
     "TensorBoardConfig",
     "compare",
     "count_labels",
@@ -103,6 +105,7 @@ _MODULES = {
     "aggregation.base": ("Aggregator", "InitialLayer", "LayerUpdate"),
     "aggregation.rank_pruning": ("RankPruning",),
     "aggregation.registry": ("register_method",),
+    "aggregation.smoothing": ("Smoothing",),
     "commands.clients": ("count_labels",),
     "commands.compare": ("ComparisonResult", "compare"),
     "commands.plot": ("plot",),

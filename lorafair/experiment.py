@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.base import Aggregator, try_out
+from lorafair.aggregation.base import Aggregator, alternates, try_out
 from lorafair.aggregation.defences.base import make_defence
 from lorafair.aggregation.registry import method_of
 from lorafair.caching.inputs import Inputs, open_inputs
@@ -43,6 +43,7 @@ from lorafair.console import format_count, log
 from lorafair.data.attacks import Attack, StampedSource, backdoor_success, make_attack
 from lorafair.data.begun import images_begun_with, noting_damage, record_images
 from lorafair.data.images import ImageData
+from lorafair.data.loading import number_of_batches
 from lorafair.data.partition import Client, class_counts, partition, pooled
 from lorafair.data.sources import load_images
 from lorafair.errors import ConfigError
@@ -341,6 +342,8 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
         if local.steps is not None:  # as many images a round as the clients of a federated round see together
             local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
         clients = pooled(data.train.labels)
+    if alternates(aggregator):
+        check_steps(aggregator, clients, local)
     model = build_model(config.model, len(data.classes), config.seed, aggregator.core)
     return _Loaded(data, images, clients, owners, lora_ranks_of_clients(config, len(clients)), local, model)
 
@@ -363,6 +366,20 @@ def noise_multiplier_of(
     wanted = None if aggregator.pools_data else config.federation.clients_per_round
     taken = rounds_of_clients(config.seed_of("federation"), config.rounds, len(clients), wanted)
     return examples.noise_multiplier(privacy.epsilon, taken)
+
+
+def check_steps(aggregator: Aggregator, clients: Sequence[Client], local: ClientConfig) -> None:
+    """Raise ConfigError where no client takes enough steps in a round to train all that the method trains in turns."""
+    steps = max(number_of_batches(len(client.indices), local) for client in clients)
+    reached = {part for step in range(min(steps, 100)) for part in aggregator.trains_in_step(0, step)}
+    missed = [part for part in ("A", "B", "head") if part in aggregator.trains(0) and part not in reached]
+    if missed:
+        key = f"client.steps={steps}" if local.steps is not None else f"client.batch_size={local.batch_size}"
+        raise ConfigError(
+            f"{key}: no client would train {' and '.join(missed)} in {format_count(steps, 'step')} a round, as this "
+            "method trains its parts in turns from step to step; set more client.steps or client.epochs, or a smaller "
+            "client.batch_size"
+        )
 
 
 def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[str, Any]) -> Checkpoint | None:

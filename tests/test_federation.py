@@ -25,7 +25,7 @@ from lorafair.communication import collectives
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.data.partition import Client
-from lorafair.errors import LorafairError
+from lorafair.errors import ConfigError, LorafairError
 from lorafair.experiment import build_experiment, cohort_size
 from lorafair.federation import run_federation
 from lorafair.launch import make_fabric
@@ -104,6 +104,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "fedrot_lora", "fedrpca", "fedsa_lora", "flora_na", "fedmomentum",
         "frlora", "ravan", "fed_sb",
     )},
+    "la_lora": (
+        "method.name=la_lora", "client.epochs=3", "partition.scheme=dirichlet", "partition.clients_per_domain=2",
+        "partition.min_images=5", "federation.clients_per_round=4", "client.cohort=2", "model.lora.dropout=0.1",
+    ),
+    "fedask": ("method.name=fedask", "method.freeze_a=false", "model.lora.client_ranks=[4,2,1]"),
     "fedrot_lora_in_turns": ("method.name=fedrot_lora", "method.turns=true", "rounds=3"),
     "coded_fold": (
         "method.name=lora_fair", "method.fold=true", "method.fold_bits=4", "method.fold_rank=16", "rounds=3",
@@ -700,6 +705,12 @@ def test_an_image_that_breaks_on_one_rank_ends_all_of_them_with_its_name(cache: 
     assert ended[1] == "left with 2"
 
 
+def test_a_round_too_short_for_what_takes_turns_is_refused_before_the_model_is_built(tiny: Tiny) -> None:
+    for option, key in (("client.steps=1", "client.steps=1"), ("client.batch_size=64", "client.batch_size=64")):
+        with pytest.raises(ConfigError, match=rf"^{key}: no client would train A in 1 step a round, .* client\.epochs"):
+            build_experiment(launched(1), tiny("method.name=la_lora", option))
+
+
 BYTES_OF = {  # in units of A, B and head of one client: what the papers charge, K clients
     "fedit": ("A+B+head", "A+B+head"),
     "lora_fair": ("A+B+head", "A+B+head"),
@@ -766,9 +777,12 @@ CODED = "a coded fold"
 # Numbers of one client that are moved and not charged, in two rounds of 4 layers with 3,072 numbers in A and B. What
 # FRLoRA folds has A0 and B0 beside what is charged, and clients have had these since the start. The bases of RAVAN and
 # Fed-SB are sent once, before round 1, with cores of 4 x (4 + 4) and 4 x 16 numbers. RAVAN's 4 x 4 scales are 1 at the
-# start of a round, and clients send s_i H_i as one matrix, where here both are gathered.
-NOT_CHARGED_DOWN = {"frlora": 2 * 3072, "ravan": 3072 + 32 + 2 * 16, "fed_sb": 3072 + 64}
-NOT_CHARGED_UP = {"ravan": 2 * 16}
+# start of a round, and clients send s_i H_i as one matrix, where here both are gathered. FedASK is charged for sketches
+# of 6 columns that are not moved, 4 x 64 rows down and 4 x 64 + 2 x (64 + 192) up; B is gathered, 4 x 4 x 64 numbers.
+NOT_CHARGED_DOWN = {
+    "frlora": 2 * 3072, "ravan": 3072 + 32 + 2 * 16, "fed_sb": 3072 + 64, "fedask": -2 * 6 * 4 * 64,
+}  # fmt: skip
+NOT_CHARGED_UP = {"ravan": 2 * 16, "fedask": 2 * (4 * 4 * 64 - 6 * (4 * 64 + 2 * (64 + 192)))}
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from lorafair.aggregation.coded_fold import Coding
 from lorafair.aggregation.factor_algebra import nonzero_rows, weighted_mean
 from lorafair.aggregation.head_mean import class_mean_head, mean_head
 from lorafair.aggregation.rank_pruning import RankPruning
+from lorafair.aggregation.smoothing import Smoothing
 from lorafair.cluster.watchdog import heartbeat
 from lorafair.config.options import option_of
 from lorafair.errors import ConfigError, LorafairError, of_plugin
@@ -172,6 +173,11 @@ class Aggregator(ABC):
         return None
 
     @property
+    def smoothing(self) -> Smoothing | None:
+        """How clients smooth the gradients of their factors before a step, for a method where they do."""
+        return None
+
+    @property
     def needs_all_layers(self) -> bool:
         """Whether the result for a layer depends on the other layers."""
         return False
@@ -185,6 +191,10 @@ class Aggregator(ABC):
         """What clients train in this round (from 0); the rest stays as it was sent."""
         return PARTS
 
+    def trains_in_step(self, round_index: int, step: int) -> tuple[Part, ...]:
+        """What clients train in this step of the round (both from 0): all that `trains` names, or some of it."""
+        return self.trains(round_index)
+
     def receives(self, round_index: int) -> tuple[Part, ...]:
         """What the server sends down after this round, apart from folded parts."""
         return self.sends(round_index)
@@ -192,6 +202,13 @@ class Aggregator(ABC):
     def sends(self, round_index: int) -> tuple[Part, ...]:
         """What clients send up after this round."""
         return tuple(part for part in self.trains(round_index) if part not in self.personal_parts)
+
+    def sketch_numbers(self, outputs: int, inputs: int, rank: int) -> tuple[int, int] | None:
+        """Numbers of a layer that a client sends instead of its factors, and receives beside the new ones.
+
+        For a method whose clients take part in the aggregation by sketches of their factors; `rank` is R.
+        """
+        return None
 
     @property
     def images_at_start(self) -> int:
@@ -296,6 +313,12 @@ def _core_of(aggregator: Aggregator, clients: Core, weights: Tensor) -> Core:
         method, wanted = type(aggregator).__name__, tuple(clients.H.shape[1:])
         raise LorafairError(f"method {method}: combine_core returned {tuple(combined.shape)}; it must be {wanted}")
     return Core(H=combined.to(clients.H.dtype), scales=torch.ones_like(clients.scales[0]))
+
+
+def alternates(method: Aggregator | type[Aggregator]) -> bool:
+    """Whether what clients train may differ from step to step."""
+    kind = method if isinstance(method, type) else type(method)
+    return kind.trains_in_step is not Aggregator.trains_in_step
 
 
 def try_out(aggregator: Aggregator, layout: AdapterLayout) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from lorafair.aggregation.base import Aggregator
+from lorafair.aggregation.base import Aggregator, alternates
 from lorafair.config.options import choices_of, option_of, types_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean, first_line
@@ -283,8 +283,11 @@ def _keeps_its_factors(method: Aggregator | type[Aggregator]) -> bool:
 
 
 def _starts_all_clients_alike(method: Aggregator | type[Aggregator]) -> bool:
-    """Whether, beyond that, all clients start from the same numbers, so that their gradients can be compared."""
-    return _keeps_its_factors(method) and not method.personal_parts
+    """Whether, beyond that, all clients start from the same numbers and train all of them in every step.
+
+    Their gradients can then be compared, and be told from how far a client has moved.
+    """
+    return _keeps_its_factors(method) and not method.personal_parts and not alternates(method)
 
 
 def _conditional_options(method: type[Aggregator], values: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ Letters: C clients in the cohort, N images of the largest batch, P packed length
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
+from lorafair.aggregation.smoothing import Smoothing
 from lorafair.client.private_step import ExamplePrivacy, PrivateGradient
 from lorafair.config.schema import ClientConfig
 from lorafair.data.loading import CohortStep, index_on
@@ -58,6 +59,8 @@ class LocalTraining:
     parts: Sequence[Part] = PARTS  # what is trained
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     loss_scale: float = 1.0  # keeps gradients within the range of half precision
+    parts_of_step: Callable[[int], Sequence[Part]] | None = None  # in a step (from 0), where not all in each
+    smoothing: Smoothing | None = None  # of the factors' gradients
 
     def train(self, cohort: Cohort, inputs: Iterable[Tensor]) -> CohortResult:
         """Train C clients, each on its own batches; `inputs` yields one (C*N, ...) tensor a step.
@@ -70,7 +73,8 @@ class LocalTraining:
         adapters.resize(len(start))
         adapters.write(start)
         adapters.scale_clients(cohort.scales)
-        columns = adapters.train_only(self.parts, separately=config.b_learning_rate_ratio != 1)
+        separately = config.b_learning_rate_ratio != 1 or self.parts_of_step is not None
+        columns = adapters.train_only(self.parts, separately=separately)
         optimizer = make_optimizer(columns, config)
         private = self._private_gradient(cohort)
         scale = self.loss_scale if private is None else 1.0
@@ -79,13 +83,15 @@ class LocalTraining:
         trained = adapters.flat.data  # (C, P) all rows, also those that leave
         losses = torch.zeros(len(start), device=trained.device)  # (C,)
         first = losses
-        for step, batch in zip(cohort.steps, inputs, strict=True):
+        for index, (step, batch) in enumerate(zip(cohort.steps, inputs, strict=True)):
             active = len(step.counts)
             if active < len(adapters.flat):
                 adapters.resize(active)
                 _keep_rows(optimizer, active)
             adapters.use_dropout(DropoutStreams(cohort.generators[:active], step.counts))
-            losses[:active] += self.step(optimizer, rule, batch, step, private)
+            rule = self.rule_of_step(rule, index)
+            with _without_gradient(column for column in columns if column.span in rule.idle):
+                losses[:active] += self.step(optimizer, rule, batch, step, private)
             if first is losses:
                 first = losses.clone()
         adapters.use_dropout(None)
@@ -103,6 +109,21 @@ class LocalTraining:
             return None
         more = {"fixed": cohort.fixed, "scales": cohort.scales}
         return PrivateGradient(self.model, cohort.privacy, self.parts, **more, loss_scale=self.loss_scale)
+
+    def rule_of_step(self, rule: GradientRule, index: int) -> GradientRule:
+        """The rule with what this step (from 0) leaves as it is, and how it smooths gradients."""
+        if self.parts_of_step is None and self.smoothing is None:
+            return rule
+        layout, smoothing = self.model.adapters.layout, self.smoothing
+        parts = self.parts if self.parts_of_step is None else self.parts_of_step(index)
+        idle = tuple(layout.slices[part] for part in self.parts if part not in parts)
+        if smoothing is None:
+            return replace(rule, idle=idle)
+
+        def smooth(gradient: Tensor) -> None:
+            smoothing.apply(layout.unpack(gradient).factors, parts)
+
+        return replace(rule, idle=idle, smooth=smooth)
 
     def step(
         self,
@@ -137,6 +158,19 @@ def _weight_of(client: int, cohort: Cohort) -> int:
     return len(counts) if cohort.privacy is None else max(1, sum(counts))
 
 
+@contextmanager
+def _without_gradient(columns: Iterable[TrainedColumns]) -> Iterator[None]:
+    """In the block, an optimiser's step leaves these columns and its state of them alone."""
+    gradients = {column.parameter: column.parameter.grad for column in columns}
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
 def _b_times(layout: AdapterLayout, rows: Tensor, scales: Tensor) -> Tensor:
     """A copy of packed adapters (C, P) with B of all layers times `scales` (C,)."""
     result = rows.clone()
@@ -155,6 +189,8 @@ class GradientRule:
     loss_scale: float = 1.0  # by which the gradient is too large
     fixed: Tensor | None = None  # (C, P) what has no gradient and stays as it is at the start
     penalty: Callable[[Tensor, Tensor], None] | None = None  # of the method, added to the loss
+    idle: tuple[slice, ...] = ()  # columns that this step does not train
+    smooth: Callable[[Tensor], None] | None = None  # of the method, in place: the last that is done to a gradient
 
     def apply(self, gradient: Tensor, values: Tensor) -> None:
         """Change `gradient` (c, P) at the parameters `values` (c, P) in place; the first c clients are at work."""
@@ -169,11 +205,15 @@ class GradientRule:
         if self.proximal:
             assert self.start is not None
             gradient.add_(values - self.start[:active], alpha=self.proximal)
+        for columns in self.idle:
+            gradient[:, columns] = 0
         if self.clip_norm is not None:
             norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)  # (c, 1): each client is clipped by itself
             gradient.mul_((self.clip_norm / (norms + 1e-6)).clamp(max=1.0))
         if self.corrections is not None:
             gradient.add_(self.corrections[:active])
+        if self.smooth is not None:
+            self.smooth(gradient)
 
     def restore(self, values: Tensor) -> None:
         """Take back what an optimiser's step has done to values (c, P) that stay: it may have decayed them."""

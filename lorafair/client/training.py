@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lorafair.aggregation.base import alternates
 from lorafair.aggregation.rank_pruning import add_penalty
 from lorafair.checkpointing.partial_round import PartialRound
 from lorafair.client.cohort import Cohort, LocalTraining
@@ -163,13 +164,16 @@ class Trainer:
     @staticmethod
     def of_round(experiment: Experiment, state: ServerState) -> Trainer:
         """For the round that comes next."""
+        round_index, aggregator = state.completed_rounds, experiment.aggregator
         training = LocalTraining(
             model=experiment.model,
             labels=experiment.labels,
-            config=with_scheduled_learning_rate(experiment.local, state.completed_rounds),
-            parts=experiment.aggregator.trains(state.completed_rounds),
+            config=with_scheduled_learning_rate(experiment.local, round_index),
+            parts=aggregator.trains(round_index),
             autocast=experiment.fabric.autocast,
             loss_scale=experiment.loss_scale,
+            parts_of_step=partial_call(aggregator.trains_in_step, round_index) if alternates(aggregator) else None,
+            smoothing=aggregator.smoothing,
         )
         return Trainer(experiment, state, training, rules_of(experiment, state))
 

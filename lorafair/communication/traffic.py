@@ -43,7 +43,8 @@ def round_traffic(
 
     A client of LoRA rank r sends and receives r rows of A and columns of B, and no more than the server has to send;
     where a method selects directions, all of them come down. A folded part counts as it is sent between processes: as
-    factors, or as a matrix (O, I) where the server keeps that; a coded message counts its bytes.
+    factors, or as a matrix (O, I) where the server keeps that; a coded message counts its bytes. Sketches travel up
+    instead of factors, and down beside them.
     """
     if aggregator.pools_data:
         return Traffic()
@@ -51,14 +52,23 @@ def round_traffic(
     of_factors = BYTES_PER_NUMBER if coding is None else start_dtype("A", coding).itemsize
     folded = _folded_bytes(update, coding)
     sends, receives = aggregator.sends(round_index), aggregator.receives(round_index)
+    sketches = _sketch_numbers(layout, aggregator)
     up = down = 0
     for lora_rank, clients in Counter(lora_ranks).items():
         factors, rest = _numbers(layout, sends, lora_rank, {})
-        up += clients * BYTES_PER_NUMBER * (factors + rest)
+        up += clients * BYTES_PER_NUMBER * ((factors if sketches is None else sketches[0]) + rest)
         received = None if aggregator.selects_directions else lora_rank
         factors, rest = _numbers(layout, receives, received, update.sent_lora_rank)
+        rest += 0 if sketches is None else sketches[1]
         down += clients * (of_factors * factors + BYTES_PER_NUMBER * rest + folded)
     return Traffic(up, down)
+
+
+def _sketch_numbers(layout: AdapterLayout, aggregator: Aggregator) -> tuple[int, int] | None:
+    """Of all layers, up and down; None where factors are sent."""
+    of_layers = [aggregator.sketch_numbers(b[0], a[1], a[0]) for a, b in layout.factors.values()]
+    sketches = [numbers for numbers in of_layers if numbers is not None]
+    return (sum(up for up, _ in sketches), sum(down for _, down in sketches)) if sketches else None
 
 
 def _folded_bytes(update: ServerUpdate, coding: Coding | None) -> int:

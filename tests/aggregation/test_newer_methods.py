@@ -18,13 +18,16 @@ from lorafair.aggregation.bias import bias_metrics
 from lorafair.aggregation.fed_alora import FedALoRA
 from lorafair.aggregation.fed_plora import FedPLoRA
 from lorafair.aggregation.fed_sb import FedSB
+from lorafair.aggregation.fedask import FedASK, sketching_matrix
 from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.fedmomentum import FedMomentum
 from lorafair.aggregation.fedrot_lora import FedRotLoRA
 from lorafair.aggregation.flora_na import FLoRANA
 from lorafair.aggregation.frlora import FRLoRA
+from lorafair.aggregation.la_lora import LALoRA
 from lorafair.aggregation.ravan import Ravan
 from lorafair.aggregation.registry import method_of
+from lorafair.aggregation.smoothing import Smoothing
 from lorafair.communication.traffic import round_traffic
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError
@@ -231,6 +234,9 @@ OUT, IN, RANK, HEAD = 9, 8, 4, 15  # of the layer, and numbers of the head
         (Ravan(heads=2), 2 * 2 * 2, 2 * 2 * 2),
         (FedSB(), RANK * RANK, RANK * RANK),
         (FedALoRA(), RANK * OUT - HEAD, RANK * OUT - HEAD),  # the head stays with the client
+        (LALoRA(), RANK * (OUT + IN), RANK * (OUT + IN)),
+        (FedASK(oversampling=3), 7 * (OUT + IN), 7 * OUT + RANK * (OUT + IN)),  # both sketches; Q and the factors
+        (FedASK(oversampling=9), IN * (OUT + IN), IN * OUT + RANK * (OUT + IN)),  # no more columns than directions
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Aggregator) else str(value),
 )
@@ -346,3 +352,115 @@ def test_flora_na_fits_many_clients_without_a_matrix_of_pairs() -> None:
     best = torch.from_numpy((U[:, :2] * values[:2]) @ Vt[:2])  # which so many clients have in their span
     assert (ideal - fitted).norm() < (ideal - fedit).norm()
     torch.testing.assert_close((ideal - fitted).norm(), (ideal - best).norm(), rtol=1e-3, atol=0)
+
+
+def sketched(clients: LoRAFactors, weights: Tensor, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """What FedASK's two stages leave of ΔW, Q QᵀΔW, and its factors of all directions, on (O, I) matrices."""
+    ideal = references.ideal_update(clients, weights).numpy()
+    Q = np.linalg.qr(ideal @ sketching_matrix(ideal.shape[1], columns).numpy())[0]
+    return ideal, Q @ (Q.T @ ideal)
+
+
+@pytest.mark.parametrize("oversampling", [0, 2, 30])
+@pytest.mark.parametrize("size", SIZES)
+def test_fedask_shares_out_the_triples_of_what_the_sketches_see(
+    size: tuple[int, int, int, int], oversampling: int
+) -> None:
+    clients, weights = references.random_clients(*size)
+    outputs, inputs, rank, _ = size
+    _, seen = sketched(clients, weights, min(rank + oversampling, outputs, inputs))
+    U, values, Vt = np.linalg.svd(seen, full_matrices=False)
+    factors = FedASK(oversampling=oversampling, freeze_a=False).combine(clients, weights).factors
+    torch.testing.assert_close(product(factors), torch.from_numpy((U[:, :rank] * values[:rank]) @ Vt[:rank]))
+    torch.testing.assert_close(factors.A @ factors.A.mT, torch.diag(torch.from_numpy(values[:rank])))
+    torch.testing.assert_close(factors.B.mT @ factors.B, torch.diag(torch.from_numpy(values[:rank])))
+
+
+def test_fedask_comes_closer_to_the_best_approximation_with_more_columns() -> None:
+    """What Q misses and what the truncation cuts off are orthogonal, and the latter is no more than the best leaves."""
+    clients, weights = references.random_clients(40, 30, 4, 6)
+    ideal = references.ideal_update(clients, weights)
+    best = float(torch.linalg.svdvals(ideal)[4:].norm())
+    errors = []
+    for oversampling in (0, 8, 20, 26):
+        _, seen = sketched(clients, weights, 4 + oversampling)
+        factors = FedASK(oversampling=oversampling, freeze_a=False).combine(clients, weights).factors
+        errors.append(float((ideal - product(factors)).norm()))
+        missed = float(np.linalg.norm(ideal.numpy() - seen))
+        assert best * (1 - 1e-12) <= errors[-1] <= (missed**2 + best**2) ** 0.5 * (1 + 1e-12)
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2:] == pytest.approx([best] * 2)  # ΔW has 24 directions
+
+
+@pytest.mark.parametrize("oversampling", [0, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_fedask_is_exact_where_clients_share_a(size: tuple[int, int, int, int], oversampling: int) -> None:
+    clients, weights = references.random_clients(*size)
+    shared = LoRAFactors(A=clients.A[:1].expand_as(clients.A), B=clients.B)
+    factors = FedASK(oversampling=oversampling).combine(shared, weights).factors
+    torch.testing.assert_close(product(factors), references.ideal_update(shared, weights))
+
+
+def test_fedask_leaves_a_row_of_a_to_train_where_the_update_has_no_direction() -> None:
+    clients, weights = references.random_clients(12, 10, 4, 3)
+    clients.B[:, :, 2:] = 0
+    shared = LoRAFactors(A=clients.A[:1].expand_as(clients.A).clone(), B=clients.B)  # so that ΔW has rank 2
+    start = LoRAFactors(A=torch.randn(4, 10, dtype=torch.float64, generator=seeded(0)), B=torch.zeros(12, 4))
+    factors = FedASK().combine(shared, weights, start).factors
+    torch.testing.assert_close(product(factors), references.ideal_update(shared, weights))
+    assert torch.equal(factors.A[2:], start.A[2:])
+    assert not factors.B[:, 2:].any()
+    nothing = FedASK().combine(LoRAFactors(shared.A, torch.zeros_like(shared.B)), weights, start).factors
+    assert torch.equal(nothing.A, start.A)
+
+
+@pytest.mark.parametrize("ranks", [(4, 2, 1), (1, 4, 4)])
+def test_fedask_sums_products_of_different_lora_ranks(ranks: tuple[int, ...]) -> None:
+    clients, weights = references.random_clients(OUT, IN, 4, 3)
+    shared = LoRAFactors(A=clients.A[:1].repeat(3, 1, 1), B=clients.B)
+    for k, own in enumerate(ranks):
+        shared.A[k, own:], shared.B[k, :, own:] = 0, 0
+    factors = FedASK().combine(shared, weights).factors
+    torch.testing.assert_close(product(factors), references.ideal_update(shared, weights))
+
+
+def test_what_fedask_trains_is_what_its_paper_trains_with_and_without_privacy() -> None:
+    assert FedASK().trains(0) == FedASK().sends(0) == ("B", "head")
+    assert FedASK(freeze_a=False).trains(0) == ("A", "B", "head")
+    assert {"A", "B"} < set(FedASK().receives(0))
+
+
+def test_la_lora_takes_turns_from_step_to_step_and_averages_both_factors() -> None:
+    clients, weights = references.random_clients(OUT, IN, RANK, 3)
+    method, mean = LALoRA(), references.mean(clients, weights)
+    assert method.trains(3) == method.sends(3) == PARTS
+    assert [method.trains_in_step(3, step)[0] for step in range(4)] == ["B", "A", "B", "A"]
+    assert all("head" in method.trains_in_step(3, step) for step in range(4))
+    torch.testing.assert_close(method.combine(clients, weights).factors.A, mean.A)
+    torch.testing.assert_close(method.combine(clients, weights).factors.B, mean.B)
+    assert LALoRA(filter=False).smoothing is None
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 40])
+def test_smoothing_is_a_filter_along_the_features_that_keeps_sums(features: int) -> None:
+    smoothing = LALoRA().smoothing
+    assert smoothing is not None
+    values = torch.randn(3, 5, features, dtype=torch.float64, generator=seeded(0, "smoothing"))
+    mirrored = np.pad(values.numpy(), ((0, 0), (0, 0), (2, 2)), mode="symmetric")
+    expected = sum(w * mirrored[:, :, i : i + features] for i, w in enumerate(np.array([1, 4, 6, 4, 1]) / 16))
+    torch.testing.assert_close(smoothing.smoothed(values, -1), torch.from_numpy(np.asarray(expected)))
+    torch.testing.assert_close(smoothing.smoothed(values, -1).sum(-1), values.sum(-1))
+    of_rows = smoothing.smoothed(values.mT.contiguous(), -2)
+    torch.testing.assert_close(of_rows.mT, smoothing.smoothed(values, -1))
+
+
+def test_smoothing_lowers_the_variance_of_white_noise_by_the_sum_of_squared_weights() -> None:
+    kernel = (0.25, 0.5, 0.25)
+    noise = torch.randn(400, 1000, dtype=torch.float64, generator=seeded(0, "white"))
+    inner = Smoothing(kernel).smoothed(noise, -1)[:, 1:-1]
+    assert float(inner.square().mean()) == pytest.approx(sum(w * w for w in kernel), rel=0.01)
+
+
+def test_control_variates_do_not_fit_factors_that_take_turns(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"client\.scaffold=true does not fit method\.name=la_lora; possible: "):
+        method_of(tiny("method.name=la_lora", "client.scaffold=true", "client.optimizer=sgd"))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import convolve1d
 from torch import Tensor, nn
 
 from lorafair.aggregation.factor_algebra import lora_ranks_of
+from lorafair.aggregation.la_lora import LALoRA
 from lorafair.client.cohort import Cohort, GradientRule, LocalTraining, client_losses, make_optimizer
 from lorafair.config.loading import load_config
 from lorafair.config.schema import ClientConfig, LoRAConfig, ModelConfig
@@ -69,7 +72,22 @@ def test_a_client_is_trained_as_a_plain_loop_would(config: ClientConfig) -> None
     start = m.adapters.draw(0, 0)
     [plan] = batches([np.arange(13)], config)
     [trained] = train(m, start.unsqueeze(0), [plan], config, 0)
+    torch.testing.assert_close(trained, plain_loop(m, start, plan, config), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(trained[:-1], start, atol=1e-3)
 
+
+Look = Callable[[int, list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]], None]
+
+
+def plain_loop(
+    m: AdaptedModel,
+    start: Tensor,
+    plan: list[Indices],
+    config: ClientConfig,
+    before_clipping: Look = lambda step, A, B, head: None,
+    before_step: Look = lambda step, A, B, head: None,
+) -> Tensor:
+    """The packed adapter after training, and the mean loss, (P + 1,)."""
     state = m.adapters.layout.unpack(start.clone())
     parameters = [nn.Parameter(t.clone()) for f in state.factors.values() for t in (f.A, f.B)]
     parameters += [nn.Parameter(t.clone()) for t in state.head.values()]
@@ -89,8 +107,11 @@ def test_a_client_is_trained_as_a_plain_loop_would(config: ClientConfig) -> None
         way = sum((p - o).square().sum() for p, o in zip(parameters, origin, strict=True))
         optimizer.zero_grad()
         (loss + config.proximal / 2 * way).backward()
+        parts = parameters[0:pairs:2], parameters[1:pairs:2], parameters[pairs:]
+        before_clipping(len(losses), *parts)
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        before_step(len(losses), *parts)
         optimizer.step()
         losses.append(loss.item())
     values = iter(parameter.detach() for parameter in parameters)
@@ -98,9 +119,60 @@ def test_a_client_is_trained_as_a_plain_loop_would(config: ClientConfig) -> None
         factors={path: LoRAFactors(A=next(values), B=next(values)) for path in state.factors},
         head={name: next(values) for name in state.head},
     )
-    expected = torch.cat([m.adapters.layout.pack(reached), torch.tensor([np.mean(losses)])])
-    torch.testing.assert_close(trained, expected.float(), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(trained[:-1], start, atol=1e-3)
+    return torch.cat([m.adapters.layout.pack(reached), torch.tensor([np.mean(losses)])]).float()
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("config", LOCAL.values(), ids=LOCAL)
+def test_factors_take_turns_and_gradients_are_smoothed_as_in_a_plain_loop(config: ClientConfig, filtered: bool) -> None:
+    """With momentum and decay of their own: the optimiser does not see a factor in the steps that are not its turn."""
+
+    def skip(step: int, A: list[nn.Parameter], B: list[nn.Parameter], head: list[nn.Parameter]) -> None:
+        for idle in A if step % 2 == 0 else B:
+            idle.grad = None
+
+    def smooth(step: int, A: list[nn.Parameter], B: list[nn.Parameter], head: list[nn.Parameter]) -> None:
+        for factor, axis in [(B, 0), (A, 1)][step % 2 : step % 2 + 1]:
+            for parameter in factor:
+                assert parameter.grad is not None
+                exact = parameter.grad.double().numpy()
+                smoothed = convolve1d(exact, np.array([1, 4, 6, 4, 1]) / 16, axis=axis, mode="reflect")
+                parameter.grad = torch.from_numpy(smoothed).float()
+
+    m, method = model(), LALoRA(filter=filtered)
+    start = m.adapters.draw(0, 0)
+    [plan] = batches([np.arange(13)], config)
+    training = LocalTraining(
+        m, LABELS, config, parts_of_step=partial(method.trains_in_step, 0), smoothing=method.smoothing
+    )
+    steps = cohort_steps([plan])
+    trained = training.train(Cohort(start.unsqueeze(0), steps, [seeded(0)]), images_of(steps))
+    expected = plain_loop(m, start, plan, config, skip, *([smooth] if filtered else []))
+    torch.testing.assert_close(torch.cat([trained.rows[0], trained.losses]), expected, rtol=1e-4, atol=1e-5)
+    rows = training.train(Cohort(start.unsqueeze(0), steps[:1], [seeded(0)]), images_of(steps[:1])).rows[0]
+    same = rows == start
+    assert same[m.adapters.layout.slices["A"]].all()
+    assert not same[m.adapters.layout.slices["B"]].any()
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_factors_take_turns_beside_other_clients_as_alone(config: ClientConfig) -> None:
+    plans = batches([np.arange(0, 13), np.arange(13, 20), np.arange(20, 23)], config)
+    m, method = model(cohort=3), LALoRA()
+    training = LocalTraining(
+        m, LABELS, config, parts_of_step=partial(method.trains_in_step, 0), smoothing=method.smoothing
+    )
+    start = m.adapters.draw(0, 0).repeat(3, 1)
+
+    def trained(clients: slice) -> Tensor:
+        steps = cohort_steps(plans[clients])
+        generators = [seeded(0, "dropout", name) for name in range(3)][clients]
+        return training.train(Cohort(start[clients], steps, generators), images_of(steps)).rows
+
+    together = trained(slice(0, 3))
+    for client in range(3):
+        alone = trained(slice(client, client + 1))
+        torch.testing.assert_close(together[client : client + 1], alone, rtol=1e-4, atol=2e-5)
 
 
 def reference_logits(m: AdaptedModel, parameters: list[nn.Parameter], images: Tensor) -> Tensor:
