@@ -25,7 +25,7 @@ from lorafair.communication import collectives
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.data.partition import Client
-from lorafair.errors import ConfigError, LorafairError
+from lorafair.errors import LorafairError
 from lorafair.experiment import build_experiment, cohort_size
 from lorafair.federation import run_federation
 from lorafair.launch import make_fabric
@@ -707,7 +707,9 @@ def test_an_image_that_breaks_on_one_rank_ends_all_of_them_with_its_name(cache: 
 
 def test_a_round_too_short_for_what_takes_turns_is_refused_before_the_model_is_built(tiny: Tiny) -> None:
     for option, key in (("client.steps=1", "client.steps=1"), ("client.batch_size=64", "client.batch_size=64")):
-        with pytest.raises(ConfigError, match=rf"^{key}: no client would train A in 1 step a round, .* client\.epochs"):
+        with pytest.raises(
+            LorafairError, match=rf"^{key}: no client would train A in 1 step a round, .* client\.epochs"
+        ):
             build_experiment(launched(1), tiny("method.name=la_lora", option))
 
 

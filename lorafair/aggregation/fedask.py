@@ -41,7 +41,7 @@ class FedASK(Aggregator):
     )
     oversampling: int = option(
         2,
-        "p, the columns of a sketch beyond the LoRA rank. With frozen A the paper proves from 2 on that nothing is lost.",
+        "p, columns of a sketch beyond the LoRA rank. With frozen A the paper proves from 2 on that nothing is lost.",
         at_least=0,
     )
 
