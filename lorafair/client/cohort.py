@@ -138,7 +138,7 @@ class LocalTraining:
         gradient = self.model.adapters.flat.grad
         assert gradient is not None
         if private is not None:
-            losses = private(inputs, targets, step.counts, self.autocast)
+            losses = private(inputs, targets, step.counts, self.autocast, rule.idle)
         else:
             weights = _sample_weights(step.counts, step.indices.shape[1], targets.device)
             gradient.zero_()

@@ -58,10 +58,12 @@ class PrivateGradient:
         targets: Tensor,
         counts: Sequence[int],
         autocast: Callable[[], AbstractContextManager[object]],
+        idle: Sequence[slice] = (),
     ) -> Tensor:
         """Leave the gradients of the first c clients in the model's adapters; returns sums (c,) of their losses.
 
         `inputs` (c*N, ...) and `targets` (c, N); of a client's N images only so many as `counts` says are not padding.
+        Columns that are `idle` in this step have no gradient, count for no norm and get no noise.
         """
         clients, images = targets.shape
         is_real = torch.arange(images) < torch.tensor(counts).unsqueeze(1)
@@ -76,8 +78,9 @@ class PrivateGradient:
         rows = self._model.adapters.flat.grad
         assert rows is not None
         rows.zero_()
-        self._put_clipped_sums(ImageGradients.of(self._model.adapters, images), is_real, rows)
-        self._add_noise(rows)
+        gradients = ImageGradients.of(self._model.adapters, images).outside(idle)
+        self._put_clipped_sums(gradients, is_real, rows)
+        self._add_noise(rows, idle)
         rows.div_(self._expected[:clients])
         return losses.detach().sum(1)
 
@@ -103,12 +106,14 @@ class PrivateGradient:
             tally.add(f"norm/{part}", (square.sqrt() * is_real).sum(1) / self._loss_scale)
             tally.add(f"signal/{part}", rows[:, self._columns[part]].square().sum(1))
 
-    def _add_noise(self, rows: Tensor) -> None:
+    def _add_noise(self, rows: Tensor, idle: Sequence[slice]) -> None:
         """Gaussian noise on the sums (c, P), of each client from its own generator."""
         deviation = self._privacy.clip_norm * self._privacy.noise_multiplier
         if not deviation:
             return
         for part, columns in self._columns.items():
+            if columns in idle:
+                continue
             sums = rows[:, columns]
             noise = torch.stack(
                 [

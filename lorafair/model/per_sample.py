@@ -51,6 +51,11 @@ class ImageGradients:
                 parameter.grad = None
         return cls(len(adapters.flat), images, found)
 
+    def outside(self, idle: Sequence[slice]) -> ImageGradients:
+        """Those of the tensors that do not lie in these columns of a packed row."""
+        kept = [t for t in self.tensors if not any(span.start <= t[1].start < span.stop for span in idle)]
+        return ImageGradients(self.clients, self.images, kept)
+
     def without(self, columns: Tensor) -> None:
         """Set the gradients of some columns of each client, (C, P) bool, to zero."""
         for _, span, gradient in self.tensors:

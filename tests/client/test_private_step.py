@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import convolve1d
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from lorafair.aggregation.la_lora import LALoRA
 from lorafair.client.cohort import Cohort, CohortResult, LocalTraining
 from lorafair.client.private_step import ExamplePrivacy, PrivateGradient
 from lorafair.config.schema import ClientConfig, LoRAConfig, ModelConfig
@@ -296,3 +299,34 @@ def test_a_private_step_reads_nothing_back_from_the_device() -> None:
     losses = private(images, torch.empty(2, 3, dtype=torch.int64, device="meta"), (3, 0), nullcontext)
     assert (losses.device.type, losses.shape) == ("meta", (2,))
     assert private.tally.rows.device.type == "meta"
+
+
+def test_factors_that_take_turns_are_clipped_noised_and_smoothed_by_themselves() -> None:
+    """Two steps of LA-LoRA without momentum, from gradients of torch.func: B and the head, then A and the head."""
+    m, method = model(), LALoRA()
+    start, slices = drawn(m), m.adapters.layout.slices
+    local = replace(SGD, steps=2, learning_rate=0.5)
+    privacy = ExamplePrivacy(0.3, 0.7, [4.0], [seeded(0, "noise")])
+    batches = [np.arange(5), np.arange(5, 9)]
+    steps = cohort_steps([batches])
+    training = LocalTraining(
+        m, LABELS, local, parts_of_step=partial(method.trains_in_step, 0), smoothing=method.smoothing
+    )
+    cohort = Cohort(start, steps, [seeded(0)], privacy=privacy)
+    found = training.train(cohort, (IMAGES[step.indices.reshape(-1)] for step in steps)).rows[0]
+
+    row, generator = start[0].clone(), seeded(0, "noise")
+    for index, batch in enumerate(batches):
+        factor, idle = ("B", "A") if index % 2 == 0 else ("A", "B")
+        gradients = own_gradients(m, row, batch.tolist())
+        gradients[:, slices[idle]] = 0  # type: ignore[index]
+        clipped = gradients * (0.3 / gradients.norm(dim=1, keepdim=True)).clamp(max=1)
+        total = clipped.sum(0)
+        for part in (factor, "head"):
+            span = slices[part]  # type: ignore[index]
+            total[span] += 0.3 * 0.7 * torch.empty(span.stop - span.start).normal_(generator=generator)
+        for layer in m.adapters.layout.unpack(total).factors.values():
+            values, axis = (layer.B, 0) if factor == "B" else (layer.A, 1)
+            values.copy_(torch.from_numpy(convolve1d(values.numpy(), np.array([1, 4, 6, 4, 1]) / 16, axis=axis)))
+        row = row - 0.5 * total / 4.0
+    torch.testing.assert_close(found, row, rtol=1e-4, atol=1e-5)
