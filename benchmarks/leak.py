@@ -210,10 +210,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, str]]:
             contributions = gradients * (probe.clip_norm / gradients.norm(dim=1, keepdim=True)).clamp(max=1)
             noise = sigma * probe.clip_norm / (SAMPLING * math.sqrt(options.steps))
         found, area = rates(membership_scores(memberships(updates, contributions, noise), has), has)
-        at_one = found[int(np.argmin(np.abs(np.array(FALSE_POSITIVES) - 0.01)))]
+        near = int(np.argmin(np.abs(np.array(FALSE_POSITIVES) - 0.01)))
         print(
-            f"{setting:<14} σ {sigma if sigma is not None else math.nan:6.2f}  area {area:.3f}  true positives at 1 % "
-            f"false ones {100 * at_one:5.1f} %  {time.perf_counter() - began:.0f} s"
+            f"{setting:<14} σ {sigma if sigma is not None else math.nan:6.2f}  area {area:.3f}  true positives "
+            f"{100 * found[near]:5.1f} % at {100 * FALSE_POSITIVES[near]:.1f} % false ones  "
+            f"{time.perf_counter() - began:.0f} s"
         )
         for rate, hit, most in zip(FALSE_POSITIVES, found, probe.allowed(sigma), strict=True):
             numbers = (epsilon, math.nan if sigma is None else sigma, area, rate, hit, most)

@@ -28,11 +28,11 @@ def draw() -> Figure:
 
 def table() -> str:
     """A line a setting, in Markdown."""
-    text = ["| client | σ | area | true positives at 1 % false ones | allowed by ε |", "|---|---:|---:|---:|---:|"]
+    text = ["| client | σ | area | false positives | true positives | allowed by ε |", "|---|" + "---:|" * 5]
     for setting in dict.fromkeys(line["setting"] for line in read()):
         own = [line for line in read() if line["setting"] == setting]
         at = min(own, key=lambda line: abs(float(line["false_positives"]) - 0.01))
         sigma = "–" if at["noise_multiplier"] == "nan" else f"{float(at['noise_multiplier']):.2f}"
-        hits, allowed = (100 * float(at[name]) for name in ("true_positives", "allowed"))
-        text.append(f"| {setting} | {sigma} | {float(at['area']):.2f} | {hits:.1f} % | {allowed:.1f} % |")
+        rates = [f"{100 * float(at[name]):.1f} %" for name in ("false_positives", "true_positives", "allowed")]
+        text.append(f"| {setting} | {sigma} | {float(at['area']):.2f} | {' | '.join(rates)} |")
     return "\n".join(text)

@@ -33,6 +33,7 @@ class FedASK(Aggregator):
     The processes of a simulation exchange factors, from which the server computes the sums; the sketches are counted.
     """
 
+    averages_factors: ClassVar[bool] = True  # with frozen A
     decomposes: ClassVar[bool] = True
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 

@@ -6,6 +6,7 @@ Letters: K clients, R LoRA rank, I in_features, O out_features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class LALoRA(Aggregator):
     authors' code. They let B learn twice as fast: client.b_learning_rate_ratio=2. How they treat the ends of a row is
     not clear from the text ("symmetric padding"); here they are mirrored.
     """
+
+    averages_factors: ClassVar[bool] = True
 
     filter: bool = option(
         True, "Smooth the gradients of A along the in_features and those of B along the out_features."
