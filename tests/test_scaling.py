@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.scaling import Federation, Parts, federation, most_overlap, predict, small, training
 from lorafair.communication.collectives import ClientResults
+from lorafair.config import Config
 from lorafair.config.loading import load_config
 from lorafair.server.step import Rank0Server, ShardedServer
 from tests.communication.recording import pretended, recording
@@ -36,7 +37,10 @@ def test_predicted_bytes_are_those_of_the_busiest_rank(case: Federation, server:
     busiest = 0
     for rank, clients in enumerate(plan.clients_of_rank):
         experiment: Any = SimpleNamespace(
-            layout=LAYOUT, personal_parts=(), aggregator=SimpleNamespace(trains=lambda r: ("A", "B", "head"))
+            layout=LAYOUT,
+            personal_parts=(),
+            aggregator=SimpleNamespace(trains=lambda r: ("A", "B", "head")),
+            config=Config(),
         )
         state: Any = SimpleNamespace(completed_rounds=0, personal_adapters=None, controls=None)
         rows = torch.zeros(len(clients), LAYOUT.length)

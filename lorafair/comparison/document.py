@@ -100,7 +100,13 @@ def document(findings: Findings, *, details: bool = True) -> Iterator[Part]:
     yield from _details(findings)
 
 
-_SHORT = (tables.accuracy_table, tables.per_client_table, tables.difference_table)
+_SHORT = (
+    tables.accuracy_table,
+    left_behind.balance_table,
+    left_behind.head_table,
+    tables.per_client_table,
+    tables.difference_table,
+)
 _LONG = (
     tables.accuracy_table,
     left_behind.balance_table,

@@ -23,8 +23,8 @@ def check_privacy(config: Config, aggregator: Aggregator) -> None:
     if config.federation.profile is not None:
         raise ConfigError(
             f"federation.profile={config.federation.profile} chooses clients by how fast they are, and the ε of "
-            f"privacy.unit={config.privacy.unit} is computed for clients drawn with federation.seed alone; leave one of "
-            "them out (lorafair timeline prices a run with a profile afterwards)"
+            f"privacy.unit={config.privacy.unit} is computed for clients drawn with federation.seed alone; leave one "
+            "of them out (lorafair timeline prices a run with a profile afterwards)"
         )
     if config.privacy.unit == "example":
         _check_examples(config, aggregator)

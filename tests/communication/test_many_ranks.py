@@ -26,6 +26,7 @@ from lorafair.communication.collectives import (
     gather_objects,
 )
 from lorafair.communication.progress import SharedCount
+from lorafair.config import Config, LoRAConfig, ModelConfig
 from lorafair.model.adapter import PARTS, AdapterLayout
 from lorafair.schedule import RoundPlan, Scheduler
 from lorafair.server.step import Rank0Server, Server, ShardedServer
@@ -52,10 +53,9 @@ def plan(ranks: int, clients: int = CLIENTS) -> RoundPlan:
 def server_of(fabric: Any, kind: str, *, keeps: bool = False) -> tuple[Server, Any]:
     """A server of this rank and its state; nothing else of an experiment is needed here."""
     aggregator = SimpleNamespace(trains=lambda round_index: PARTS, personal_parts=(), pools_data=False)
-    lora = SimpleNamespace(rank=2)
     experiment: Any = SimpleNamespace(
         fabric=fabric, layout=LAYOUT, aggregator=aggregator, personal_parts=(), lora_ranks=[2] * CLIENTS,
-        config=SimpleNamespace(model=SimpleNamespace(lora=lora)),
+        config=Config(model=ModelConfig(lora=LoRAConfig(rank=2))),
     )  # fmt: skip
     personal = torch.zeros(CLIENTS, LAYOUT.length) if keeps else None
     state: Any = SimpleNamespace(
