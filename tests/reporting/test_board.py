@@ -71,7 +71,7 @@ def test_a_run_has_one_file_with_all_that_is_shown(run_dir: Path) -> None:
         "6 clients/weight ",
         "3 aggregation/part of the way",
     )  # of some runs alone
-    named = {tag for tag in named if not tag.startswith(of_options)}
+    named = {tag for tag in named if not tag.startswith(of_some_runs)}
     assert named - {"1 accuracy/mean on other domains"} <= steps.keys()
     curves = [tag for tag in steps if tag[0].isdecimal() and steps[tag] == [1, 2]]
     assert all(steps[tag] == [1, 2] for tag in named & steps.keys())
