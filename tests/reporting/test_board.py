@@ -65,12 +65,12 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_has_one_file_with_all_that_is_shown(run_dir: Path) -> None:
     steps = steps_of(run_dir)
     named = {scalar.tag for scalar in tags.SCALARS if "<" not in scalar.tag and "own domain" not in scalar.tag}
-    of_options = (
+    of_some_runs = (
         "6 defence/",
         "6 privacy/",
         "6 clients/weight ",
         "3 aggregation/part of the way",
-    )  # of some runs alone
+    )
     named = {tag for tag in named if not tag.startswith(of_some_runs)}
     assert named - {"1 accuracy/mean on other domains"} <= steps.keys()
     curves = [tag for tag in steps if tag[0].isdecimal() and steps[tag] == [1, 2]]
