@@ -31,6 +31,10 @@ def check_client_privacy(config: Config, method: Aggregator, name: str, methods_
             f"{unit} with method.name=lora_fair needs method.residual=B, similarity=cosine or frobenius, and no align, "
             "fold, sgd_patience or sgd_start=xavier: only for these the clients' part is a sum that can be bounded"
         )
+    if getattr(method, "freeze_a", None) is False:
+        raise ConfigError(
+            f"{unit} with method.name={name} needs method.freeze_a=true: else it is no function of the mean"
+        )
     if not (method.averages_factors or method.uses_products):
         raise ConfigError(
             f"{unit} does not fit method.name={name}, whose server step depends on each client's factors and not on "
