@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, alternates, try_out
 from lorafair.aggregation.defences.base import make_defence
+from lorafair.aggregation.privacy_budget import budget_shares
 from lorafair.aggregation.registry import method_of
 from lorafair.caching.inputs import Inputs, open_inputs
 from lorafair.checkpointing.checkpoint import (
@@ -55,6 +56,7 @@ from lorafair.model.proof import prove_apart
 from lorafair.model.side_by_side import clients_that_pay, clients_with_room
 from lorafair.model.work import flop_per_image
 from lorafair.privacy.checks import check_privacy
+from lorafair.privacy.client_level import client_epsilon, client_lines, client_noise_multiplier, client_warnings
 from lorafair.privacy.examples import ExampleBudget
 from lorafair.privacy.measures import MEASURES
 from lorafair.privacy.summary import Mechanism
@@ -149,6 +151,7 @@ class Experiment:
             weighting=federation.weighting,
             cohort=self.cohort,
             world_size=self.fabric.world_size,
+            poisson=self.config.privacy.unit == "client",
         )
 
     @cached_property
@@ -200,8 +203,10 @@ class Experiment:
 
     def largest_epsilon(self, rounds: int) -> float | None:
         """Of what is released in so many rounds, of all units; None without privacy."""
-        if self.examples is None or self.noise_multiplier is None:
+        if self.noise_multiplier is None:
             return None
+        if self.examples is None:
+            return client_epsilon(self.config, len(self.clients), self.noise_multiplier, rounds)
         return self.examples.largest_epsilon(self.noise_multiplier, self.rounds_of_clients(rounds))
 
     def rounds_of_clients(self, rounds: int) -> list[int]:
@@ -361,6 +366,8 @@ def noise_multiplier_of(
 ) -> float | None:
     """σ, as given or as privacy.epsilon needs for the clients of all rounds. Raises ConfigError."""
     privacy, examples = config.privacy, budget_of_examples(config, local, clients)
+    if privacy.unit == "client":
+        return client_noise_multiplier(config, len(clients))
     if privacy.epsilon is None or examples is None:
         return privacy.noise_multiplier
     wanted = None if aggregator.pools_data else config.federation.clients_per_round
@@ -487,7 +494,14 @@ def _largest_batch(config: Config, clients: tuple[Client, ...]) -> int:
 
 def _introduce_privacy(experiment: Experiment) -> None:
     config, budget, noise_multiplier = experiment.config, experiment.examples, experiment.noise_multiplier
-    if budget is None or noise_multiplier is None or not experiment.fabric.is_global_zero:
+    if noise_multiplier is None or not experiment.fabric.is_global_zero:
+        return
+    if budget is None:
+        clients, shares = len(experiment.clients), budget_shares(config.privacy, experiment.aggregator)
+        for line in client_lines(config, clients, noise_multiplier, shares.products):
+            log.info(line)
+        for line in client_warnings(config, clients):
+            log.warning(line)
         return
     trained = experiment.layout.length_of(experiment.aggregator.trains(0))
     mechanism = Mechanism(config, budget, noise_multiplier, trained)

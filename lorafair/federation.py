@@ -28,7 +28,14 @@ from lorafair.cluster.signals import Interrupted, finishing_clients
 from lorafair.cluster.watchdog import deadline, saving
 from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.communication.collectives import ClientResults, broadcast_update, drop_nonfinite, sum_over_ranks
-from lorafair.communication.traffic import Traffic, round_traffic, with_class_counts, with_control_variates, with_losses
+from lorafair.communication.traffic import (
+    Traffic,
+    round_traffic,
+    with_class_counts,
+    with_control_variates,
+    with_losses,
+    with_private_numbers,
+)
 from lorafair.config.schema import Config
 from lorafair.console import format_count, log
 from lorafair.evaluation import Evaluation
@@ -40,6 +47,7 @@ from lorafair.reporting.results import is_finished
 from lorafair.reporting.tracker import Clock
 from lorafair.schedule import RoundPlan, update_client_seconds
 from lorafair.server.choice import FOLDED, choose_clients, folded_bytes
+from lorafair.server.private_release import clients_of_round, numbers_beside_mean
 from lorafair.server.recent import evaluated_adapter
 from lorafair.server.state import (
     ServerState,
@@ -169,14 +177,15 @@ def begin_round(
     )
     choice = choose_clients(experiment, state, partial_call(traffic_of, experiment, state))
     finished = found_unfinished(experiment, partial) if round_index in state.unfinished_rounds else []
-    plan = experiment.scheduler.plan(round_index, state.client_seconds, finished, choice)
+    clients = clients_of_round(experiment)
+    plan = experiment.scheduler.plan(round_index, state.client_seconds, finished, choice, clients)
     if finished:
         done = sum(len(cohort) for cohort in plan.cohorts_of_rank[0] if cohort in finished)
         log.info(f"round {round_index + 1}: {format_count(done, 'client')} done before the interruption")
     with clock("train"):
         taken = take_over(experiment, state, plan, partial)
     if taken:
-        plan = experiment.scheduler.plan(round_index, state.client_seconds, [*finished, *taken])
+        plan = experiment.scheduler.plan(round_index, state.client_seconds, [*finished, *taken], choice, clients)
     return partial, plan, taken
 
 
@@ -212,7 +221,7 @@ def gather(experiment: Experiment, state: ServerState, this: Round, server: Serv
     with this.clock("gather"):
         measured, measures = experiment.measured, experiment.measures
         results = drop_nonfinite(experiment.fabric, trained, this.plan, measured, measures)
-        if not results.clients:
+        if not results.clients and experiment.config.privacy.unit != "client":  # noise alone is a release, too
             abort_all_diverged(experiment, state)
         update_client_seconds(state.client_seconds, this.plan.clients, results.seconds)
         return server.gather(state, this.plan, weighted_by_losses(experiment, state, this.plan, results))
@@ -284,7 +293,7 @@ def log_and_save(
             work = work_of(experiment, state, this, result)
             traffic = Traffic(sum(work.up), sum(work.down) + sum(work.late_down))
             shared = seconds_of(this.taken, this.plan, clients)
-            add_to_totals(state, sum(this.clock.seconds.values()), traffic, len(clients.dropped), shared)
+            add_to_totals(state, sum(this.clock.seconds.values()), traffic, clients, shared)
             summary = RoundSummary(
                 round=state.completed_rounds,
                 plan=this.plan,
@@ -310,10 +319,10 @@ def seconds_of(cohorts: Sequence[Cohort], plan: RoundPlan, clients: ClientResult
 
 
 def add_to_totals(
-    state: ServerState, seconds: float, traffic: Traffic, dropped: int, shared: Mapping[int, float]
+    state: ServerState, seconds: float, traffic: Traffic, clients: ClientResults, shared: Mapping[int, float]
 ) -> None:
     """Add the cost of a round to the totals since round 1; that of clients taken over, if there are any, is apart."""
-    costs = {"seconds": seconds, "bytes": traffic.total, "dropped": dropped}
+    costs = {"seconds": seconds, "bytes": traffic.total, "dropped": len(clients.dropped), **clients.counts}
     if shared:
         costs |= {"shared_clients": len(shared), "shared_seconds": sum(shared.values())}
     for name, amount in costs.items():
@@ -356,6 +365,8 @@ def traffic_of(
     traffic = round_traffic(experiment.layout, experiment.aggregator, update, round_index, lora_ranks)
     if experiment.config.client.scaffold:
         traffic = with_control_variates(traffic)
+    if numbers := numbers_beside_mean(experiment):
+        traffic = with_private_numbers(traffic, len(clients), numbers)
     if experiment.head_class_counts is not None:
         traffic = with_class_counts(traffic, len(clients), len(experiment.data.classes))
     if experiment.measured > 2:

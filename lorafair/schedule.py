@@ -25,7 +25,7 @@ class RoundPlan:
     """One communication round of K clients on W ranks."""
 
     clients: tuple[int, ...]  # ascending; the row order of every (K, ...) tensor
-    weights: tuple[float, ...]  # (K,) sum to 1
+    weights: tuple[float, ...]  # (K,) sum to 1; K may be 0 where clients are sampled independently
     cohorts_of_rank: tuple[tuple[tuple[int, ...], ...], ...]  # W entries: the cohorts a rank trains, in order
     choice: Choice | None = None  # how the clients were chosen in virtual time
 
@@ -46,6 +46,7 @@ class Scheduler:
     weighting: str  # equal weights where it is uniform, else by size: what losses make of them comes later
     cohort: int  # C, clients trained side by side
     world_size: int
+    poisson: bool = False  # each client takes part by itself, with the same probability
 
     def plan(
         self,
@@ -53,17 +54,21 @@ class Scheduler:
         measured: Mapping[int, float],
         finished: Collection[tuple[int, ...]] = (),
         choice: Choice | None = None,
+        clients: Sequence[int] | None = None,
     ) -> RoundPlan:
         """The plan of round `round_index` (from 0); the same on every rank.
 
-        Clients are drawn uniformly without replacement. Cohorts are cut from the clients sorted by cost, so that
+        Clients are drawn uniformly without replacement, or with `poisson` independently of each other, or are those
+        that are given. Cohorts are cut from the clients sorted by cost, so that
         clients trained side by side finish together; cohorts go to ranks longest first, each to the rank with the least
         work. How long they take is expected from the seconds `measured` before: times differ from run to run, and only
         the assignment to ranks may, too. Cohorts that an earlier attempt at the round has `finished` are assigned
         to rank 0, which has their rows; they are not trained again. A `choice` in virtual time replaces the draw; the
         clients that it has found late are not trained.
         """
-        clients = self._drawn(round_index) if choice is None else list(choice.clients)
+        if clients is None:
+            clients = self._drawn(round_index) if choice is None else choice.clients
+        clients = sorted(clients)
         amounts = [1.0 if self.weighting == "uniform" else float(self.sizes[c]) for c in clients]
         total = sum(amounts)
         by_cost = sorted(clients, key=lambda c: (-self.costs[c], c))
@@ -79,8 +84,22 @@ class Scheduler:
             choice=choice,
         )
 
+    @property
+    def expected_clients(self) -> int:
+        """q·N: how many clients take part in a round, with `poisson` on average."""
+        return len(self.sizes) if self.clients_per_round is None else self.clients_per_round
+
+    @property
+    def sampling_probability(self) -> float:
+        """q, with which a client takes part in a round."""
+        return self.expected_clients / len(self.sizes)
+
     def _drawn(self, round_index: int) -> list[int]:
         """The clients of a round, ascending."""
+        if self.poisson:
+            generator = seeded(self.seed, "poisson", round_index)
+            drawn = torch.rand(len(self.sizes), dtype=torch.float64, generator=generator)
+            return (drawn < self.sampling_probability).nonzero().flatten().tolist()
         order, wanted = self.order(round_index)
         return sorted(order[:wanted])
 

@@ -192,6 +192,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "federation.deadline_seconds=0.09", "partition.scheme=iid", "partition.clients=9",
         "federation.clients_per_round=3", "client.cohort=2", "rounds=4",
     ),
+    "private_clients": (
+        "method.name=lora_fair", "privacy.unit=client", "privacy.noise_multiplier=0.3", "privacy.clip_quantile=0.6",
+        "privacy.clip_parts={A: 2, B: 1, head: 1}", "federation.weighting=uniform", "partition.scheme=dirichlet",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=3",
+        "client.cohort=2", "rounds=3",
+    ),
+    "private_turns": (
+        "method.name=ro_lora", "privacy.unit=client", "privacy.noise_multiplier=0.3", "privacy.clip_norm=0.2",
+        "federation.weighting=uniform", "partition.scheme=iid", "partition.clients=4",
+        "federation.clients_per_round=1", "federation.seed=3", "server.optimizer=fedadam", "rounds=3",
+    ),
     "centralized": ("method.name=centralized",),
     "local_only": ("method.name=local_only",),
     "folding": ("method.name=stacking",),

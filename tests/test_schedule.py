@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,3 +101,36 @@ def test_times_are_learned_halfway_and_expected_by_cost_where_nothing_is_known()
     assert expected_seconds(costs, measured) == {0: 2, 1: pytest.approx(1.2), 2: 1}  # 3 s for a cost of 5
     update_client_seconds(measured, (0,), (4.0,))
     assert measured == {0: 3.0, 2: 1.0}
+
+
+def test_poisson_sampling_takes_each_client_by_itself_at_the_rate() -> None:
+    rounds, total, wanted = 3000, 20, 4
+    made = scheduler([1] * total, clients_per_round=wanted, poisson=True, weighting="uniform")
+    taken = np.zeros((rounds, total))
+    for index in range(rounds):
+        taken[index, list(made.plan(index, {}).clients)] = 1
+    rate = wanted / total
+    assert abs(taken.mean() - rate) < 5 * math.sqrt(rate * (1 - rate) / taken.size)
+    assert np.abs(taken.mean(0) - rate).max() < 5 * math.sqrt(rate * (1 - rate) / rounds)
+    counts = taken.sum(1)  # binomial; a fixed number would have no variance
+    assert counts.var() == pytest.approx(total * rate * (1 - rate), rel=0.15)
+    assert (counts == 0).mean() == pytest.approx((1 - rate) ** total, abs=0.01)
+    correlation = np.corrcoef(taken.T) - np.eye(total)
+    assert np.abs(correlation).max() < 6 / math.sqrt(rounds)
+
+
+def test_poisson_sampling_repeats_and_may_take_nobody_or_everybody() -> None:
+    few = scheduler([1] * 4, clients_per_round=1, poisson=True, weighting="uniform")
+    assert few.plan(3, {}) == few.plan(3, {})
+    empty = next(plan for index in range(50) if not (plan := few.plan(index, {})).clients)
+    assert empty.weights == ()
+    assert empty.clients_of_rank == ((), ())
+    for wanted in (None, 4):
+        everyone = scheduler([1] * 4, clients_per_round=wanted, poisson=True)
+        assert all(everyone.plan(index, {}).clients == (0, 1, 2, 3) for index in range(20))
+
+
+def test_clients_that_are_given_are_planned() -> None:
+    made = scheduler([1] * 9, clients_per_round=2, poisson=True, weighting="uniform").plan(0, {}, clients=[7, 1, 4])
+    assert made.clients == (1, 4, 7)
+    assert made.weights == pytest.approx((1 / 3,) * 3)

@@ -135,6 +135,8 @@ class Aggregator(ABC):
     """Values of model.lora.initialization that fit the method; the first is taken where none is set."""
     resets: ClassVar[bool] = False
     """Every round starts from the factors of the first one; before, what clients are sent is merged, less those."""
+    averages_factors: ClassVar[bool] = False
+    """With clients of equal LoRA rank, the server step gives the same for one client that is their weighted mean."""
     personal_parts: ClassVar[tuple[Part, ...]] = ()
     """What each client keeps to itself from round to round. Where it is not empty, every client is evaluated."""
 
@@ -180,6 +182,14 @@ class Aggregator(ABC):
     @property
     def needs_all_layers(self) -> bool:
         """Whether the result for a layer depends on the other layers."""
+        return False
+
+    @property
+    def uses_products(self) -> bool:
+        """Whether all that the server step takes from the clients is their mean and (Σ p_k B_k A_k − B̄Ā)Āᵀ.
+
+        Client-level privacy then releases both, and gives the method two clients that have them.
+        """
         return False
 
     @property

@@ -23,6 +23,7 @@ class FedALoRA(Aggregator):
     shares A.
     """
 
+    averages_factors: ClassVar[bool] = True
     personal_parts: ClassVar[tuple[Part, ...]] = ("A", "head")
     initializations: ClassVar[tuple[str, ...]] = ("average",)
     mixed_lora_ranks: ClassVar[bool] = False

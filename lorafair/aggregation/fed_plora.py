@@ -24,6 +24,7 @@ class FedPLoRA(Aggregator):
     all LoRA ranks are equal. Dropout acts on the input of all directions, also of those that the paper folds into W0.
     """
 
+    averages_factors: ClassVar[bool] = True
     selects_directions: ClassVar[bool] = True
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 

@@ -28,6 +28,7 @@ class FedSB(Aggregator):
     once is not counted.
     """
 
+    averages_factors: ClassVar[bool] = True
     mixed_lora_ranks: ClassVar[bool] = False
     initializations: ClassVar[tuple[str, ...]] = ("average",)
     lora_initializations: ClassVar[tuple[str, ...]] = ("kaiming",)

@@ -19,6 +19,7 @@ from lorafair.model.adapter import LoRAFactors, Part
 class FedSALoRA(Aggregator):
     """A is averaged; every client has its own B and head and is evaluated with them (arXiv 2410.01463)."""
 
+    averages_factors: ClassVar[bool] = True
     personal_parts: ClassVar[tuple[Part, ...]] = ("B", "head")
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 

@@ -19,6 +19,7 @@ from lorafair.model.adapter import LoRAFactors, Part
 class FedSVD(Aggregator):
     """B is averaged, then B̄A = UΣVᵀ is rewritten as B = UΣ, A = Vᵀ without loss (arXiv 2505.12805)."""
 
+    averages_factors: ClassVar[bool] = True
     decomposes: ClassVar[bool] = True
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 

@@ -19,6 +19,7 @@ from lorafair.model.adapter import LoRAFactors, Part
 class FFALoRA(Aggregator):
     """B is trained and averaged; A is drawn once and never changes (arXiv 2403.12313)."""
 
+    averages_factors: ClassVar[bool] = True
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 
     def trains(self, round_index: int) -> tuple[Part, ...]:

@@ -23,6 +23,7 @@ class FRLoRA(Aggregator):
     that they have, so the traffic equals FedIT's. model.lora.initialization selects other starts.
     """
 
+    averages_factors: ClassVar[bool] = True
     mixed_lora_ranks: ClassVar[bool] = False
     resets: ClassVar[bool] = True
     initializations: ClassVar[tuple[str, ...]] = ("average",)

@@ -133,6 +133,16 @@ class LoRAFair(Aggregator):
         return self.sgd_patience is not None
 
     @property
+    def uses_products(self) -> bool:
+        """Where B is corrected with the whole matrix in view, and nothing is folded or turned before.
+
+        The exact solution and the descent then depend on ΔR·Āᵀ, the mean and, for the cosine, on ‖ΔW‖, which is taken
+        within the rows of Ā.
+        """
+        fits = self.residual == "B" and self.similarity != "cosine_columns" and self.sgd_start != "xavier"
+        return fits and not (self.align or self.fold or self.needs_all_layers)
+
+    @property
     def note_on_mixed_lora_ranks(self) -> str:
         """That method.rescale is on then."""
         if self.rescale is not None:

@@ -6,6 +6,7 @@ Letters: K clients, R LoRA rank, I in_features, O out_features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from lorafair.model.adapter import LoRAFactors
 @dataclass(frozen=True)
 class RBLA(Aggregator):
     """FedIT whose means leave out the zero padding (arXiv 2408.08699); it equals FedIT if all LoRA ranks are equal."""
+
+    averages_factors: ClassVar[bool] = True
 
     def combine(self, clients: LoRAFactors, weights: Tensor, start: LoRAFactors | None = None) -> LayerUpdate:
         """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k with LoRA rank > r; zero if none."""

@@ -19,6 +19,7 @@ from lorafair.model.adapter import LoRAFactors, Part
 class RoLoRA(Aggregator):
     """B in the first, third, ... round, A in the others; averaging is then exact (arXiv 2409.02346)."""
 
+    averages_factors: ClassVar[bool] = True
     initializations: ClassVar[tuple[str, ...]] = ("average",)
 
     def trains(self, round_index: int) -> tuple[Part, ...]:

@@ -57,7 +57,7 @@ def gather_clients(fabric: Fabric, rows: Tensor, clients_of_rank: Sequence[Seque
     round. Here rows are added up with the zeros of the other ranks, as integers, which keeps every bit.
     """
     order = _ascending(clients_of_rank).to(rows.device)
-    if fabric.world_size == 1:
+    if fabric.world_size == 1 or not len(order):
         return rows.index_select(0, order)
     begin = sum(map(len, clients_of_rank[: fabric.global_rank]))
     mine = order.argsort()[begin : begin + len(rows)]  # where the rows of this rank belong
@@ -175,6 +175,8 @@ class ClientResults:
     metrics: Mapping[str, float] = field(default_factory=dict)  # what rules tell of the round, by name in metrics.csv
     first_losses: tuple[float, ...] = ()  # (K,) of each client's first batch, where weights follow from them
     step: float = 1.0  # the part of the way that the server goes to what the method returns
+    row_weights: tuple[float, ...] | None = None  # where the server has put other rows in their place
+    counts: Mapping[str, float] = field(default_factory=dict)  # what is added to the totals since round 1
     measures: Tensor | None = None  # (K', M) of all clients of the plan, in plan order, where they measure something
 
 

@@ -78,6 +78,11 @@ def _folded_bytes(update: ServerUpdate, coding: Coding | None) -> int:
     return sum(coding.message_bytes(f.rank, f.B.shape[0], f.A.shape[1]) for f in update.folded.values())
 
 
+def with_private_numbers(traffic: Traffic, clients: int, numbers: int) -> Traffic:
+    """The same where each client of the round sends so many more numbers, for releases beside the mean."""
+    return Traffic(traffic.up + BYTES_PER_NUMBER * clients * numbers, traffic.down)
+
+
 def with_control_variates(traffic: Traffic) -> Traffic:
     """The same with SCAFFOLD: control variates of what is trained travel both ways, as in its paper."""
     return Traffic(2 * traffic.up, traffic.down + traffic.up)

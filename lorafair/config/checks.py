@@ -153,8 +153,6 @@ def _check_privacy(config: DictConfig) -> None:
     privacy = config.privacy
     if privacy.unit == "none":
         return
-    if privacy.unit == "client":
-        raise ConfigError("privacy.unit=client is not possible in this version; use privacy.unit=example, or none")
     noise, epsilon = privacy.noise_multiplier, privacy.epsilon
     if (noise is None) == (epsilon is None):
         given = "both are given" if noise is not None else "neither is given"

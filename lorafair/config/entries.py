@@ -22,6 +22,7 @@ FREE_GROUPS = (
     "data.options",
     "partition.options",
     "model.options",
+    "privacy.clip_parts",
 )  # of names that are not declared in schema.py
 
 

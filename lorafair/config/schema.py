@@ -363,7 +363,10 @@ class FederationConfig:
     """The clients of a round, their weights, and where they start."""
 
     clients_per_round: int | None = option(
-        None, "Clients drawn each round, uniformly without replacement (all).", at_least=1
+        None,
+        """Clients drawn each round, uniformly without replacement (all). With privacy.unit=client every client takes
+        part independently of the others, with probability n / clients: n on average.""",
+        at_least=1,
     )
     weighting: Literal["size", "uniform", "q", "afl"] = option(
         "size",
@@ -602,6 +605,51 @@ class PrivacyConfig:
         cryptography; the run does not repeat.""",
         requires=_PRIVATE,
         conditional_default="seeded",
+    )
+    clip_parts: dict[str, float] = option(
+        {},
+        """Clip A, B, core and head separately, to bounds in this ratio whose root of the sum of squares is clip_norm,
+        as in {A: 1, B: 1, head: 2}; all parts that the method's clients send. ({}: an update is clipped as one
+        vector). For privacy.unit=client.""",
+    )
+    clip_quantile: float | None = option(
+        None,
+        """Move the clipping bound so that this fraction of updates is not clipped, from clip_norm on (arXiv
+        1905.03871); each bound of clip_parts by itself. null: the bound stays.""",
+        above=0,
+        below=1,
+        requires=when("privacy.unit", "client"),
+    )
+    clip_rate: float | None = option(
+        None,
+        "η: the bound is multiplied by exp(−η·(fraction − clip_quantile)) after each round.",
+        above=0,
+        requires=when_given("privacy.clip_quantile"),
+        conditional_default=0.2,
+    )
+    clip_share: float | None = option(
+        None,
+        "The share of the budget 1/σ² that the count of updates within the bound takes, so that it has noise, too.",
+        above=0,
+        below=1,
+        requires=when_given("privacy.clip_quantile"),
+        conditional_default=0.02,
+    )
+    products_share: float | None = option(
+        None,
+        """For method.name=lora_fair: the share of the budget 1/σ² of its second release, the mean of the products b_k
+        a_k in the rows of Ā (0.05). 0: no second release; the method is then FedIT.""",
+        at_least=0,
+        below=1,
+        requires=when("privacy.unit", "client"),
+    )
+    products_clip: float | None = option(
+        None,
+        """For method.name=lora_fair: the bound of its second release, as a fraction of the largest norm that clipped
+        updates can have there, C²/2 (0.3/√L for L layers).""",
+        above=0,
+        at_most=1,
+        requires=when("privacy.unit", "client"),
     )
 
 

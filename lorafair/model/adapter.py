@@ -191,7 +191,7 @@ class AdapterLayout:
 
         The largest come first, each to the shortest layout so far, so the same layout is dealt out the same everywhere.
         """
-        of_core = self._sizes("core")
+        of_core = self.sizes_of("core")
         sizes = {path: math.prod(a) + math.prod(b) + of_core.get(path, 0) for path, (a, b) in self.factors.items()}
         sizes |= {"": sum(map(math.prod, self.head.values()))}  # no layer has this path
         lengths, owner = [0] * count, {}
@@ -212,8 +212,8 @@ class AdapterLayout:
         spans: list[slice] = []
         offset = 0
         for part in (part for part in PARTS if part in parts):
-            chosen = some._sizes(part)
-            for name, size in self._sizes(part).items():
+            chosen = some.sizes_of(part)
+            for name, size in self.sizes_of(part).items():
                 if name in chosen and spans and spans[-1].stop == offset:
                     spans[-1] = slice(spans[-1].start, offset + size)
                 elif name in chosen:
@@ -221,7 +221,8 @@ class AdapterLayout:
                 offset += size
         return spans
 
-    def _sizes(self, part: Part) -> dict[str, int]:
+    def sizes_of(self, part: Part) -> dict[str, int]:
+        """Numbers of a part in each layer by its path, or in each parameter of the head, in the order of a row."""
         if part == "head":
             return {name: math.prod(shape) for name, shape in self.head.items()}
         if part == "core":

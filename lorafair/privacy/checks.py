@@ -28,6 +28,7 @@ def check_privacy(config: Config, aggregator: Aggregator) -> None:
         )
     if config.privacy.unit == "example":
         _check_examples(config, aggregator)
+    _check_accepted(config)
 
 
 def _check_examples(config: Config, aggregator: Aggregator) -> None:
@@ -52,9 +53,13 @@ def _check_examples(config: Config, aggregator: Aggregator) -> None:
             f"model.compile={config.model.compile}: with {protects} every step has another number of images, and the "
             "model would be compiled for each; set model.compile=null"
         )
+
+
+def _check_accepted(config: Config) -> None:
+    """No option of which the ε of completed rounds is computed may change."""
     for key in config.accept:
         if key in _ACCOUNTED or key.startswith(_ACCOUNTED_GROUPS):
             raise ConfigError(
-                f"accept: {key} cannot differ with {protects}: the ε of the completed rounds is computed from it; "
-                "start a new run"
+                f"accept: {key} cannot differ with privacy.unit={config.privacy.unit}: the ε of the completed rounds "
+                "is computed from it; start a new run"
             )

@@ -45,7 +45,8 @@ def privacy_text(result: Mapping[str, Any]) -> str:
     others = [value for value in result.get("clients", {}).values() if math.isfinite(value)]
     least = f", from {min(others):.3g} on" if others and min(others) < 0.995 * epsilon else ""
     unit = {"example": "image of any client"}.get(result["unit"], result["unit"])
-    seeded = "; the noise follows from the seed, so this is a simulation" if result["noise_source"] == "seeded" else ""
+    follows = "the noise follows from the seed, so this is a simulation"
+    seeded = f"; {follows}" if result["noise_source"] == "seeded" else "; this run does not repeat"
     return (
         f"privacy: ε = {shown} at δ = {format_value(result['delta'])} for each {unit}{least} (noise multiplier "
         f"{result['noise_multiplier']:.4g}, clip norm {format_value(result['clip_norm'])}{seeded})"

@@ -52,8 +52,10 @@ def round_scalars(experiment: Experiment, summary: RoundSummary) -> dict[str, fl
     """Everything that is recorded of a round."""
     rate = with_scheduled_learning_rate(experiment.local, summary.round - 1).learning_rate
     losses = summary.results.losses
-    scalars = {"train/loss": summary.train_loss, "train/learning_rate": rate}
-    scalars |= {"train/loss_highest": max(losses), "train/loss_lowest": min(losses)}
+    scalars = {"train/loss": summary.train_loss} if losses else {}  # clients sampled independently may be none
+    scalars |= {"train/learning_rate": rate}
+    if losses:
+        scalars |= {"train/loss_highest": max(losses), "train/loss_lowest": min(losses)}
     scalars |= summary.results.metrics
     if len(experiment.clients) <= CLIENT_CURVES:
         for client, loss in zip(summary.results.clients, losses, strict=True):

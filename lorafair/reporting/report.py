@@ -67,7 +67,7 @@ class Report:
             for tag, norms in factor_norms(self._experiment.layout, summary.adapter).items():
                 self._tracker.board.histogram(tag, norms, summary.round)
         self._completed = summary.round
-        parts = [f"loss {summary.train_loss:.3f}"]
+        parts = [f"loss {summary.train_loss:.3f}" if summary.results.clients else "no client"]
         if summary.evaluation is not None:
             parts.append(f"accuracy {100 * summary.evaluation.mean_accuracy:.1f} %")
         parts.append(f"{sum(summary.seconds.values()):.1f} s")

@@ -20,6 +20,7 @@ from lorafair.errors import ConfigError
 from lorafair.evaluation import Evaluation
 from lorafair.experiment import Experiment
 from lorafair.files.shipped import commit
+from lorafair.privacy.client_level import client_result
 from lorafair.privacy.summary import privacy_result, privacy_text
 from lorafair.reporting.left_behind import client_accuracies, client_spread
 from lorafair.reporting.metrics import CLIENT_CURVES, evaluation_scalars, own_domain_mask
@@ -49,7 +50,7 @@ def write_result(experiment: Experiment, evaluation: Evaluation, totals: Mapping
         "clients": _of_clients(experiment, evaluation),
         "recall": _recall(experiment, evaluation),
         "totals": dict(totals),
-        **_privacy(experiment),
+        **_privacy(experiment, totals),
         "processes": experiment.fabric.world_size,
         "data": {"source": config.data.source, "description": data.description, "fingerprint": data.fingerprint},
         "config": run_identity(config),
@@ -128,10 +129,15 @@ def versions() -> Mapping[str, str]:
     return found
 
 
-def _privacy(experiment: Experiment) -> dict[str, dict[str, Any]]:
+def _privacy(experiment: Experiment, totals: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     config, budget, noise_multiplier = experiment.config, experiment.examples, experiment.noise_multiplier
-    if budget is None or noise_multiplier is None:
+    if noise_multiplier is None:
         return {}
+    if budget is None:
+        found = client_result(config, len(experiment.clients), noise_multiplier)
+        updates = totals.get("privacy_updates", 0)
+        found |= {"clip_fraction": totals.get("privacy_clipped", 0) / updates if updates else 0.0}
+        return {"privacy": found | {"repeats": config.privacy.noise_source != "system"}}
     rounds = experiment.rounds_of_clients(config.rounds)
     names = [client.name for client in experiment.clients]
     return {"privacy": privacy_result(config.privacy, noise_multiplier, budget, names, rounds)}

@@ -159,6 +159,23 @@ SCALARS = (
         "Fraction of the contributions that privacy.clip_norm shortens",
     ),
     Scalar("privacy/norm", "6 privacy/norm", "", "Norm of a contribution before clipping, mean"),
+    Scalar("privacy/norm_lowest_tenth", "6 privacy/norm, lowest tenth", "", "Norm below which a tenth of them is"),
+    Scalar("privacy/norm_median", "6 privacy/norm, median", "", "Median of the norms of the clients' updates"),
+    Scalar("privacy/norm_highest_tenth", "6 privacy/norm, highest tenth", "", "Norm above which a tenth of them is"),
+    Scalar(
+        "privacy/clip_norm", "6 privacy/clip norm", "",
+        "Largest norm of a clipped update in the round, with privacy.unit=client",
+    ),
+    Scalar("privacy/clip_norm/<part>", "6 privacy/clip norm of <part>", "", "The same of a part, with clip_parts"),
+    Scalar("privacy/clients", "6 privacy/clients", "clients", "Clients that privacy.unit=client has sampled"),
+    Scalar(
+        "privacy/noise_std", "6 privacy/noise", "",
+        "Standard deviation of the noise on each number of the clients' mean update",
+    ),
+    Scalar(
+        "privacy/products_clip_fraction", "6 privacy/clip fraction of products", _FRACTION,
+        "The same as the clip fraction for the second release of LoRA-FAIR",
+    ),
     Scalar("privacy/norm/<part>", "6 privacy/norm of <part>", "", "The same for a part of it: A, B, core, head"),
     Scalar(
         "privacy/signal_to_noise/<part>", "6 privacy/signal to noise of <part>", _RATIO,

@@ -18,6 +18,7 @@ from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
+from lorafair.privacy.clipped_updates import bounds_at_start
 from lorafair.server.optimizer import Moments
 from lorafair.server.recent import RECENT, RecentAdapters
 from lorafair.server.scaffold import ControlVariates
@@ -39,6 +40,7 @@ class ServerState:
     lora_ranks: Tensor | None = None  # (N,) int64 of the clients, for a method that changes them
     initial_factors: Tensor | None = None  # A and B of the first round, packed, for a method that resets to them
     recent: RecentAdapters | None = None  # of the last rounds, where their mean is evaluated
+    clip_bounds: Tensor | None = None  # (G,) of clients' updates, where privacy.clip_quantile moves them
     folded: bool = False  # the frozen weights have changed
     unfinished_rounds: frozenset[int] = frozenset()  # rounds, from 0, of which some clients' results are on disk
     totals: dict[str, float] = field(default_factory=dict)  # counted since round 1
@@ -61,6 +63,8 @@ class ServerState:
             tensors["lora_ranks"] = self.lora_ranks
         if self.initial_factors is not None:
             tensors["initial_factors"] = self.initial_factors
+        if self.clip_bounds is not None:
+            tensors["clip_bounds"] = self.clip_bounds
         if self.recent is not None:
             tensors[RECENT] = self.recent.rows
         return tensors
@@ -102,6 +106,7 @@ def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
         mixture=mixture_at_start(experiment.sizes) if config.federation.weighting == "afl" else None,
         lora_ranks=torch.tensor(experiment.lora_ranks) if experiment.aggregator.rank_pruning is not None else None,
         initial_factors=layout.select(adapter, ("A", "B")).clone() if experiment.aggregator.resets else None,
+        clip_bounds=bounds_at_start(config.privacy),
         recent=RecentAdapters.at_start(config.evaluation, experiment.layout, adapter.device),
     )
 

@@ -32,6 +32,7 @@ from lorafair.model.lora import AdapterParameters
 from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
 from lorafair.server.gathered import rules_of
 from lorafair.server.optimizer import Moments, server_step
+from lorafair.server.private_release import make_release
 from lorafair.server.recent import averaged_parts
 from lorafair.server.state import ServerState, initial_adapters, lora_ranks_of
 from lorafair.server.weighting import stepped
@@ -64,6 +65,7 @@ class Server(ABC):
         self.experiment = experiment
         self.shards = self.assign_layers(experiment.layout, experiment.fabric.world_size)
         self.rules = rules_of(experiment)
+        self.release = make_release(experiment)
 
     @abstractmethod
     def assign_layers(self, layout: AdapterLayout, ranks: int) -> list[AdapterLayout]:
@@ -97,10 +99,10 @@ class Server(ABC):
         if rows.shape[1] != shard.length:  # not all of it was trained
             rows = shard.replaced(initial_adapters(self.experiment, state, results.clients, shard), parts, rows)
         results = replace(results, rows=rows)
+        start = take_columns(state.adapter, layout.columns_of(shard, PARTS))
         for rule in self.rules:
-            start = take_columns(state.adapter, layout.columns_of(shard, PARTS))
             results = rule(state.completed_rounds, shard, start, results)
-        return results
+        return results if self.release is None else self.release(state, shard, start, results)
 
     def step(self, state: ServerState, results: ClientResults) -> ServerResult | None:
         """The next adapter, from the gathered results; all of it on rank 0, None elsewhere. Call on every rank."""
@@ -113,7 +115,8 @@ class Server(ABC):
         shard, aggregator = self.shard, self.experiment.aggregator
         if not shard.length:
             return ServerResult(ServerUpdate(factors={}, folded={}, head={}, sent_lora_rank={}), bias={}, moments=None)
-        weights = torch.tensor(results.weights, dtype=torch.float64, device=results.rows.device)
+        row_weights = results.weights if results.row_weights is None else results.row_weights
+        weights = torch.tensor(row_weights, dtype=torch.float64, device=results.rows.device)
         columns = self.experiment.layout.columns_of(shard, PARTS)
         start = take_columns(state.adapter, columns)
         rows, lora_ranks = pruned_rows(self.experiment, state, shard, results, start)
@@ -134,7 +137,7 @@ class Server(ABC):
             moved = shard.unpack(server_step(self.experiment.config.server, moments, start, proposed, spans))
             update = replace(update, factors=moved.factors, head=moved.head, cores=moved.cores)
             self.store_moments(state, shard, moments)
-        averaged = not (aggregator.personal_parts or aggregator.pools_data)
+        averaged = not (aggregator.personal_parts or aggregator.pools_data or results.row_weights is not None)
         return ServerResult(update, bias_metrics(clients, weights, update) if averaged else {}, moments, lora_ranks)
 
     def store_moments(self, state: ServerState, shard: AdapterLayout, moments: Moments | None) -> None:
