@@ -12,6 +12,7 @@ from omegaconf import OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from lorafair.aggregation.base import Aggregator, alternates
+from lorafair.aggregation.compression_fit import check_compression
 from lorafair.config.options import choices_of, option_of, types_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean, first_line
@@ -103,6 +104,7 @@ def method_of(config: Config) -> Aggregator:
     _check_average(config, method, name)
     _check_robustness(config, method, name)
     _check_weighting(config, method, name)
+    check_compression(config, method, name)
     if method.coding is not None and config.server.optimizer != "none":
         raise ConfigError(
             f"server.optimizer={config.server.optimizer} does not fit method.fold_bits of method.name={name}: it would "
