@@ -55,6 +55,7 @@ from lorafair.server.step import (
     ServerResult,
     apply_update,
     broadcast_lora_ranks,
+    keep_residuals,
     make_server,
     update_controls,
 )
@@ -216,6 +217,7 @@ def gather(experiment: Experiment, state: ServerState, this: Round, server: Serv
         if not results.clients:
             abort_all_diverged(experiment, state)
         update_client_seconds(state.client_seconds, this.plan.clients, results.seconds)
+        results = keep_residuals(experiment, state, this.plan, results)
         return server.gather(state, this.plan, weighted_by_losses(experiment, state, this.plan, results))
 
 

@@ -8,7 +8,7 @@ Letters: K clients of the round, L adapted layers, n clients of this rank, p num
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,7 +87,6 @@ class Server(ABC):
         fabric, layout = self.experiment.fabric, self.experiment.layout
         parts, kept = self.experiment.aggregator.trains(state.completed_rounds), set(results.clients)
         clients_of_rank = [[client for client in clients if client in kept] for clients in plan.clients_of_rank]
-        results = keep_residuals(self.experiment, state, results, clients_of_rank)
         if state.personal_adapters is not None or state.controls is not None:
             shard = layout
             rows = gather_clients(fabric, results.rows, clients_of_rank)
@@ -206,7 +205,7 @@ def pruned_rows(
 
 
 def keep_residuals(
-    experiment: Experiment, state: ServerState, results: ClientResults, clients_of_rank: Sequence[Sequence[int]]
+    experiment: Experiment, state: ServerState, plan: RoundPlan, results: ClientResults
 ) -> ClientResults:
     """The results without what clients keep, (n, p): every rank gets that of all, for any of them may train one next.
 
@@ -214,7 +213,8 @@ def keep_residuals(
     """
     if state.client_residuals is None:
         return results
-    lost = state.client_residuals.shape[1]
+    lost, kept = state.client_residuals.shape[1], set(results.clients)
+    clients_of_rank = [[client for client in clients if client in kept] for clients in plan.clients_of_rank]
     rows, mine = results.rows.split([results.rows.shape[1] - lost, lost], dim=1)
     state.client_residuals[list(results.clients)] = gather_clients(
         experiment.fabric, mine.contiguous(), clients_of_rank

@@ -3,6 +3,7 @@
 Elias and Fano (1971, 1974) write rising numbers as their lowest l bits, k·l in all, and the rest in unary: a bitmap of
 k + ⌊(n − 1) / 2^l⌋ + 1 bits in which number i sets bit i + (number / 2^l). That is less than half a bit a number above
 log2 of the ways to choose k of n, and its length follows from k and n. For k = n/8 it is 5 bits a number that is sent.
+Where all are sent, nothing is to be said.
 
 Letters: m rows, n numbers of a row, k of them sent, l low bits.
 """
@@ -17,6 +18,8 @@ from lorafair.communication.coding import pack_flags, unpack_flags
 
 def position_bytes(count: int, width: int) -> int:
     """Bytes of a row."""
+    if count == width:
+        return 0
     low = _low_bits(count, width)
     return -(-(width if low is None else _upper(count, width, low) + count * low) // 8)
 
@@ -24,6 +27,8 @@ def position_bytes(count: int, width: int) -> int:
 def encode_positions(positions: Tensor, width: int) -> Tensor:
     """Bytes (m, position_bytes) of rising positions (m, k), int64."""
     rows, count = positions.shape
+    if count == width:
+        return torch.empty(rows, 0, dtype=torch.uint8, device=positions.device)
     low = _low_bits(count, width)
     size = width if low is None else _upper(count, width, low)
     flags = torch.zeros(rows, size, dtype=torch.uint8, device=positions.device)
@@ -36,6 +41,8 @@ def encode_positions(positions: Tensor, width: int) -> Tensor:
 
 def decode_positions(message: Tensor, count: int, width: int) -> Tensor:
     """Rising positions (m, k), int64, from their bytes."""
+    if count == width:
+        return torch.arange(width, device=message.device).expand(len(message), -1)
     low = _low_bits(count, width)
     if low is None:
         return _set(unpack_flags(message, width), count)
