@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lorafair.communication.compression.base import RowCoding
 from lorafair.comparison.frontier import Point, best_of
 from lorafair.config.schema import CompressionConfig
-from lorafair.registry import COMPRESSIONS
+from lorafair.registry import COMPRESSIONS, METHODS
 from lorafair.seeding import seeded
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -110,20 +110,24 @@ def accuracy_table() -> str:
 
 
 def draw() -> Figure:
-    """Accuracy against megabytes."""
-    figure = Figure(figsize=(7.0, 3.2), layout="constrained")
+    """Accuracy against megabytes: a colour for each method."""
+    figure = Figure(figsize=(7.4, 3.6), layout="constrained")
     axes = figure.subplots()
     found = points()
-    for point in found:
-        axes.plot(point.megabytes, point.accuracy, "o", color="#3a8fd0", markersize=5)
-        axes.annotate(
-            point.label, (point.megabytes, point.accuracy), (0, 6), textcoords="offset points", ha="center", size=8
-        )
-    best = best_of(found)
+    methods = {"fedit": "#4a525c", "lora_fair": "#e08a00", "flex_lora": "#3a8fd0", "ffa_lora": "#2a9d6f"}
+    for method, color in methods.items():
+        mine = [point for point in found if point.label.startswith(method)]
+        x, y = [point.megabytes for point in mine], [point.accuracy for point in mine]
+        axes.plot(x, y, "o", color=color, markersize=5, label=METHODS.title(method))
+    for place, point in enumerate(best := best_of(found)):
+        text = point.label.replace("_", " ")
+        offset, side = ((0, 6), "center") if place % 2 else ((-6, 4), "right")
+        axes.annotate(text, (point.megabytes, point.accuracy), offset, textcoords="offset points", ha=side, size=8)
     axes.plot(
         [p.megabytes for p in best], [p.accuracy for p in best], color="#c3c8cf", drawstyle="steps-post", zorder=0
     )
     axes.set(xlabel="MB sent and received by all clients in all rounds", ylabel="mean accuracy (%)", xscale="log")
-    axes.margins(x=0.15, y=0.2)
+    axes.margins(x=0.15, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure

@@ -284,3 +284,27 @@ def test_a_plug_in_registers_a_coding() -> None:
     assert coded.shape[1] == message.length(3)
     with pytest.raises(ConfigError, match=r"must extend lorafair\.RowCoding and have `row_bytes`, `encode`"):
         register_compression("nothing")(object)  # type: ignore[type-var]
+
+
+def test_a_new_decomposition_is_turned_towards_the_factors_before() -> None:
+    """The same product, of factors whose difference to those that clients hold is small; what is far is sent whole."""
+    held = drawn(LAYOUT.length)
+    wanted = held.clone()
+    for factors in LAYOUT.unpack(wanted).factors.values():
+        turn = torch.linalg.qr(drawn(3, 3))[0]
+        turn[:, 0] *= turn.det().sign()  # a rotation
+        factors.A.copy_(turn.mT @ factors.A)
+        factors.B.copy_(factors.B @ turn)
+    downlink = Downlink(LAYOUT, coding_of("int8"), PARTS, decomposes=True, turns=True)
+    lost, parts, sent = torch.zeros(LAYOUT.length), ("A", "B", "head"), dict.fromkeys(LAYOUT.factors, 3)
+    message, target = downlink.encode(update_of(wanted), held, lost, parts, 0)
+    torch.testing.assert_close(target, held, atol=1e-5, rtol=0)
+    assert message[0] == 0, "differences, of all six tensors"
+    torch.testing.assert_close(downlink.decode(message, held, parts, sent), held, atol=1e-5, rtol=0)
+    plain = Downlink(LAYOUT, coding_of("int8"), PARTS, decomposes=True)
+    small = 0.01 * wanted
+    message, target = plain.encode(update_of(small), held, lost, parts, 0)
+    assert message[0] == 0b111111
+    reached = plain.decode(message, held, parts, sent)
+    columns = slice(0, LAYOUT.slices["B"].stop)
+    assert (reached - small)[columns].abs().max() < 0.01 * small[columns].abs().max()
