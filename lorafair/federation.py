@@ -28,7 +28,13 @@ from lorafair.cluster.signals import Interrupted, finishing_clients
 from lorafair.cluster.watchdog import deadline, saving
 from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.communication.collectives import ClientResults, drop_nonfinite, sum_over_ranks
-from lorafair.communication.traffic import Traffic, client_traffic, with_class_counts, with_control_variates, with_losses
+from lorafair.communication.traffic import (
+    Traffic,
+    client_traffic,
+    with_class_counts,
+    with_control_variates,
+    with_losses,
+)
 from lorafair.config.schema import Config
 from lorafair.console import format_count, log
 from lorafair.evaluation import Evaluation
