@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 LARGEST = 1_600_000  # characters of all figures of a page, so that it can be sent by mail
 _IMPORTANCE = (
-_IMPORTANCE = (
     "differences", "accuracy", "bias", "correction", "map", "domains", "frontier", "traffic", "time", "layers", "loss",
 )  # fmt: skip
 _STYLE = """
