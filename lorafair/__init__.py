@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from lorafair.commands.compare import ComparisonResult, compare
     from lorafair.commands.plot import plot
     from lorafair.commands.run import RunResult, run
+    from lorafair.communication.compression.base import RowCoding, register_compression
     from lorafair.comparison.figures import Figures
     from lorafair.config import (
         CheckpointConfig,
         ClientConfig,
+        CompressionConfig,
         Config,
         DataConfig,
         EvaluationConfig,
@@ -60,6 +62,7 @@ __all__ = [
     "Client",
     "ClientConfig",
     "ComparisonResult",
+    "CompressionConfig",
     "Config",
     "ConfigError",
     "CoreShape",
@@ -80,6 +83,7 @@ __all__ = [
     "PartitionConfig",
     "PrivacyConfig",
     "RankPruning",
+    "RowCoding",
     "RunResult",
     "ServerConfig",
     "Smoothing",
@@ -92,6 +96,7 @@ __all__ = [
     "plot",
     "register_backbone",
     "register_callback",
+    "register_compression",
     "register_logger",
     "register_method",
     "register_metric",
@@ -110,6 +115,7 @@ _MODULES = {
     "commands.compare": ("ComparisonResult", "compare"),
     "commands.plot": ("plot",),
     "commands.run": ("RunResult", "run"),
+    "communication.compression.base": ("RowCoding", "register_compression"),
     "comparison.figures": ("Figures",),
     "config.options": ("option",),
     "data.datasets": ("from_datasets",),

@@ -36,7 +36,9 @@ from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.checkpointing.shared_training import SharedTraining
 from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
+from lorafair.communication.catch_up import CatchUp, has_to_catch_up
 from lorafair.communication.collectives import smallest_over_ranks
+from lorafair.communication.compression.codings import Codings, codings_of
 from lorafair.config.identity import NOISE, run_identity
 from lorafair.config.profiles import read_profile
 from lorafair.config.schema import ClientConfig, Config
@@ -165,6 +167,23 @@ class Experiment:
             flop = flop_per_image(self.config.model, len(self.data.classes), self.aggregator.core)
         devices = Devices(profile, self.config.seed_of("federation"))
         return Rule(devices, federation.over_selection, federation.deadline_seconds, flop)
+
+    @cached_property
+    def codings(self) -> Codings:
+        """Of what travels."""
+        return codings_of(self.config, self.aggregator, self.layout)
+
+    @cached_property
+    def catch_up(self) -> CatchUp | None:
+        """What clients that miss rounds need later; None where none does, or they need nothing."""
+        wanted, merges = self.config.federation.clients_per_round, self.aggregator.resets
+        merges |= self.config.federation.initialization == "fresh"
+        coded = self.codings.down is not None
+        if wanted is None or wanted >= len(self.clients) or self.aggregator.pools_data:
+            return None
+        if not has_to_catch_up(self.aggregator, merges=merges, coded=coded):
+            return None
+        return CatchUp(self.layout, self.aggregator, self.codings, merges)
 
     @cached_property
     def sizes(self) -> list[int]:

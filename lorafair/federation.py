@@ -27,10 +27,10 @@ from lorafair.cluster.saved import note_saved
 from lorafair.cluster.signals import Interrupted, finishing_clients
 from lorafair.cluster.watchdog import deadline, saving
 from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, same_error_on_all_ranks
-from lorafair.communication.collectives import ClientResults, broadcast_update, drop_nonfinite, sum_over_ranks
+from lorafair.communication.collectives import ClientResults, drop_nonfinite, sum_over_ranks
 from lorafair.communication.traffic import (
     Traffic,
-    round_traffic,
+    client_traffic,
     with_class_counts,
     with_control_variates,
     with_losses,
@@ -47,6 +47,7 @@ from lorafair.reporting.results import is_finished
 from lorafair.reporting.tracker import Clock
 from lorafair.schedule import RoundPlan, update_client_seconds
 from lorafair.server.choice import FOLDED, choose_clients, folded_bytes
+from lorafair.server.down import send_down
 from lorafair.server.private_release import clients_of_round, numbers_beside_mean
 from lorafair.server.recent import evaluated_adapter
 from lorafair.server.state import (
@@ -62,6 +63,7 @@ from lorafair.server.step import (
     ServerResult,
     apply_update,
     broadcast_lora_ranks,
+    keep_residuals,
     make_server,
     update_controls,
 )
@@ -224,6 +226,7 @@ def gather(experiment: Experiment, state: ServerState, this: Round, server: Serv
         if not results.clients and experiment.config.privacy.unit != "client":  # noise alone is a release, too
             abort_all_diverged(experiment, state)
         update_client_seconds(state.client_seconds, this.plan.clients, results.seconds)
+        results = keep_residuals(experiment, state, this.plan, results)
         return server.gather(state, this.plan, weighted_by_losses(experiment, state, this.plan, results))
 
 
@@ -238,16 +241,8 @@ def broadcast_and_apply(
     experiment: Experiment, state: ServerState, this: Round, clients: ClientResults, result: ServerResult | None
 ) -> None:
     """Send the update of rank 0 to every rank, and move the state to the next round."""
-    aggregator = experiment.aggregator
     with this.clock("broadcast"):
-        received, folded = broadcast_update(
-            experiment.fabric,
-            None if result is None else result.update,
-            experiment.layout,
-            parts=aggregator.receives(state.completed_rounds),
-            folds=aggregator.folds,
-            coding=aggregator.coding,
-        )
+        received, folded = send_down(experiment, state, None if result is None else result.update)
         broadcast_lora_ranks(experiment, state, clients, result)
     update_controls(experiment, state, clients)
     apply_update(experiment, state, clients, received, folded)
@@ -336,7 +331,7 @@ def work_of(experiment: Experiment, state: ServerState, this: Round, result: Ser
     """
     choice, round_index, update = this.plan.choice, state.completed_rounds - 1, result.update
     late = () if choice is None else choice.late
-    traffics = [traffic_of(experiment, state, (client,), update, round_index) for client in (*this.plan.clients, *late)]
+    traffics = traffic_with_missed(experiment, state, (*this.plan.clients, *late), update, round_index)
     count = len(this.plan.clients)
     if choice is not None:
         of_experiment = partial_call(traffic_of, experiment, state)
@@ -362,15 +357,32 @@ def traffic_of(
 ) -> Traffic:
     """What these clients would have sent and received in a round."""
     lora_ranks = lora_ranks_of(experiment, state, clients)
-    traffic = round_traffic(experiment.layout, experiment.aggregator, update, round_index, lora_ranks)
+    layout, aggregator = experiment.layout, experiment.aggregator
+    traffic = client_traffic(layout, aggregator, update, round_index, lora_ranks, experiment.codings)
+    return sum(_with_numbers_beside(experiment, traffic), Traffic())
+
+
+def traffic_with_missed(
+    experiment: Experiment, state: ServerState, clients: tuple[int, ...], update: ServerUpdate, round_index: int
+) -> list[Traffic]:
+    """What each of these clients of a round has sent and received, with what it had to catch up on; once a round."""
+    if experiment.catch_up is None or state.missed is None:
+        return [traffic_of(experiment, state, (client,), update, round_index) for client in clients]
+    everyone = lora_ranks_of(experiment, state, range(len(experiment.clients)))
+    traffic = experiment.catch_up.traffic_of_round(state.missed, update, round_index, clients, everyone)
+    return _with_numbers_beside(experiment, traffic)
+
+
+def _with_numbers_beside(experiment: Experiment, traffic: list[Traffic]) -> list[Traffic]:
+    """Of each client, with what travels beside its adapter."""
     if experiment.config.client.scaffold:
-        traffic = with_control_variates(traffic)
+        traffic = [with_control_variates(of_client) for of_client in traffic]
     if numbers := numbers_beside_mean(experiment):
-        traffic = with_private_numbers(traffic, len(clients), numbers)
+        traffic = [with_private_numbers(of_client, 1, numbers) for of_client in traffic]
     if experiment.head_class_counts is not None:
-        traffic = with_class_counts(traffic, len(clients), len(experiment.data.classes))
+        traffic = [with_class_counts(of_client, 1, len(experiment.data.classes)) for of_client in traffic]
     if experiment.measured > 2:
-        traffic = with_losses(traffic, len(clients))
+        traffic = [with_losses(of_client, 1) for of_client in traffic]
     return traffic
 
 

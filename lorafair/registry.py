@@ -206,6 +206,20 @@ PARTITIONS: Registry[Any] = Registry(
     },
     synonyms={"uniform": "iid", "noniid": "dirichlet"},
 )
+COMPRESSIONS: Registry[Any] = Registry(
+    "coding",
+    "compression",
+    {
+        "float16": "lorafair.communication.compression.half:Float16",
+        "bfloat16": "lorafair.communication.compression.half:BFloat16",
+        "int8": "lorafair.communication.compression.integers:Int8",
+        "int4": "lorafair.communication.compression.integers:Int4",
+        "ternary": "lorafair.communication.compression.ternary:Ternary",
+        "topk": "lorafair.communication.compression.topk:TopK",
+        "randomk": "lorafair.communication.compression.randomk:RandomK",
+    },
+    synonyms={"fp16": "float16", "half": "float16", "bf16": "bfloat16", "randk": "randomk", "sparse": "topk"},
+)
 METRICS: Registry[Callable[[int], Any]] = Registry("metric", "evaluation.metrics", {})
 DEFENCES: Registry[Any] = Registry(
     "defence",
@@ -238,6 +252,7 @@ REGISTRIES = {
     "SOURCES": SOURCES,
     "PARTITIONS": PARTITIONS,
     "DEFENCES": DEFENCES,
+    "COMPRESSIONS": COMPRESSIONS,
     "METRICS": METRICS,
     "BACKBONES": BACKBONES,
     "CALLBACKS": CALLBACKS,

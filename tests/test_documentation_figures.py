@@ -162,3 +162,14 @@ def test_outputs_of_pages_name_no_folder_of_the_machine_that_builds_them(monkeyp
         "/home/you/.venv/bin/python3 /home/you/project/runs\nFOLDER=/home/you/project\n"
         "cache: /home/you/.cache/lorafair, 5 MB\n"
     ]
+
+
+@pytest.mark.parametrize("module", ["compression_tables"], indirect=True)
+def test_the_tables_of_compression_say_what_codings_cost_and_what_was_measured(module: ModuleType) -> None:
+    assert module.cost("int4", 768)[:2] == (4 + 384, 8 * 388 / 768)
+    assert module.cost("ternary", 768)[0] == 4 + 154
+    assert module.cost("topk, 1/8, 4 bits", 768)[0] == 60 + 4 + 48, "5 bits a position"
+    runs = module.read()
+    assert all(set(draws) == set(runs["fedit"]) for draws in runs.values()), "paired"
+    assert module.accuracy_table().count("\n") == len(runs) + 1
+    assert [point.megabytes for point in module.points()] == sorted(point.megabytes for point in module.points())

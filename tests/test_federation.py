@@ -229,6 +229,35 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
         "federation.clients_per_round=4", "client.cohort=2", "client.batch_size=4",
     ),
+    "compressed": (
+        "method.name=lora_fair", "compression.up=topk", "compression.down=topk", "compression.bits=4", "rounds=3",
+        "federation.head_weighting=class", "client.cohort=2", "partition.scheme=iid", "partition.clients=4",
+    ),
+    "compressed_partial": (
+        "method.name=flex_lora", "compression.up=randomk", "compression.down=ternary", "compression.fraction=0.25",
+        "compression.rounding=stochastic", "compression.client_error_feedback=true", "partition.scheme=dirichlet",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=3",
+        "client.cohort=2", "rounds=3",
+    ),
+    "compressed_mixed": (
+        "method.name=fed_plora", "model.lora.client_ranks=[1,3]", "compression.up=topk", "compression.down=int4",
+        "model.lora.client_rank_probabilities=[0.5,0.5]", "partition.scheme=dirichlet", "rounds=3",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=4",
+        "client.cohort=2", "compression.client_error_feedback=true",
+    ),
+    "compressed_fold": (
+        "method.name=fedex_lora", "compression.folded=int4", "compression.down=float16", "compression.up=int8",
+        "model.lora.client_ranks=[4,2,1]",
+    ),
+    "compressed_coded": (
+        "method.name=lora_fair", "method.fold=true", "method.fold_bits=4", "compression.down=int8",
+        "compression.up=bfloat16",
+    ),
+    "compressed_cores": ("method.name=ravan", "method.heads=2", "compression.up=int4", "compression.down=int4"),
+    "compressed_personal": ("method.name=fedsa_lora", "compression.up=ternary", "compression.down=randomk"),
+    "compressed_turns": (
+        "method.name=ro_lora", "compression.up=topk", "compression.down=topk", "rounds=3", "server.optimizer=fedavgm",
+    ),
     "no_cache": ("model.prefix_cache=never", "partition.scheme=iid", "partition.clients=4", "data.workers=1"),
 }  # fmt: skip
 

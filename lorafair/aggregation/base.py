@@ -129,6 +129,8 @@ class Aggregator(ABC):
     """Clients of smaller LoRA rank hold all R directions, and train as many as they can, drawn anew every round."""
     decomposes: ClassVar[bool] = False
     """The factors that come back are a new decomposition of the update: their difference from the old says nothing."""
+    sends_fewer_directions: ClassVar[bool] = False
+    """Updates may have a `sent_lora_rank` below R."""
     initializations: ClassVar[tuple[str, ...]] = ("average", "fresh", "local")
     """Values of federation.initialization that fit the method; the first leaves it as published."""
     lora_initializations: ClassVar[tuple[str, ...]] = ("kaiming", "pissa", "olora")

@@ -22,6 +22,7 @@ class FLoRIST(Aggregator):
     """The fewest singular triples of ΔW that hold a fraction of its squared norm, at most R (arXiv 2506.09199)."""
 
     decomposes: ClassVar[bool] = True
+    sends_fewer_directions: ClassVar[bool] = True
     lora_initializations: ClassVar[tuple[str, ...]] = ("kaiming",)  # what is dropped would be a part of W0
 
     energy: float = option(0.95, "Fraction of ‖ΔW‖² to keep.", above=0, at_most=1)

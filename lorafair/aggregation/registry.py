@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorafair.aggregation.base import Aggregator, alternates
 from lorafair.aggregation.client_privacy import check_client_privacy
+from lorafair.aggregation.compression_fit import check_compression
 from lorafair.config.options import choices_of, option_of, types_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, did_you_mean, first_line
@@ -105,6 +106,7 @@ def method_of(config: Config) -> Aggregator:
     _check_robustness(config, method, name)
     _check_weighting(config, method, name)
     check_client_privacy(config, method, name, _methods_that)
+    check_compression(config, method, name)
     if method.coding is not None and config.server.optimizer != "none":
         raise ConfigError(
             f"server.optimizer={config.server.optimizer} does not fit method.fold_bits of method.name={name}: it would "

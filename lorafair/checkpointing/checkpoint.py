@@ -34,6 +34,7 @@ from lorafair.files.writing import fsync, open_to_others, write_atomically
 FORMAT = 1
 _RENAMED = {"own": "personal_adapters"}  # tensors, from what they were called in 0.1
 BASE = "base."  # before the path of a frozen weight that the federation has changed
+MISSED = "missed"  # what clients have to catch up on; not in checkpoints of older versions
 JOB = ".slurm_job"
 
 
@@ -136,6 +137,7 @@ def check_tensors(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], ori
     """
     optional = {name for name in needed if name.startswith(BASE)}
     wanted = needed.keys() if optional & found.keys() else needed.keys() - optional
+    wanted = wanted - ({MISSED} - found.keys())
     problems = [f"{name} is missing" for name in sorted(wanted - found.keys())]
     problems += [f"{name} is of no use here" for name in sorted(found.keys() - wanted)]
     for name in sorted(wanted & found.keys()):

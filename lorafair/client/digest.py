@@ -35,7 +35,7 @@ _SETTINGS_NOT_READ = (
 # Tensors of the state that the server or the evaluation reads, or that reach a client in what it starts with.
 _STATE_NOT_READ = (
     "moments.first", "moments.second", "initial_factors", RECENT, "personal_adapters", "lora_ranks",
-    "controls.server", "controls.clients",
+    "controls.server", "controls.clients", "missed",
 )  # fmt: skip
 _MODEL_FIELDS = ("model", "autocast")  # of LocalTraining: described by settings, weights, layout and precision
 

@@ -20,8 +20,9 @@ from lorafair.aggregation.base import alternates
 from lorafair.aggregation.rank_pruning import add_penalty
 from lorafair.checkpointing.partial_round import PartialRound
 from lorafair.client.cohort import Cohort, LocalTraining
+from lorafair.client.directions import directions_of
 from lorafair.client.private_step import ExamplePrivacy
-from lorafair.client.updates import UpdateRule, rules_of
+from lorafair.client.updates import UpdateRule, kept_by_clients, rules_of
 from lorafair.cluster.watchdog import heartbeat, within
 from lorafair.communication.agreement import StopRequest
 from lorafair.communication.progress import TrainingProgress
@@ -49,7 +50,7 @@ def train_clients(
     """Train this rank's clients; returns (n, p + M + 2): the numbers trained, M measures, mean loss, seconds of each.
 
     Where weights follow from losses, the loss of the first batch stands before the mean one. There are measures with
-    example-level privacy alone.
+    example-level privacy alone. With error feedback at the clients, p counts what each of them keeps, too.
 
     Those that are done already are taken from `partial`, and what is trained is added to it. Fewer are returned if a
     stop is requested.
@@ -90,7 +91,9 @@ def train_clients(
             complete(ahead if stop.knows("cohort") else 0)  # the first of all tells how long one takes
         complete(0)
     stop.is_set("rest of the round")
-    width = experiment.layout.length_of(trainer.training.parts) + experiment.measures + experiment.measured
+    kept = 0 if state.client_residuals is None else state.client_residuals.shape[1]
+    beside = kept + experiment.measures + experiment.measured
+    width = experiment.layout.length_of(trainer.training.parts) + beside
     return torch.cat(rows) if rows else torch.empty(0, width, device=fabric.device)
 
 
@@ -236,11 +239,9 @@ class Trainer:
                 return None
             owned = torch.arange(rank) < torch.tensor(lora_ranks).unsqueeze(1)
             return self.experiment.layout.outside(owned.to(self.experiment.fabric.device, non_blocking=True))
-        seed, round_index = self.experiment.config.seed_of("client"), self.state.completed_rounds
         chosen = torch.zeros(len(cohort), rank, dtype=torch.bool)
-        for row, client, lora_rank in zip(chosen, cohort, lora_ranks, strict=True):
-            order = torch.randperm(rank, generator=seeded(seed, round_index, client, "directions"))
-            row[order[:lora_rank]] = True
+        for row, client in zip(chosen, cohort, strict=True):
+            row[directions_of(self.experiment, self.state, client)] = True
         return self.experiment.layout.outside(chosen.to(self.experiment.fabric.device, non_blocking=True))
 
     def scales_of(self, cohort: Sequence[int]) -> Tensor | None:
@@ -284,10 +285,10 @@ class Trainer:
         rows = result.rows
         for rule in self.rules:
             rows = rule(round_index, cohort, of_clients.start, rows)
+        numbers = [self.experiment.layout.select(rows, self.training.parts), *kept_by_clients(self.rules, cohort)]
         stopwatch.stop()
-        numbers = self.experiment.layout.select(rows, self.training.parts)
         losses = (result.first_losses, result.losses)[-(self.experiment.measured - 1) :]
-        return _CohortInTraining(cohort, numbers, losses, result.measures, stopwatch)
+        return _CohortInTraining(cohort, torch.cat(numbers, dim=1), losses, result.measures, stopwatch)
 
 
 def _counted(stream: Iterator[Tensor], steps: Sequence[CohortStep], progress: TrainingProgress) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lorafair.client.uploads import CodedUploads
 from lorafair.experiment import Experiment
 from lorafair.server.state import ServerState
 
@@ -29,4 +30,12 @@ def rules_of(experiment: Experiment, state: ServerState) -> tuple[UpdateRule, ..
     rules: list[UpdateRule] = []
     if experiment.attack is not None and experiment.attack.factor is not None:
         rules.append(experiment.attack.update)
+    if experiment.codings.up is not None:
+        rules.append(CodedUploads(experiment, state))
     return tuple(rules)
+
+
+def kept_by_clients(rules: Sequence[UpdateRule], clients: Sequence[int]) -> list[Tensor]:
+    """What these clients keep to themselves until they take part again, (C, q): what a coding has lost."""
+    lost = [rule.take_lost(clients) for rule in rules if isinstance(rule, CodedUploads)]
+    return [tensor for tensor in lost if tensor is not None]

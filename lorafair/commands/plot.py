@@ -38,8 +38,8 @@ def plot(
 
     Args:
         runs: Run directories, folders with runs, a comparison's folder, or results of `run` and `compare`.
-        figure: The name of one figure, or several: `accuracy`, `domains`, `traffic`, `time`, `loss`, `bias`,
-            `layers`, `differences`, `map`. If not given, all figures for which there is data.
+        figure: The name of one figure, or several: `accuracy`, `domains`, `traffic`, `frontier`, `time`, `loss`,
+            `bias`, `layers`, `differences`, `map`. If not given, all figures for which there is data.
         width: `column` (3.25 inches), `page` (6.75), or a number of inches.
         baseline: The label of the method with which the others are compared; by default the comparison's, else FedIT.
 

@@ -370,6 +370,7 @@ def check_child_can_know(config: Config) -> None:
         (registry.SOURCES, config.data.source),
         (registry.PARTITIONS, config.partition.scheme),
         (registry.BACKBONES, config.model.name),
+        *((registry.COMPRESSIONS, name) for name in config.compression.names),
         *((registry.METRICS, name) for name in config.evaluation.metrics),
         *((registry.CALLBACKS, name) for name in config.callbacks),
         *((registry.LOGGERS, name) for name in config.loggers),

@@ -41,7 +41,7 @@ def encode(update: ServerUpdate, layout: AdapterLayout, parts: Sequence[Part], c
             of_a, scale_a = integers(update.folded[path].A, coding.bits, dim=1)
             message += [_bytes(scale_b), _bytes(scale_a)]
             message.append(pack_bits(torch.cat([of_b.flatten(), of_a.flatten()]), coding.bits))
-    return torch.cat(message)
+    return torch.cat([row[:0].view(torch.uint8), *message])
 
 
 def decode(
@@ -69,21 +69,31 @@ def decode(
 
 
 def pack_bits(numbers: Tensor, bits: int) -> Tensor:
-    """Whole numbers (n,) from −(2^(b−1) − 1) to 2^(b−1) − 1 as bytes, b bits each."""
+    """Whole numbers (..., n) from −(2^(b−1) − 1) to 2^(b−1) − 1 as bytes, b bits each; every row ends with a byte."""
     offset = numbers.to(torch.int32) + (2 ** (bits - 1) - 1)
     places = torch.arange(bits, device=numbers.device, dtype=torch.int32)
-    flat = ((offset.unsqueeze(1) >> places) & 1).to(torch.uint8).flatten()  # (n·b,)
-    filled = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
-    return (filled << torch.arange(8, device=numbers.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return pack_flags(((offset.unsqueeze(-1) >> places) & 1).to(torch.uint8).flatten(-2))
 
 
 def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The first `count` numbers in `packed`, as float32."""
-    flat = (packed.unsqueeze(1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
-    of_number = flat.flatten()[: count * bits].view(count, bits).to(torch.int32)
+    """The first `count` numbers in each row of `packed`, as float32."""
+    of_number = unpack_flags(packed, count * bits).unflatten(-1, (count, bits)).to(torch.int32)
     places = torch.arange(bits, device=packed.device, dtype=torch.int32)
-    sums = (of_number << places).sum(1, dtype=torch.int32)
+    sums: Tensor = (of_number << places).sum(-1, dtype=torch.int32)
     return sums.sub_(2 ** (bits - 1) - 1).float()
+
+
+def pack_flags(flags: Tensor) -> Tensor:
+    """Zeros and ones (..., n) of uint8 as bytes, the first one the lowest bit, filled up to a byte."""
+    filled = torch.nn.functional.pad(flags, (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    packed: Tensor = (filled << torch.arange(8, device=flags.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return packed
+
+
+def unpack_flags(packed: Tensor, count: int) -> Tensor:
+    """The first `count` zeros and ones in each row of `packed`."""
+    flags: Tensor = (packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
+    return flags.flatten(-2)[..., :count]
 
 
 def folded_ranks(folded: Mapping[str, LoRAFactors], layout: AdapterLayout) -> list[int]:

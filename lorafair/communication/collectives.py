@@ -46,7 +46,7 @@ T = TypeVar("T")
 _NUMBERS_AT_A_TIME = 2**18
 _MORE_ON_GPUS = 64
 _MOST_STEPS = {"cpu": 64, "gpu": 16}
-_BOTH, _ONLY_A, _ONLY_B = range(3)  # which factors of a folded product are sent
+BOTH, ONLY_A, ONLY_B = range(3)  # which factors of a folded product are sent
 
 
 def gather_clients(fabric: Fabric, rows: Tensor, clients_of_rank: Sequence[Sequence[int]]) -> Tensor:
@@ -229,14 +229,14 @@ def broadcast_update(
     if coding is not None:
         return _broadcast_coded(fabric, update, layout, parts, coding)
     device = fabric.device
-    rows = [(0, _BOTH)] * len(layout.factors)  # (L, LoRA rank and what is sent)
+    rows = [(0, BOTH)] * len(layout.factors)  # (L, LoRA rank and what is sent)
     numbers: list[Tensor] = []
     if update is not None:
         numbers.append(layout.select(layout.pack(update.adapter), parts))
         for index, path in enumerate(layout.factors):
-            if path in update.folded:
+            if folds and path in update.folded:
                 factors = update.folded[path]
-                sent = _factors_to_send(factors)
+                sent = which_factors(factors)
                 rows[index] = factors.rank, sent
                 numbers += [factor.flatten() for factor in _sent(factors, sent)]
     forms = torch.tensor(rows, dtype=torch.int64).view(-1, 2).to(device)
@@ -245,13 +245,13 @@ def broadcast_update(
     shapes = {
         path: (((lora_rank, a[1]), (b[0], lora_rank)), sent)
         for (path, (a, b)), (lora_rank, sent) in zip(
-            layout.factors.items(), forms.tolist() if folds else [(0, _BOTH)] * len(forms), strict=True
+            layout.factors.items(), forms.tolist() if folds else [(0, BOTH)] * len(forms), strict=True
         )
         if lora_rank
     }
     start_length = layout.length_of(parts)
     folded_length = sum(
-        (sent != _ONLY_B) * math.prod(a) + (sent != _ONLY_A) * math.prod(b) for (a, b), sent in shapes.values()
+        (sent != ONLY_B) * math.prod(a) + (sent != ONLY_A) * math.prod(b) for (a, b), sent in shapes.values()
     )
     message = torch.empty(start_length + folded_length, device=device) if update is None else torch.cat(numbers).float()
     if fabric.world_size > 1 and message.numel():
@@ -278,22 +278,22 @@ def _broadcast_coded(
     return decode(message, layout, parts, of_layers, coding)
 
 
-def _factors_to_send(factors: LoRAFactors) -> int:
+def which_factors(factors: LoRAFactors) -> int:
     """A product that is kept as a matrix has an identity for its other factor, which need not be sent."""
     if factors.rank != min(factors.A.shape[1], factors.B.shape[0]):
-        return _BOTH
+        return BOTH
     if is_identity(factors.B):
-        return _ONLY_A
-    return _ONLY_B if is_identity(factors.A) else _BOTH
+        return ONLY_A
+    return ONLY_B if is_identity(factors.A) else BOTH
 
 
 def _sent(factors: LoRAFactors, sent: int) -> list[Tensor]:
-    return [factors.A] * (sent != _ONLY_B) + [factors.B] * (sent != _ONLY_A)
+    return [factors.A] * (sent != ONLY_B) + [factors.B] * (sent != ONLY_A)
 
 
 def numbers_to_send(factors: LoRAFactors) -> int:
     """How many numbers of a folded product `broadcast_update` sends."""
-    return sum(factor.numel() for factor in _sent(factors, _factors_to_send(factors)))
+    return sum(factor.numel() for factor in _sent(factors, which_factors(factors)))
 
 
 def _received_factors(
@@ -310,8 +310,8 @@ def _received_factors(
         return message[start:offset].view(shape)
 
     for path, ((a, b), sent) in shapes.items():
-        A = take(a, sent != _ONLY_B)
-        found[path] = LoRAFactors(A=A, B=take(b, sent != _ONLY_A))
+        A = take(a, sent != ONLY_B)
+        found[path] = LoRAFactors(A=A, B=take(b, sent != ONLY_A))
     return found
 
 

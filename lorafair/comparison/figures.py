@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorafair.comparison import contrasts, curves
 from lorafair.comparison.canvas import FORMATS, finish, paper_settings, to_bytes, width_in_inches
+from lorafair.comparison.frontier import frontier_figure
 from lorafair.comparison.outcomes import AFTER, BEFORE, Outcomes, RecordedRun
 from lorafair.console import format_count, some
 from lorafair.errors import ConfigError, LorafairError, did_you_mean
@@ -39,6 +40,12 @@ KINDS: dict[str, Kind] = {
         curves.traffic_figure,
         curves.ACCURACY,
         empty="nothing is sent by these methods",
+    ),
+    "frontier": Kind(
+        "Mean accuracy after the last round by the megabytes that it took, and those that none beats in both.",
+        frontier_figure,
+        curves.ACCURACY,
+        empty="all of these methods send the same, or nothing",
     ),
     "loss": Kind(
         "Training loss of the clients and loss on the test images, by round.", curves.loss_figure, "train/loss"

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST = 1_600_000  # characters of all figures of a page, so that it can be sent by mail
-_IMPORTANCE = ("differences", "accuracy", "bias", "correction", "map", "domains", "traffic", "time", "layers", "loss")
+_IMPORTANCE = (
+    "differences", "accuracy", "bias", "correction", "map", "domains", "frontier", "traffic", "time", "layers", "loss",
+)  # fmt: skip
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5c5c5c; --paper: #ffffff; --line: #d5d5d5; --mark: #0072b2;
   --warn: #8a3b00; --warn-paper: #fff3e6; }

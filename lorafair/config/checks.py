@@ -46,6 +46,9 @@ def check_choices(config: DictConfig) -> None:
     registry.PARTITIONS.check(config.partition.scheme)
     if config.defence.name is not None:
         registry.DEFENCES.check(config.defence.name)
+    for key in ("up", "down", "folded"):
+        if config.compression[key] is not None:
+            registry.COMPRESSIONS.check(config.compression[key], f"compression.{key}")
 
 
 def check(config: DictConfig) -> None:
@@ -82,6 +85,8 @@ def _of_plugin(config: DictConfig, option: Option) -> bool:
     """Whether the choice that an option belongs to is a plug-in's, which may use any option."""
     if option.requires is None:
         return False
+    if option.requires.key == "compression.up" and option.requires.values:
+        return any(map(registry.COMPRESSIONS.is_from_plugin, config.compression.values()))
     return option.requires.key in ("data.source", "partition.scheme") and any(
         registry.REGISTRIES[names].is_from_plugin(OmegaConf.select(config, key))
         for key, names in (("data.source", "SOURCES"), ("partition.scheme", "PARTITIONS"))

@@ -42,6 +42,7 @@ def run_identity(config: Config) -> dict[str, Any]:
         (registry.SOURCES, config.data.source),
         (registry.PARTITIONS, config.partition.scheme),
         (registry.BACKBONES, config.model.name),
+        *((registry.COMPRESSIONS, name) for name in config.compression.names),
     )
     plugins = {f"{names.kind} {name}": names.source_sha256(name) for names, name in named if names.is_from_plugin(name)}
     corrected = {_CORRECTED: _correction_of(config)} if _correction_of(config) else {}

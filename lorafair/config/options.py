@@ -37,6 +37,26 @@ class When:
         return f"{self.key}={', '.join(others)} or {last}" if others else f"{self.key}={last}"
 
 
+@dataclass(frozen=True)
+class WhenAny(When):
+    """One of several options has one of these values, or is given."""
+
+    others: tuple[str, ...] = ()
+
+    def holds(self, select: Callable[[str], Any]) -> bool:
+        """Whether one of the choices was made."""
+        return any(When(key, self.values).holds(select) for key in (self.key, *self.others))
+
+    def __str__(self) -> str:
+        *keys, last = (str(When(key, self.values)) for key in (self.key, *self.others))
+        return f"{', '.join(keys)} or {last}"
+
+
+def when_any(keys: tuple[str, ...], *values: str) -> When:
+    """For an option that means something only where one of the options `keys` has one of these values, or is given."""
+    return WhenAny(keys[0], values, others=keys[1:])
+
+
 def when(key: str, *values: str | bool) -> When:
     """For an option that means something only where the option `key` has one of these values."""
     return When(key, values)

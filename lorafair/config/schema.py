@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafair.config.options import option, when, when_given, when_not_given
+from lorafair.config.options import option, when, when_any, when_given, when_not_given
 
 FOLDER_SOURCES = ("domainnet", "nico", "folder")
 SIGNALS = ("USR1", "USR2", "TERM")
+_ALL_CODINGS = ("compression.up", "compression.down", "compression.folded")
+_SPARSE = ("topk", "randomk")
 _SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi")
 _PRIVATE = when("privacy.unit", "client", "example")
 
@@ -654,6 +656,67 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class CompressionConfig:
+    """Codings of what clients and server send each other, around any method (docs/concepts/compression.md).
+
+    What is coded is a difference: up, a client's way from its start; down, what clients lack. Server and clients go on
+    with the decoded numbers, and the bytes are those of the messages.
+    """
+
+    up: str | None = option(
+        None, "What clients send: their factors, cores and head (null: float32).", names="COMPRESSIONS"
+    )
+    down: str | None = option(
+        None,
+        """What the server sends of factors, cores and head (null: float32, or as the method codes it). What is lost is
+        added to the next message (error feedback).""",
+        names="COMPRESSIONS",
+    )
+    folded: str | None = option(
+        None,
+        """Folded parts of a method that folds and has no coding of its own (null: float32). What is lost is not sent
+        later.""",
+        names="COMPRESSIONS",
+    )
+    fraction: float | None = option(
+        None,
+        "Fraction of the numbers of every row that is sent.",
+        above=0,
+        at_most=1,
+        requires=when_any(_ALL_CODINGS, *_SPARSE),
+        conditional_default=0.125,
+    )
+    bits: int | None = option(
+        None,
+        "Bits of a number that topk or randomk sends, with a scale a row (null: float32).",
+        at_least=2,
+        at_most=16,
+        requires=when_any(_ALL_CODINGS, *_SPARSE),
+    )
+    rounding: Literal["nearest", "stochastic"] | None = option(
+        None,
+        """How integers round. stochastic: up or down at random, by seed, round and client, so that the mean is
+        exact.""",
+        requires=when_any(_ALL_CODINGS, "int8", "int4", "ternary", *_SPARSE),
+        conditional_default="nearest",
+    )
+    client_error_feedback: bool | None = option(
+        None,
+        """Each client adds to its next update what the coding has lost of the last one. Its state is a number for each
+        that it sends: clients × parameters × 4 bytes in every process and checkpoint. With clients_per_round it is what
+        was lost when the client last took part.""",
+        requires=when_given("compression.up"),
+        conditional_default=lambda config: config.federation.clients_per_round is None,
+        conditional_default_text="true without federation.clients_per_round",
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The codings that are named, each once."""
+        return tuple(dict.fromkeys(name for name in (self.up, self.down, self.folded) if name is not None))
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Top-1 accuracy on the test images of every domain, and metrics of plug-ins."""
 
@@ -880,6 +943,7 @@ class Config:
     attack: AttackConfig = field(default_factory=AttackConfig)
     defence: DefenceConfig = field(default_factory=DefenceConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

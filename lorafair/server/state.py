@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafair.checkpointing.checkpoint import BASE, Checkpoint, check_tensors
+from lorafair.checkpointing.checkpoint import BASE, MISSED, Checkpoint, check_tensors
 from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.communication.agreement import same_error_on_all_ranks
+from lorafair.communication.compression.codings import corrected_parts
 from lorafair.experiment import Experiment
-from lorafair.model.adapter import PARTS, AdapterLayout, take_columns
+from lorafair.model.adapter import PARTS, AdapterLayout, Part, take_columns
 from lorafair.privacy.clipped_updates import bounds_at_start
 from lorafair.server.optimizer import Moments
 from lorafair.server.recent import RECENT, RecentAdapters
@@ -27,7 +28,7 @@ from lorafair.server.start import initial_adapter
 
 @dataclass
 class ServerState:
-    """The state between two rounds; the same on every rank but for `moments` and `totals`."""
+    """The state between two rounds; the same on every rank but for `moments`, `residual`, `missed` and `totals`."""
 
     completed_rounds: int
     adapter: Tensor  # (P,) where clients start
@@ -38,6 +39,9 @@ class ServerState:
     controls: ControlVariates | None = None  # of SCAFFOLD
     mixture: Tensor | None = None  # (N,) float64, sum 1: λ of federation.weighting=afl
     lora_ranks: Tensor | None = None  # (N,) int64 of the clients, for a method that changes them
+    residual: Tensor | None = None  # (P,) what compression.down has lost so far; of use on rank 0
+    client_residuals: Tensor | None = None  # (N, q) what compression.up has lost of each client's last update
+    missed: Tensor | None = None  # (N, ...) bytes that clients have to catch up on; of use on rank 0
     initial_factors: Tensor | None = None  # A and B of the first round, packed, for a method that resets to them
     recent: RecentAdapters | None = None  # of the last rounds, where their mean is evaluated
     clip_bounds: Tensor | None = None  # (G,) of clients' updates, where privacy.clip_quantile moves them
@@ -61,6 +65,12 @@ class ServerState:
             tensors["mixture"] = self.mixture
         if self.lora_ranks is not None:
             tensors["lora_ranks"] = self.lora_ranks
+        if self.residual is not None:
+            tensors["residual"] = self.residual
+        if self.client_residuals is not None:
+            tensors["client_residuals"] = self.client_residuals
+        if self.missed is not None:
+            tensors[MISSED] = self.missed
         if self.initial_factors is not None:
             tensors["initial_factors"] = self.initial_factors
         if self.clip_bounds is not None:
@@ -82,7 +92,8 @@ def start_or_resume(experiment: Experiment, checkpoint: Checkpoint | None) -> Se
         base = base_weights_in(checkpoint)
         adapters.load_base_weights(base)
         for name, tensor in state.tensors().items():
-            tensor.copy_(checkpoint.tensors[name])
+            if name in checkpoint.tensors:  # an older version has not counted what clients miss
+                tensor.copy_(checkpoint.tensors[name])
         state.completed_rounds, state.totals = checkpoint.completed_rounds, dict(checkpoint.totals)
         state.client_seconds, state.saved_rounds = dict(checkpoint.client_seconds), checkpoint.completed_rounds
         state.folded = bool(base)
@@ -105,6 +116,9 @@ def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
         controls=ControlVariates.at_start(clients, adapter) if config.client.scaffold else None,
         mixture=mixture_at_start(experiment.sizes) if config.federation.weighting == "afl" else None,
         lora_ranks=torch.tensor(experiment.lora_ranks) if experiment.aggregator.rank_pruning is not None else None,
+        residual=torch.zeros_like(adapter) if config.compression.down is not None else None,
+        client_residuals=_client_residuals(experiment, adapter),
+        missed=experiment.catch_up.at_start(clients) if experiment.catch_up is not None else None,
         initial_factors=layout.select(adapter, ("A", "B")).clone() if experiment.aggregator.resets else None,
         clip_bounds=bounds_at_start(config.privacy),
         recent=RecentAdapters.at_start(config.evaluation, experiment.layout, adapter.device),
@@ -114,6 +128,20 @@ def _at_start(experiment: Experiment, adapter: Tensor) -> ServerState:
 def mixture_at_start(sizes: Sequence[int]) -> Tensor:
     """AFL's λ (N,) before the first round: the clients' shares of the images, as federation.weighting=size has it."""
     return torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+
+
+def client_residual_parts(experiment: Experiment) -> tuple[Part, ...]:
+    """The parts of which clients keep what compression.up loses."""
+    sent = {part for round_index in range(4) for part in experiment.aggregator.sends(round_index)}  # some take turns
+    corrected = corrected_parts(experiment.config, experiment.aggregator, "up")
+    return tuple(part for part in corrected if part in sent)
+
+
+def _client_residuals(experiment: Experiment, like: Tensor) -> Tensor | None:
+    if not experiment.config.compression.client_error_feedback:
+        return None
+    length = experiment.layout.length_of(client_residual_parts(experiment))
+    return torch.zeros(len(experiment.clients), length, dtype=like.dtype, device=like.device)
 
 
 def check_fits(experiment: Experiment, checkpoint: Checkpoint) -> None:

@@ -207,6 +207,24 @@ def pruned_rows(
     return layout.truncated(results.rows, torch.tensor(kept, device=results.rows.device)), kept
 
 
+def keep_residuals(
+    experiment: Experiment, state: ServerState, plan: RoundPlan, results: ClientResults
+) -> ClientResults:
+    """The results without what clients keep, (n, p): every rank gets that of all, for any of them may train one next.
+
+    Call on every rank.
+    """
+    if state.client_residuals is None:
+        return results
+    lost, kept = state.client_residuals.shape[1], set(results.clients)
+    clients_of_rank = [[client for client in clients if client in kept] for clients in plan.clients_of_rank]
+    rows, mine = results.rows.split([results.rows.shape[1] - lost, lost], dim=1)
+    state.client_residuals[list(results.clients)] = gather_clients(
+        experiment.fabric, mine.contiguous(), clients_of_rank
+    )
+    return replace(results, rows=rows.contiguous())
+
+
 def broadcast_lora_ranks(
     experiment: Experiment, state: ServerState, results: ClientResults, result: ServerResult | None
 ) -> None:

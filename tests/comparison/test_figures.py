@@ -16,6 +16,7 @@ from lorafair.comparison.canvas import shown, to_bytes, width_in_inches
 from lorafair.comparison.contrasts import apart
 from lorafair.comparison.figures import KINDS, Figures, draw_figures
 from lorafair.comparison.findings import Findings
+from lorafair.comparison.frontier import Point, best_of, points_of
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.registry import METHODS
 from lorafair.reporting.palette import COLOURS, styles
@@ -242,3 +243,15 @@ def test_names_of_settings_are_moved_apart() -> None:
     assert crowded == sorted(crowded)
     assert min(crowded) >= -1e-9
     assert max(crowded) <= 3.0 + 1e-9
+
+
+def test_the_frontier_are_those_that_none_beats_in_accuracy_and_megabytes(figures: Figures, findings: Findings) -> None:
+    points = [Point("a", 1, 50), Point("b", 2, 49), Point("c", 3, 60), Point("d", 3, 55), Point("e", 9, 60)]
+    assert [point.label for point in best_of(points)] == ["a", "c"]
+    for point in points_of(findings, "default"):
+        runs = findings.runs_of("default", point.label)
+        assert point.accuracy == pytest.approx(np.mean([run.accuracy for run in runs]))
+        sent = [list(run.curves["comm/total_bytes"].values())[-1] for run in runs]
+        assert point.megabytes == pytest.approx(np.mean(sent) / 1e6)
+    drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in figures["frontier"].axes[0].lines[:-1]]
+    assert drawn == [(point.megabytes, point.accuracy) for point in points_of(findings, "default")]

@@ -1,0 +1,1 @@
+"""Compression around any method: codings of rows of numbers, one file each, and the messages made of them."""
