@@ -45,7 +45,9 @@ extensions = [
     "sphinx_design",
     "whole_streams",
     "lorafair_reference",
+    "results_tables",
 ]
+exclude_patterns = ["data"]  # its README is read on GitHub
 nitpicky = True
 nitpick_ignore = [("py:exc", "DataError"), ("py:class", "ImageTransform")]  # a LorafairError; a callable
 nitpick_ignore_regex = [(r"py:class", r"lorafair\..*\.(T|Method)")]  # type variables

@@ -1,0 +1,169 @@
+"""Numbers of runs that are stored in docs/data, and what follows from them: used by pages, figures and tests alike."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from lorafair.comparison.statistics import Estimate, estimate, holm
+from lorafair.registry import METHODS
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+CONFIDENCE = 0.95
+BASELINE = "fedit"
+_CLASS, _PLAIN = "_class", "_plain"
+_FOLD = "fair_fold"  # the one label whose plain head is what is marked
+_TITLES = {_FOLD: "LoRA-FAIR, coded fold", "fedex_coded": "FedEx-LoRA, coded fold"}
+Place = tuple[str, str]  # setting, method
+
+
+class Stored:
+    """The lines of one file, by setting, method and draw."""
+
+    def __init__(self, file: Path) -> None:
+        self.lines: dict[Place, dict[int, dict[str, str]]] = {}
+        with file.open(encoding="utf-8", newline="") as handle:
+            for row in csv.DictReader(handle):
+                self.lines.setdefault((row["setting"], row["method"]), {})[int(row["draw"])] = row
+
+    def methods(self, setting: str) -> list[str]:
+        """In the order of the file."""
+        return [method for at, method in self.lines if at == setting]
+
+    def values(self, setting: str, method: str, measure: str = "accuracy") -> dict[int, float]:
+        """Of the draws that have it."""
+        lines = self.lines[setting, method]
+        return {draw: float(line[measure]) for draw, line in sorted(lines.items()) if line[measure]}
+
+    def mean(self, setting: str, method: str, measure: str = "accuracy") -> float | None:
+        """Over draws; None where no draw has it."""
+        values = self.values(setting, method, measure).values()
+        return statistics.fmean(values) if values else None
+
+    def difference(self, setting: str, method: str, baseline: str, measure: str = "accuracy") -> Paired:
+        """Draw by draw, of the draws that both have."""
+        mine, theirs = self.values(setting, method, measure), self.values(setting, baseline, measure)
+        return Paired({draw: mine[draw] - theirs[draw] for draw in mine if draw in theirs})
+
+    def draws(self, setting: str) -> int:
+        """That the method with the fewest has."""
+        return min(len(self.lines[setting, method]) for method in self.methods(setting))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of two methods, by draw."""
+
+    by_draw: dict[int, float]
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """None for fewer than two draws."""
+        return estimate(np.array(list(self.by_draw.values())))
+
+    @property
+    def mean(self) -> float:
+        """In points."""
+        return statistics.fmean(self.by_draw.values())
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """By Student's t, 95 %; None for fewer than two draws."""
+        return None if self.estimate is None else self.estimate.interval(CONFIDENCE)
+
+    @property
+    def p_value(self) -> float | None:
+        """Not corrected."""
+        return None if self.estimate is None else self.estimate.p_value
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return signed(self.mean)
+        return f"{signed(self.mean)} ({signed(self.interval[0])} to {signed(self.interval[1])})"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of docs/data/settings.csv."""
+
+    file: str
+    setting: str
+    page: str  # results: in its summary and figure, too; tables: among the tables alone
+    title: str
+    about: str
+    wanted: int
+    command: str
+
+    @property
+    def stored(self) -> Stored:
+        """Its numbers."""
+        return stored(self.file)
+
+    @property
+    def draws(self) -> int:
+        """That all methods have."""
+        return self.stored.draws(self.setting)
+
+    @property
+    def has_enough(self) -> bool:
+        """Draws for a claim."""
+        return self.draws >= self.wanted
+
+    def count_text(self) -> str:
+        """How many draws there are, and whether that is enough."""
+        few = "" if self.has_enough else f"; at least {self.wanted} are wanted"
+        return f"{self.draws} draw{'s' * (self.draws != 1)}{few}"
+
+
+@cache
+def stored(file: str) -> Stored:
+    """A file of docs/data."""
+    return Stored(DATA / file)
+
+
+def settings(file: str | None = None, page: str | None = None) -> list[Setting]:
+    """All that tables are made of, or those of one file or page."""
+    with (DATA / "settings.csv").open(encoding="utf-8", newline="") as handle:
+        rows = [Setting(**{**row, "wanted": int(row["wanted"])}) for row in csv.DictReader(handle)]  # type: ignore[arg-type]
+    return [row for row in rows if file in (None, row.file) and page in (None, row.page)]
+
+
+def parts_of(label: str) -> tuple[str, bool]:
+    """What a label of a comparison says: how A and B are aggregated, and whether the head is averaged by class."""
+    if label.endswith(_PLAIN):
+        return label.removesuffix(_PLAIN), False
+    return label.removesuffix(_CLASS), label.endswith(_CLASS) or label == _FOLD
+
+
+def pairs_of(labels: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
+    """aggregation -> its label with the plain and with the class-wise head, in the order of the labels."""
+    found: dict[str, list[str | None]] = {}
+    for label in labels:
+        aggregation, by_class = parts_of(label)
+        found.setdefault(aggregation, [None, None])[by_class] = label
+    return {aggregation: (plain, by_class) for aggregation, (plain, by_class) in found.items()}
+
+
+def title_of(aggregation: str) -> str:
+    """What the aggregation of a label is called."""
+    if aggregation in _TITLES:
+        return _TITLES[aggregation]
+    return METHODS.title(aggregation) if aggregation in METHODS.names else aggregation
+
+
+def corrected(differences: Iterable[Paired]) -> Iterator[float | None]:
+    """Their p-values corrected for their number by Holm; None where there is none."""
+    found = [difference.p_value for difference in differences]
+    values = iter(holm([p for p in found if p is not None]))
+    return (None if p is None else next(values) for p in found)
+
+
+def signed(value: float) -> str:
+    """A difference in points, with a minus sign."""
+    return f"{value:+.2f}".replace("-", "−")

@@ -1,0 +1,179 @@
+"""Every claim about methods follows from the numbers stored in docs/data, and stands where docs/claims.csv says."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import collect
+from lorafair.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "docs" / "data"
+PROSE = {  # page -> the headings between which every decimal number is a claim; None: the whole page
+    "docs/results.md": None,
+    "docs/concepts/coded_fold.md": ("## Limits", None),
+    "README.md": ("## What you can rely on", "## What a comparison shows"),
+}
+NO_CLAIM = {"0.1", "0.001", "0.002", "0.05"}  # options of the settings and levels of tests
+DECIMAL = re.compile(r"(?<![\w.,−-])[+−-]?\d+\.\d+(?![\w.]*\d)")
+
+
+@pytest.fixture
+def claims(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    return importlib.import_module("claims")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    return importlib.import_module("stored_draws")
+
+
+def test_every_claim_follows_from_the_stored_numbers(claims: ModuleType) -> None:
+    found = claims.read()
+    assert len(found) > 80
+    assert len({claim.id for claim in found}) == len(found)
+    wrong = [f"{claim.id}: {claim.value}, computed {claim.computed():.4f}" for claim in found if not claim.holds()]
+    assert not wrong, "\n".join([*wrong, "python docs/_ext/claims.py --write"])
+    for claim in found:
+        half_a_digit = 0.5 * 10.0 ** -len(claim.value.partition(".")[2])
+        assert float(claim.tolerance) <= 2.5 * half_a_digit + 0.01, f"{claim.id}: such a tolerance checks nothing"
+        assert claim.command, claim.id
+
+
+def test_a_changed_number_does_not_hold(claims: ModuleType) -> None:
+    for claim in claims.read():
+        digits = len(claim.value.partition(".")[2])
+        moved = claim.number + 3 * max(float(claim.tolerance), 0.5 * 10.0**-digits)
+        assert not dataclasses.replace(claim, value=f"{moved:.6f}").holds(), claim.id
+
+
+def test_every_claim_stands_in_its_page(claims: ModuleType) -> None:
+    for claim in claims.read():
+        assert claim.stands_in_its_text(), f"{claim.id}: {claim.value} is not in {claim.text!r}"
+        page = claims.one_line((ROOT / claim.page).read_text("utf-8"))
+        assert claim.text in page, f"{claim.id}: {claim.page} does not have {claim.text!r}"
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_no_number_of_the_prose_is_unlisted(claims: ModuleType, page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    if (part := PROSE[page]) is not None:
+        text = text.partition(part[0])[2]
+        text = text.partition(part[1])[0] if part[1] else text
+    assert unlisted(claims, page, text + "\n\nIt gains +123.45 points.") == ["+123.45"]
+    assert not unlisted(claims, page, text)
+
+
+def unlisted(claims: ModuleType, page: str, text: str) -> list[str]:
+    """Decimal numbers outside tables, code and links that no claim of the page covers."""
+    prose = re.sub(r"^\|.*$", " ", re.sub(r"```.*?```", " ", text, flags=re.DOTALL), flags=re.MULTILINE)
+    prose = claims.one_line(re.sub(r"`[^`]*`|(?<=\])\([^)]*\)", " ", prose))
+    for claim in sorted(claims.read(), key=lambda claim: -len(claim.text)):
+        if claim.page == page:
+            prose = prose.replace(claims.one_line(re.sub(r"`[^`]*`", " ", claim.text)), " ")
+    return [number for number in DECIMAL.findall(prose) if number not in NO_CLAIM]
+
+
+def test_new_numbers_are_put_into_pages_and_list(
+    claims: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where draws are added, the sentences get the new numbers and keep their line ends."""
+    listed = [claim for claim in claims.read() if claim.id.startswith("long-class-fair")]
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text("All heads\nclass-wise: LoRA-FAIR\n  +9.99 (interval 0.08 to 0.60).\n", "utf-8")
+    text = listed[0].text.replace("+0.34", "+9.99")
+    old = [dataclasses.replace(claim, text=text, value=claim.value.replace("+0.34", "+9.99")) for claim in listed]
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "CLAIMS", tmp_path / "claims.csv")
+    claims.write(old)
+    assert page.read_text("utf-8") == "All heads\nclass-wise: LoRA-FAIR\n  +0.34 (interval 0.08 to 0.60).\n"
+    assert claims.read(tmp_path / "claims.csv") == listed
+
+
+def test_bytes_of_a_layer_are_those_that_runs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    traffic = importlib.import_module("traffic_table").layer_traffic
+    coding = importlib.import_module("lorafair.aggregation.coded_fold").Coding(4, half_start=True)
+    with (DATA / "layer_bytes.csv").open(encoding="utf-8") as handle:
+        of_method = {row["method"]: int(row["bytes"]) for row in csv.DictReader(handle)}
+    for method in ("fedit", "fedex_lora"):
+        assert traffic(method, outputs=768, inputs=768, lora_ranks=(16,) * 10).down == 10 * of_method[method]
+    assert of_method["fair_fold"] == 2 * 16 * 2 * 768 + coding.message_bytes(4 * 16, 768, 768)
+
+
+def test_every_setting_has_its_draws(drawn: ModuleType) -> None:
+    for setting in drawn.settings():
+        assert drawn.BASELINE in setting.stored.methods(setting.setting)
+        assert setting.draws >= 2
+        assert ("are wanted" in setting.count_text()) == (setting.draws < setting.wanted)
+
+
+def test_both_heads_of_an_aggregation_are_paired(drawn: ModuleType) -> None:
+    labels = ["fedit", "lora_fair", "fair_fold_plain", "fedit_class", "lora_fair_class", "fair_fold", "ffa_lora"]
+    assert drawn.pairs_of(labels) == {
+        "fedit": ("fedit", "fedit_class"),
+        "lora_fair": ("lora_fair", "lora_fair_class"),
+        "fair_fold": ("fair_fold_plain", "fair_fold"),
+        "ffa_lora": ("ffa_lora", None),
+    }
+
+
+def comparison(folder: Path, accuracies: dict[tuple[str, int], float]) -> Path:
+    """A folder as a comparison of two methods leaves it."""
+    methods = {label: {"method.name": label} for label in ("fedit", "lora_fair")}
+    record = {"methods": methods, "settings": {"skew": {}}, "seeds": [0, 1], "baseline": "fedit"}
+    folder.mkdir(exist_ok=True)
+    (folder / "comparison.json").write_text(json.dumps(record))
+    for (method, draw), accuracy in accuracies.items():
+        run = folder / "skew" / f"{method}-seed{draw}"
+        run.mkdir(parents=True, exist_ok=True)
+        of_domain = {"accuracy": accuracy, "most_frequent_answer": 0.25, "majority_class": 0.1}
+        result = {
+            "mean_accuracy": accuracy, "accuracy": {"sans": accuracy, "mono": accuracy - 0.1},
+            "mean_balanced_accuracy": accuracy, "domains": {"sans": of_domain, "mono": of_domain},
+            "totals": {"bytes": 5_468_960}, "rounds": 2, "versions": {},
+        }  # fmt: skip
+        (run / "result.json").write_text(json.dumps(result))
+        (run / "metrics.csv").write_text("round,name,value\n1,server/error_before,0.4\n2,server/error_before,0.2\n")
+    return folder
+
+
+def test_draws_are_collected_once_all_methods_have_them(tmp_path: Path, drawn: ModuleType) -> None:
+    file, both = tmp_path / "draws.csv", {("fedit", 0): 0.5, ("lora_fair", 0): 0.51}
+    folder = comparison(tmp_path / "runs", {**both, ("fedit", 1): 0.4})
+    collect.main([str(file), str(folder)])
+    stored = drawn.Stored(file)
+    assert stored.values("skew", "fedit") == {0: 50.0}
+    assert stored.difference("skew", "lora_fair", "fedit").by_draw == {0: pytest.approx(1.0)}
+    assert stored.mean("skew", "fedit", "worst_domain") == 40.0
+    assert stored.mean("skew", "fedit", "megabytes") == 5.469
+    assert stored.mean("skew", "fedit", "bias") == pytest.approx(0.3)
+    assert stored.mean("skew", "fedit", "bias_left") is None
+    comparison(folder, {("lora_fair", 1): 0.42})
+    collect.main([str(file), str(folder)])
+    paired = drawn.Stored(file).difference("skew", "lora_fair", "fedit")
+    assert paired.by_draw == {0: pytest.approx(1.0), 1: pytest.approx(2.0)}
+
+
+def test_other_numbers_of_a_stored_draw_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "draws.csv"
+    folder = comparison(tmp_path / "runs", {("fedit", 0): 0.5, ("lora_fair", 0): 0.51})
+    collect.main([str(file), str(folder)])
+    before = file.read_text()
+    comparison(folder, {("fedit", 0): 0.6})
+    with pytest.raises(ConfigError, match=r"fedit, draw 0 of skew .*accuracy 50\.000 and 60\.000.*--replace"):
+        collect.main([str(file), str(folder)])
+    assert file.read_text() == before
+    collect.main([str(file), str(folder), "--replace"])
+    assert "60.000" in file.read_text()
