@@ -89,15 +89,17 @@ def test_new_numbers_are_put_into_pages_and_list(
 ) -> None:
     """Where draws are added, the sentences get the new numbers and keep their line ends."""
     listed = [claim for claim in claims.read() if claim.id.startswith("long-class-fair")]
-    page = tmp_path / "docs" / "results.md"
+    right, value = listed[0].text, listed[0].value
+    wrong = right.replace(value, "+9.99")
+    assert wrong != right
+    old = [dataclasses.replace(claim, text=wrong, value=claim.value.replace(value, "+9.99")) for claim in listed]
+    page = tmp_path / listed[0].page
     page.parent.mkdir()
-    page.write_text("All heads\nclass-wise: LoRA-FAIR\n  +9.99 (interval 0.08 to 0.60).\n", "utf-8")
-    text = listed[0].text.replace("+0.34", "+9.99")
-    old = [dataclasses.replace(claim, text=text, value=claim.value.replace("+0.34", "+9.99")) for claim in listed]
+    page.write_text("All heads\nclass-wise: {}.\n".format(wrong.replace(" ", "\n  ", 1)), "utf-8")
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "CLAIMS", tmp_path / "claims.csv")
     claims.write(old)
-    assert page.read_text("utf-8") == "All heads\nclass-wise: LoRA-FAIR\n  +0.34 (interval 0.08 to 0.60).\n"
+    assert page.read_text("utf-8") == "All heads\nclass-wise: {}.\n".format(right.replace(" ", "\n  ", 1))
     assert claims.read(tmp_path / "claims.csv") == listed
 
 

@@ -29,7 +29,7 @@ from stored_draws import (
 LEVEL = 0.05
 _GAP = "\N{NO-BREAK SPACE}"
 _MEASURES = {  # column -> header, digits
-    "accuracy": ("top-1", 1),
+    "accuracy": ("top\N{NON-BREAKING HYPHEN}1", 1),
     "balanced_accuracy": ("balanced", 1),
     "worst_domain": ("worst domain", 1),
     "most_frequent_answer": ("most frequent answer", 1),
@@ -156,6 +156,7 @@ class Tables(FromCode):
         """A line a method."""
         tested, has = differences_of(at.file), at.stored
         labels = has.methods(at.setting)
+        unequal = len({len(has.lines[at.setting, label]) for label in labels}) > 1
         measures = [m for m in _MEASURES if any(has.mean(at.setting, label, m) is not None for label in labels)]
         rows = []
         for label in labels:
@@ -166,10 +167,12 @@ class Tables(FromCode):
                 title_of(aggregation), "class-wise" if by_class else "plain",
                 *("–" if v is None else f"{v:.{_MEASURES[m][1]}f}" for m, v in means.items()),
                 "" if difference is None else marked(difference, p), "" if difference is None else probability(p),
-                str(len(has.lines[at.setting, label])),
+                *([str(len(has.lines[at.setting, label]))] if unequal else []),
             ])  # fmt: skip
         headers = [_MEASURES[measure][0] for measure in measures]
-        yield from table(["aggregation", "head", *headers, "minus FedIT", "p (Holm)", "draws"], rows)
+        yield from table(
+            ["aggregation", "head", *headers, "minus FedIT", "p (Holm)", *(["draws"] if unequal else [])], rows
+        )
         if (largest := has.mean(at.setting, BASELINE, "majority_class")) is not None:
             yield f"Always answering the largest class of a domain: {largest:.1f} %.\n"
 
