@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -179,3 +180,53 @@ def test_other_numbers_of_a_stored_draw_are_an_error(tmp_path: Path) -> None:
     assert file.read_text() == before
     collect.main([str(file), str(folder), "--replace"])
     assert "60.000" in file.read_text()
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, drawn: ModuleType) -> Iterator[ModuleType]:
+    """The directives, on a made comparison: aggregation adds 1 point, the class-wise head 5, the draw up to 30."""
+    pytest.importorskip("sphinx")
+    columns = ("accuracy", "balanced_accuracy", "worst_domain", "most_frequent_answer", "majority_class", "megabytes",
+               "bias_left")  # fmt: skip
+    gains = {"fedit": 0.0, "flex_lora": 1.0, "fedit_class": 5.0, "flex_lora_class": 6.0}
+    with (tmp_path / "made.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["setting", "method", "draw", *columns])
+        for place, (label, gain) in enumerate(gains.items()):
+            for draw in range(10):
+                noise = 0.01 * ((7 * draw + 3 * place * draw) % 5)
+                writer.writerow(["skew", label, draw, 30 + 3 * draw + gain + noise, 30, 20, 40, 10, 5.5, ""])
+    (tmp_path / "settings.csv").write_text(
+        "file,setting,page,title,about,wanted,command\nmade.csv,skew,results,Made skew,Made images,10,true\n"
+    )
+    monkeypatch.setattr(drawn, "DATA", tmp_path)
+    drawn.stored.cache_clear()
+    yield importlib.import_module("results_tables")
+    drawn.stored.cache_clear()
+
+
+def test_the_gain_of_the_head_is_not_credited_to_the_aggregation(tables: ModuleType, drawn: ModuleType) -> None:
+    (setting,) = drawn.settings()
+    contrasts = {part: paired.mean for part, paired in tables.contrasts_of(setting).items()}
+    assert contrasts == {
+        ("fedit", "head"): pytest.approx(5, abs=0.1),
+        ("flex_lora", "plain"): pytest.approx(1, abs=0.1),
+        ("flex_lora", "class"): pytest.approx(1, abs=0.1),
+        ("flex_lora", "head"): pytest.approx(5, abs=0.1),
+    }
+
+
+def test_the_page_says_what_the_draws_show(tables: ModuleType, tmp_path: Path) -> None:
+    def text() -> str:
+        return "\n".join(tables.Findings.text(None))
+
+    assert "Made images; 10 draws.\n" in text()
+    assert "Bold: 3 of 3 differences" in text()
+    line = next(line for line in text().splitlines() if line.startswith("| FlexLoRA"))
+    assert re.fullmatch(r"\| FlexLoRA \| 5\.50 \| \*\*\+0\.98\s.*\*\* \| \*\*\+6\.00\s.*\*\* \|", line), line
+    made = tmp_path / "made.csv"
+    few = [line for line in made.read_text().splitlines() if re.search(r",(draw|0|1),", line)]
+    made.write_text("\n".join(few).replace("_class,1,3", "_class,1,9") + "\n")  # and one that is far off
+    tables.stored.cache_clear()
+    assert "Made images; 2 draws; at least 10 are wanted.\n" in text()
+    assert "**+6" not in text()
