@@ -50,7 +50,7 @@ extensions = [
 exclude_patterns = ["data"]  # its README is read on GitHub
 nitpicky = True
 nitpick_ignore = [("py:exc", "DataError"), ("py:class", "ImageTransform")]  # a LorafairError; a callable
-nitpick_ignore_regex = [(r"py:class", r"lorafair\..*\.(T|Method)")]  # type variables
+nitpick_ignore_regex = [(r"py:class", r"lorafair\..*\.(T|Method|Kind)")]  # type variables
 
 # Markdown and notebooks. A page whose header names a kernel is run; its output is kept in build/ alone.
 source_suffix = {".md": "myst-nb"}

@@ -42,7 +42,9 @@ def test_predicted_bytes_are_those_of_the_busiest_rank(case: Federation, server:
             aggregator=SimpleNamespace(trains=lambda r: ("A", "B", "head")),
             config=Config(),
         )
-        state: Any = SimpleNamespace(completed_rounds=0, personal_adapters=None, controls=None)
+        state: Any = SimpleNamespace(
+            completed_rounds=0, personal_adapters=None, controls=None, adapter=torch.zeros(LAYOUT.length)
+        )
         rows = torch.zeros(len(clients), LAYOUT.length)
         with pretended(rank, ranks) as fabric, recording() as recorded:
             fabric_did_something(fabric)
