@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,6 +241,19 @@ def test_a_round_in_which_every_client_fails_goes_on_with_noise(
     assert "warning: client noisy returned NaN or infinity" in capsys.readouterr().out
     assert json.loads((config.folder / "result.json").read_text())["totals"]["dropped"] == 6
     assert "train/loss" not in read_metrics(config.folder)
+
+
+def test_rounds_in_which_every_client_fails_are_void_and_rounds_without_a_client_are_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for dropped in ((), (0, 1, 2)):
+        release, state, start = release_of("method.name=fedit")
+        results = replace(results_of(start.repeat(0, 1)), dropped=dropped)
+        for state.completed_rounds in range(5):
+            release(state, LAYOUT, start, results)
+        printed = capsys.readouterr().out
+        assert ("for 5 rounds the noise on B is over 100 times as large as its signal" in printed) == bool(dropped)
+        assert "no gradient" not in printed
 
 
 @pytest.mark.slow
