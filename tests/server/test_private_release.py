@@ -291,8 +291,9 @@ def test_what_the_accountant_counts_with_cannot_change_in_a_run(tiny: Tiny) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("compression.up=topk", "compression.bits=4")])
 def test_the_run_without_a_client_differs_by_at_most_the_bound(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: Sequence[str], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Brute force with a model that is trained: everything after the sum is the same function of it."""
     options = (*PRIVATE[:1], *PRIVATE[2:], "privacy.noise_multiplier=0", "privacy.clip_norm=0.05", "rounds=1")
@@ -308,7 +309,7 @@ def test_the_run_without_a_client_differs_by_at_most_the_bound(
     monkeypatch.setattr(federation_module, "train_clients", without_one)
     found = []
     for left_out[0] in (-1, 1):
-        config = tiny(*options, "method.name=fedit", f"run_dir={tmp_path / str(left_out[0])}")
+        config = tiny(*options, *more, "method.name=fedit", f"run_dir={tmp_path / str(left_out[0])}")
         run_federation(launched(1), config)
         found.append(final_of(config.folder).double())
     whole, without = found
