@@ -202,6 +202,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "method.name=ro_lora", "privacy.unit=client", "privacy.noise_multiplier=0.3", "privacy.clip_norm=0.2",
         "federation.weighting=uniform", "partition.scheme=iid", "partition.clients=4",
         "federation.clients_per_round=1", "federation.seed=3", "server.optimizer=fedadam", "rounds=3",
+        "compression.up=int4", "compression.client_error_feedback=true",
     ),
     "centralized": ("method.name=centralized",),
     "local_only": ("method.name=local_only",),
@@ -227,7 +228,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "method.name=lora_fair", "privacy.unit=example", "privacy.epsilon=30", "privacy.clip_norm=0.5",
         "model.lora.client_ranks=[4,2]", "model.lora.client_rank_probabilities=[0.5,0.5]", "model.lora.dropout=0.1",
         "partition.scheme=dirichlet", "partition.clients_per_domain=2", "partition.min_images=5",
-        "federation.clients_per_round=4", "client.cohort=2", "client.batch_size=4",
+        "federation.clients_per_round=4", "client.cohort=2", "client.batch_size=4", "compression.up=topk",
+        "compression.client_error_feedback=true",
     ),
     "compressed": (
         "method.name=lora_fair", "compression.up=topk", "compression.down=topk", "compression.bits=4", "rounds=3",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from lorafair.aggregation.smoothing import Smoothing
-from lorafair.client.private_step import ExamplePrivacy, PrivateGradient
+from lorafair.client.private_step import ExamplePrivacy, PrivateGradient, dropout_of_images
 from lorafair.config.schema import ClientConfig
 from lorafair.data.loading import CohortStep, index_on
 from lorafair.model.adapted_model import AdaptedModel
@@ -88,7 +88,8 @@ class LocalTraining:
             if active < len(adapters.flat):
                 adapters.resize(active)
                 _keep_rows(optimizer, active)
-            adapters.use_dropout(DropoutStreams(cohort.generators[:active], step.counts))
+            if adapters.drops:
+                adapters.use_dropout(_dropout_of(cohort, step, index))
             rule = self.rule_of_step(rule, index)
             with _without_gradient(column for column in columns if column.span in rule.idle):
                 losses[:active] += self.step(optimizer, rule, batch, step, private)
@@ -150,6 +151,14 @@ class LocalTraining:
         optimizer.step()
         rule.restore(self.model.adapters.flat.data)
         return losses.detach()
+
+
+def _dropout_of(cohort: Cohort, step: CohortStep, number: int) -> DropoutStreams:
+    """Where the clients of a step (from 0) draw its masks."""
+    generators = cohort.generators[: len(step.counts)]
+    if cohort.privacy is not None:
+        return dropout_of_images(generators, step, number)
+    return DropoutStreams(generators, step.counts)
 
 
 def _weight_of(client: int, cohort: Cohort) -> int:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafair.data.loading import CohortStep
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import Part
+from lorafair.model.lora import DropoutStreams
 from lorafair.model.per_sample import ImageGradients, spread
 from lorafair.privacy.measures import Tally
 from lorafair.privacy.noise import standard_normal
+from lorafair.seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,20 @@ class ExamplePrivacy:
     noise_multiplier: float
     expected: Sequence[float]  # (C,) images of a random sample on average
     generators: Sequence[torch.Generator | None]  # (C,) of each client's noise; None: the operating system's
+
+
+def dropout_of_images(generators: Sequence[torch.Generator], step: CohortStep, number: int) -> DropoutStreams:
+    """The masks of a step (from 0): each image has a stream of its own, which follows from its client's (C,).
+
+    Were they drawn for a client's images one after the other, an image more would give all that come after it other
+    masks, and the sum of gradients would change by more than the clipping norm.
+    """
+    of_images = [
+        seeded(generator.initial_seed(), int(image), number, device=generator.device)
+        for generator, images in zip(generators, step.indices, strict=False)
+        for image in images
+    ]
+    return DropoutStreams(of_images, (1,) * len(of_images))
 
 
 class PrivateGradient:

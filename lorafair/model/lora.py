@@ -322,6 +322,11 @@ class AdapterParameters:
         with torch.no_grad():
             self.flat.copy_(rows.expand_as(self.flat))
 
+    @property
+    def drops(self) -> bool:
+        """Whether a layer has dropout."""
+        return any(module.dropout > 0 for module in self._layers.values())
+
     def use_dropout(self, streams: DropoutStreams | None) -> None:
         """Draw dropout masks from these streams, or switch dropout off."""
         for module in self._layers.values():

@@ -64,8 +64,9 @@ class ClientRelease:
         mean = of_round.mean()
         rows, weights = self.stand_ins(of_round, mean)
         metrics = of_round.metrics()
-        for line in self.watch.lines(metrics, of_round.unmoved()) if of_round.count else ():
-            log.warning(line)
+        if of_round.count or results.dropped:  # a round in which nobody was drawn says nothing
+            for line in self.watch.lines(metrics, of_round.unmoved()):
+                log.warning(line)
         self.adapt(state, of_round)
         clipped = of_round.clipped_fraction() * of_round.count
         counts = {"privacy_updates": float(of_round.count), "privacy_clipped": clipped}
@@ -244,7 +245,9 @@ class _OfRound:
         return float(over.double().mean()) if self.count else 0.0
 
     def unmoved(self) -> tuple[Part, ...]:
-        """The parts that are sent and that no client has changed."""
+        """The parts that are sent and that no client has changed; none where no client has sent anything."""
+        if not self.count:
+            return ()
         return tuple(part for part in self.parts if not bool((self.squares[self.of_part(part)] > 0).any()))
 
 

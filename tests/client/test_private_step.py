@@ -269,6 +269,22 @@ def test_clients_side_by_side_are_as_one_by_one(dropout: float) -> None:
     assert m(IMAGES[:2]).shape == (2, CLASSES)  # the model is as without privacy again
 
 
+def test_an_image_more_or_less_leaves_the_masks_of_the_others_as_they_are() -> None:
+    """With masks drawn one image after the other the sum would change by more than the bound, for a known seed."""
+    m, bound, everyone = model(dropout=0.5), 0.05, list(range(6))
+    start = drawn(m)
+
+    def trained(batch: Sequence[int]) -> Tensor:
+        privacy = ExamplePrivacy(bound, 0.0, [1.0], [None])
+        cohort = Cohort(start, [step_of([batch])], [seeded(0, "dropout")], privacy=privacy)
+        return LocalTraining(m, LABELS, SGD).train(cohort, [IMAGES[batch]]).rows[0]
+
+    whole = trained(everyone)
+    for left_out in everyone:
+        moved = (trained([i for i in everyone if i != left_out]) - whole) / SGD.learning_rate
+        assert float(moved.norm()) == pytest.approx(bound, rel=1e-3)
+
+
 def test_what_a_client_does_not_train_gets_no_noise() -> None:
     m = model()
     start = drawn(m)

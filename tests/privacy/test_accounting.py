@@ -12,7 +12,13 @@ from scipy.stats import norm
 
 from lorafair.config import load_config
 from lorafair.errors import ConfigError
-from lorafair.privacy.accounting import Releases, epsilon_of, noise_multiplier_for, require_accountant
+from lorafair.privacy.accounting import (
+    Releases,
+    _bound_without_sampling,
+    epsilon_of,
+    noise_multiplier_for,
+    require_accountant,
+)
 
 pytest.importorskip("dp_accounting", reason="pip install 'lorafair[privacy]'")
 
@@ -52,6 +58,19 @@ def test_agrees_with_the_accountant_of_opacus(noise: float, probability: float, 
         warnings.simplefilter("ignore")
         theirs = other.get_epsilon(delta, eps_error=0.005 * mine)
     assert mine == pytest.approx(theirs, rel=0.01)
+
+
+@pytest.mark.parametrize("noise", [1e-200, 1e-9, 5e-4])
+def test_an_epsilon_of_millions_is_a_bound_and_takes_no_memory(noise: float) -> None:
+    epsilon = epsilon_of([Releases(noise, 0.3, 7), Releases(2 * noise, 1.0, 4)], 1e-5)
+    assert epsilon >= 8 / noise / noise / 2  # without sampling; grids of so many places would fill the memory
+    assert epsilon == math.inf or epsilon < 1.1 * 8 / noise / noise / 2
+
+
+def test_the_bound_without_sampling_is_above_the_epsilon_of_a_gaussian_mechanism() -> None:
+    for noise, count, delta in [(1, 1, 1e-5), (0.5, 20, 1e-6), (5.0, 2, 1e-3), (0.3, 9, 0.6)]:
+        bound = _bound_without_sampling([Releases(noise, 0.2, count)], delta)
+        assert gaussian_epsilon(noise, count, delta) <= bound
 
 
 def test_releases_compose_in_any_order_and_split() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -242,6 +243,19 @@ def test_a_round_in_which_every_client_fails_goes_on_with_noise(
     assert "train/loss" not in read_metrics(config.folder)
 
 
+def test_rounds_in_which_every_client_fails_are_void_and_rounds_without_a_client_are_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for dropped in ((), (0, 1, 2)):
+        release, state, start = release_of("method.name=fedit")
+        results = replace(results_of(start.repeat(0, 1)), dropped=dropped)
+        for state.completed_rounds in range(5):
+            release(state, LAYOUT, start, results)
+        printed = capsys.readouterr().out
+        assert ("for 5 rounds the noise on B is over 100 times as large as its signal" in printed) == bool(dropped)
+        assert "no gradient" not in printed
+
+
 @pytest.mark.slow
 def test_noise_of_the_system_does_not_repeat_and_the_run_says_so(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -277,8 +291,9 @@ def test_what_the_accountant_counts_with_cannot_change_in_a_run(tiny: Tiny) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("compression.up=topk", "compression.bits=4")])
 def test_the_run_without_a_client_differs_by_at_most_the_bound(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: Sequence[str], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Brute force with a model that is trained: everything after the sum is the same function of it."""
     options = (*PRIVATE[:1], *PRIVATE[2:], "privacy.noise_multiplier=0", "privacy.clip_norm=0.05", "rounds=1")
@@ -294,7 +309,7 @@ def test_the_run_without_a_client_differs_by_at_most_the_bound(
     monkeypatch.setattr(federation_module, "train_clients", without_one)
     found = []
     for left_out[0] in (-1, 1):
-        config = tiny(*options, "method.name=fedit", f"run_dir={tmp_path / str(left_out[0])}")
+        config = tiny(*options, *more, "method.name=fedit", f"run_dir={tmp_path / str(left_out[0])}")
         run_federation(launched(1), config)
         found.append(final_of(config.folder).double())
     whole, without = found
