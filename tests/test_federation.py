@@ -233,6 +233,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "compressed": (
         "method.name=lora_fair", "compression.up=topk", "compression.down=topk", "compression.bits=4", "rounds=3",
+        "compression.head=int4",
         "federation.head_weighting=class", "client.cohort=2", "partition.scheme=iid", "partition.clients=4",
     ),
     "compressed_partial": (

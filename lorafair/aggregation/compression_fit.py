@@ -35,11 +35,22 @@ def check_compression(config: Config, method: Aggregator, name: str) -> None:
             )
     if options.folded is not None:
         _check_folded(options.folded, method, name)
+    if options.head is not None:
+        _check_head(config, method, name)
 
 
 def _travels(method: Aggregator, key: str) -> bool:
     parts = method.sends(0) if key == "up" else method.receives(0)
     return bool(parts) and not method.pools_data
+
+
+def _check_head(config: Config, method: Aggregator, name: str) -> None:
+    coding = config.compression.head
+    if config.compression.up is None and config.compression.down is None:
+        raise ConfigError(f"compression.head={coding} has no effect: it needs compression.up or compression.down")
+    if "head" not in method.sends(0):
+        raise ConfigError(f"compression.head={coding} has no effect: with method.name={name} heads stay at the clients")
+    _check_not_sparse("head", str(coding))
 
 
 def _check_folded(coding: str, method: Aggregator, name: str) -> None:
@@ -52,8 +63,12 @@ def _check_folded(coding: str, method: Aggregator, name: str) -> None:
             f"compression.folded={coding} does not fit method.fold_bits={method.coding.bits}, which codes the same "
             "factors; leave one of them out"
         )
+    _check_not_sparse("folded", coding)
+
+
+def _check_not_sparse(key: str, coding: str) -> None:
     if COMPRESSIONS[coding].is_sparse:
         possible = [other for other in COMPRESSIONS.names if not COMPRESSIONS[other].is_sparse]
         raise ConfigError(
-            f"compression.folded={coding} would lose for good what it leaves out; possible: {', '.join(possible)}"
+            f"compression.{key}={coding} would lose for good what it leaves out; possible: {', '.join(possible)}"
         )

@@ -55,9 +55,10 @@ class CodedUploads:
 
     def _decoded(self, round_index: int, clients: Sequence[int], wanted: Tensor) -> Tensor:
         """Messages and back, (C, P): clients of one LoRA rank side by side, because their messages have one length."""
-        experiment, coding = self.experiment, self.experiment.codings.up
+        experiment, codings = self.experiment, self.experiment.codings
+        coding = codings.up
         assert coding is not None
-        message = MessageFormat(experiment.layout, experiment.aggregator.sends(round_index), coding)
+        message = MessageFormat(experiment.layout, experiment.aggregator.sends(round_index), coding, codings.head)
         seed, result = experiment.config.seed_of("client"), torch.zeros_like(wanted)
         chosen = [directions_of(experiment, self.state, client) for client in clients]
         for rank in {len(directions) for directions in chosen}:

@@ -83,7 +83,7 @@ def client_traffic(
 def _up(layout: AdapterLayout, aggregator: Aggregator, round_index: int, lora_rank: int, codings: Codings) -> int:
     sends = aggregator.sends(round_index)
     if codings.up is not None:
-        return MessageFormat(layout, sends, codings.up).length(lora_rank)
+        return MessageFormat(layout, sends, codings.up, codings.head).length(lora_rank)
     factors, rest = _numbers(layout, sends, lora_rank, {})
     sketches = _sketch_numbers(layout, aggregator)
     return BYTES_PER_NUMBER * ((factors if sketches is None else sketches[0]) + rest)

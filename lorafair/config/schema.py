@@ -14,7 +14,7 @@ from lorafair.config.options import option, when, when_any, when_given, when_not
 
 FOLDER_SOURCES = ("domainnet", "nico", "folder")
 SIGNALS = ("USR1", "USR2", "TERM")
-_ALL_CODINGS = ("compression.up", "compression.down", "compression.folded")
+_ALL_CODINGS = ("compression.up", "compression.down", "compression.folded", "compression.head")
 _SPARSE = ("topk", "randomk")
 _SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi")
 _PRIVATE = when("privacy.unit", "client", "example")
@@ -678,6 +678,12 @@ class CompressionConfig:
         later.""",
         names="COMPRESSIONS",
     )
+    head: str | None = option(
+        None,
+        """The head, in what compression.up and compression.down code (null: as the factors). It is a small part of the
+        numbers, and every one of them counts.""",
+        names="COMPRESSIONS",
+    )
     fraction: float | None = option(
         None,
         "Fraction of the numbers of every row that is sent.",
@@ -713,7 +719,7 @@ class CompressionConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """The codings that are named, each once."""
-        return tuple(dict.fromkeys(name for name in (self.up, self.down, self.folded) if name is not None))
+        return tuple(dict.fromkeys(name for name in (self.up, self.down, self.folded, self.head) if name is not None))
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,12 @@ def test_a_run_of_an_older_version_is_continued_without_what_clients_have_missed
         (["compression.down=int8", "method.name=centralized"], r"has no effect with method\.name=centralized"),
         (["compression.folded=int8"], r"^compression\.folded=int8 has no effect: method\.name=lora_fair"),
         (["compression.folded=topk", "method.name=fedex_lora"], r"would lose for good .*; possible: float16, bfloat16"),
+        (["compression.head=int8"], r"compression.head=int8 has no effect: it needs compression.up or compression.down"),
+        (["compression.up=int4", "compression.head=topk"], r"compression.head=topk would lose for good"),
+        (
+            ["compression.up=int4", "compression.head=int8", "method.name=fed_alora"],
+            r"compression.head=int8 has no effect: .* heads stay at the clients",
+        ),
         (["compression.folded=int8", "method.name=fedex_lora", "method.fold_bits=4"], r"fit method\.fold_bits"),
         (
             ["compression.up=int8", "client.scaffold=true", "client.optimizer=sgd"],

@@ -179,6 +179,24 @@ def test_messages_have_the_bytes_that_are_counted(name: str, options: int, parts
         assert torch.equal(one[0], decoded[2])
 
 
+def test_the_head_may_have_a_coding_of_its_own() -> None:
+    """Its bytes and numbers are those of its coding, and all else is as before."""
+    plain, other = (MessageFormat(LAYOUT, PARTS, coding_of(name)) for name in ("ternary", "int8"))
+    mixed = MessageFormat(LAYOUT, PARTS, coding_of("ternary"), coding_of("int8"))
+    numbers, directions = drawn(4, LAYOUT.length), torch.arange(3).expand(4, -1)
+    coded = mixed.encode(numbers, directions, keys_of(4))
+    assert coded.shape == (4, mixed.length(3))
+    head = MessageFormat(LAYOUT, ("head",), coding_of("int8")).length(3)
+    assert mixed.length(3) == plain.length(3) - MessageFormat(LAYOUT, ("head",), coding_of("ternary")).length(3) + head
+    span, decoded = LAYOUT.slices["head"], mixed.decode(coded, directions)
+    by_plain, by_other = (of.decode(of.encode(numbers, directions, keys_of(4)), directions) for of in (plain, other))
+    assert torch.equal(decoded[:, span], by_other[:, span])
+    assert torch.equal(decoded[:, : span.start], by_plain[:, : span.start])
+    needs = MessageFormat(LAYOUT, ("A", "head"), coding_of("ternary"), coding_of("randomk"))
+    assert needs.needs_key
+    assert not MessageFormat(LAYOUT, ("A",), coding_of("ternary"), coding_of("randomk")).needs_key
+
+
 def update_of(row: torch.Tensor, sent: int = 3) -> ServerUpdate:
     state = LAYOUT.unpack(row)
     return ServerUpdate(state.factors, {}, state.head, dict.fromkeys(LAYOUT.factors, sent), state.cores)

@@ -20,6 +20,7 @@ class Codings:
     up: RowCoding | None = None
     down: Downlink | None = None
     folded: RowCoding | None = None
+    head: RowCoding | None = None  # of the head, both ways, where it has one of its own
 
 
 PLAIN = Codings()
@@ -36,11 +37,12 @@ def codings_of(config: Config, aggregator: Aggregator, layout: AdapterLayout) ->
 
     options, corrected = config.compression, corrected_parts(config, aggregator, "down")
     down = of(options.down, "A" in corrected)
-    turns = turns_towards_last(config, aggregator)
+    turns, head = turns_towards_last(config, aggregator), of(options.head, feedback=False)
     return Codings(
         up=of(options.up, bool(options.client_error_feedback) and "A" in corrected_parts(config, aggregator, "up")),
-        down=None if down is None else Downlink(layout, down, corrected, aggregator.decomposes, turns),
+        down=None if down is None else Downlink(layout, down, corrected, aggregator.decomposes, turns, head),
         folded=of(options.folded, feedback=False),
+        head=head,
     )
 
 

@@ -38,6 +38,7 @@ class Downlink:
     corrected: tuple[Part, ...]  # with error feedback
     decomposes: bool = False
     turns: bool = False
+    of_head: RowCoding | None = None  # where the head has a coding of its own
 
     def length(self, parts: Sequence[Part], lora_rank: int, sent: Mapping[str, int] | None = None) -> int:
         """Bytes of the message to a client of this LoRA rank."""
@@ -140,7 +141,7 @@ class Downlink:
         yield from (tensor for tensor in state.head.values() if "head" in parts)
 
     def _format(self, parts: Sequence[Part]) -> MessageFormat:
-        return MessageFormat(self.layout, tuple(parts), self.coding)
+        return MessageFormat(self.layout, tuple(parts), self.coding, self.of_head)
 
     def _row(self) -> Tensor:
         return torch.empty(self.layout.length, device="meta")

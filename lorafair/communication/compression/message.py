@@ -31,18 +31,30 @@ class MessageFormat:
     layout: AdapterLayout
     parts: tuple[Part, ...]
     coding: RowCoding
+    of_head: RowCoding | None = None  # where the head has a coding of its own
+
+    @property
+    def head(self) -> RowCoding:
+        """The coding of the head."""
+        return self.coding if self.of_head is None else self.of_head
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether the key travels."""
+        sent = [self.coding] * (self.parts != ("head",)) + [self.head] * ("head" in self.parts)
+        return any(coding.needs_key for coding in sent)
 
     def length(self, lora_rank: int, sent: Mapping[str, int] | None = None) -> int:
         """Bytes of the message of one client of this LoRA rank; of some layers fewer directions may be `sent`."""
         row_bytes, parts = self.coding.row_bytes, self.parts
-        total = KEY_BYTES if self.coding.needs_key else 0
+        total = KEY_BYTES if self.needs_key else 0
         for path, (a, b) in self.layout.factors.items():
             directions = min(lora_rank, (sent or {}).get(path, lora_rank))
             total += directions * (row_bytes(a[1]) * ("A" in parts) + row_bytes(b[0]) * ("B" in parts))
         if "core" in parts:
             total += sum(H[0] * row_bytes(H[1] * H[2]) for H, _ in self.layout.cores.values())
         if "head" in parts:
-            total += sum(rows * row_bytes(width) for rows, width in map(_rows_of, self.layout.head.values()))
+            total += sum(rows * self.head.row_bytes(width) for rows, width in map(_rows_of, self.layout.head.values()))
         return total
 
     def encode(
@@ -66,39 +78,40 @@ class MessageFormat:
         return result
 
     def _encode(self, numbers: Tensor, directions: Tensor, keys: Tensor, sent: Mapping[str, int] | None) -> Tensor:
-        message = [as_bytes(keys.unsqueeze(1)) if self.coding.needs_key else keys.new_zeros(len(keys), 0).byte()]
-        for place, (view, chosen) in enumerate(self._blocks(numbers, directions, sent)):
+        message = [as_bytes(keys.unsqueeze(1)) if self.needs_key else keys.new_zeros(len(keys), 0).byte()]
+        for place, (view, chosen, coding) in enumerate(self._blocks(numbers, directions, sent)):
             rows = view.gather(1, _across(chosen, view)).flatten(0, 1)
-            coded = self.coding.encode(rows, row_keys(keys, place, chosen))
+            coded = coding.encode(rows, row_keys(keys, place, chosen))
             message.append(coded.view(len(numbers), -1))
         return torch.cat(message, dim=1)
 
     def _decode(self, target: Tensor, messages: Tensor, directions: Tensor, sent: Mapping[str, int] | None) -> None:
         offset, keys = 0, torch.zeros(len(messages), dtype=torch.int64, device=messages.device)
-        if self.coding.needs_key:
+        if self.needs_key:
             offset, keys = KEY_BYTES, as_numbers(messages[:, :KEY_BYTES], torch.int64).squeeze(1)
-        for place, (view, chosen) in enumerate(self._blocks(target, directions, sent)):
+        for place, (view, chosen, coding) in enumerate(self._blocks(target, directions, sent)):
             (count, rows), width = chosen.shape, view.shape[2]
-            begin, offset = offset, offset + rows * self.coding.row_bytes(width)
+            begin, offset = offset, offset + rows * coding.row_bytes(width)
             coded = messages[:, begin:offset].reshape(count * rows, -1)
-            decoded = self.coding.decode(coded, width, row_keys(keys, place, chosen))
+            decoded = coding.decode(coded, width, row_keys(keys, place, chosen))
             view.scatter_(1, _across(chosen, view), decoded.view(count, rows, width))
 
     def _blocks(
         self, flat: Tensor, directions: Tensor, sent: Mapping[str, int] | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views (C, rows, width) into packed numbers (C, P), and which rows are sent (C, n), in order."""
+    ) -> Iterator[tuple[Tensor, Tensor, RowCoding]]:
+        """Views (C, rows, width) into packed numbers (C, P), which rows are sent (C, n), and how, in order."""
         state = self.layout.unpack(flat)
         for part in (part for part in ("A", "B") if part in self.parts):
             for path, factors in state.factors.items():
                 chosen = directions[:, : (sent or {}).get(path)]
                 if chosen.shape[1]:
-                    yield (factors.A if part == "A" else factors.B.mT), chosen
-        others = [core.H.flatten(2) for core in state.cores.values()] if "core" in self.parts else []
+                    yield (factors.A if part == "A" else factors.B.mT), chosen, self.coding
+        others = [(core.H.flatten(2), self.coding) for core in state.cores.values()] if "core" in self.parts else []
         if "head" in self.parts:
-            others += [t.view(len(flat), *_rows_of(self.layout.head[name])) for name, t in state.head.items()]
-        for view in others:
-            yield view, torch.arange(view.shape[1], device=flat.device).expand(len(flat), -1)
+            shapes = {name: _rows_of(shape) for name, shape in self.layout.head.items()}
+            others += [(tensor.view(len(flat), *shapes[name]), self.head) for name, tensor in state.head.items()]
+        for view, coding in others:
+            yield view, torch.arange(view.shape[1], device=flat.device).expand(len(flat), -1), coding
 
 
 def first_directions(clients: int, lora_rank: int, device: torch.device) -> Tensor:
