@@ -16,15 +16,11 @@ def accuracy_by_setting(file: str, first: str = "method", title: dict[str, str] 
     methods = list(dict.fromkeys(method for _, method in stored.lines))
     lines = ["| " + " | ".join([first, *(named.get(s, s.replace("_", " ")) for s in settings)]) + " |"]
     lines.append("|---" * (1 + len(settings)) + "|")
-    best = {
-        setting: max(mean for m in methods if (setting, m) in stored.lines and (mean := stored.mean(setting, m)))
-        for setting in settings
-    }
     for method in methods:
         cells = [named.get(method, METHODS.title(method))]
         for setting in settings:
             values = list(stored.values(setting, method).values()) if (setting, method) in stored.lines else []
-            cells.append(_cell(values, best[setting]))
+            cells.append(_cell(values))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\n{draws_text(stored, settings, methods)}\n"
 
@@ -37,9 +33,8 @@ def draws_text(stored: Stored, settings: list[str], methods: list[str]) -> str:
     return f"Top-1 accuracy in %, mean ± standard deviation; {number} paired {'draw' if most == 1 else 'draws'}."
 
 
-def _cell(values: list[float], best: float) -> str:
+def _cell(values: list[float]) -> str:
     if not values:
         return "–"
     mean = statistics.fmean(values)
-    text = f"{mean:.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-    return f"**{text}**" if mean == best else text
+    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"

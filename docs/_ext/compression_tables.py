@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import statistics
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from stored_draws import DATA, Stored
 
 from lorafair.communication.compression.base import RowCoding
 from lorafair.comparison.frontier import Point, best_of
@@ -15,7 +15,6 @@ from lorafair.config.schema import CompressionConfig
 from lorafair.registry import COMPRESSIONS, METHODS
 from lorafair.seeding import seeded
 
-DATA = Path(__file__).resolve().parents[1] / "data"
 ACCURACY, CORRECTION = DATA / "compression.csv", DATA / "compression_correction.csv"
 SHOWN = {
     "float16": ("float16", {}),
@@ -107,6 +106,21 @@ def accuracy_table() -> str:
             f"{mine or ' | '} |"
         )
     return "\n".join(text)
+
+
+def ternary_text() -> str:
+    """What ternary factors and an int4 head cost and save, from the stored draws of GlyphDomains."""
+    stored = Stored(DATA / "compression_glyphs.csv")
+    [setting] = {setting for setting, _ in stored.lines}
+    label, base = "fedit_ternary_head", "fedit"
+    mean, megabytes = ({name: stored.mean(setting, name, measure) or 0.0 for name in (base, label)}
+                       for measure in ("accuracy", "megabytes"))  # fmt: skip
+    before, after = (f"{megabytes[name]:.2f} MB and {mean[name]:.1f} %" for name in (base, label))
+    less = f"{megabytes[base] / megabytes[label]:.1f} times less traffic"
+    return (
+        f"{before} in float32, {after} coded: **{less}, {stored.difference(setting, label, base)} points**, "
+        f"{stored.draws(setting)} draws, 95 % interval."
+    )
 
 
 def draw() -> Figure:
