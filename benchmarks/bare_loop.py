@@ -17,6 +17,7 @@ from lorafair.experiment import Experiment, build_experiment
 from lorafair.federation import begin_round
 from lorafair.model.adapter import AdapterLayout
 from lorafair.model.lora import ClientHead, LoRALinear
+from lorafair.reporting.tracker import Clock
 from lorafair.server.state import ServerState, start_or_resume
 
 
@@ -88,7 +89,7 @@ def open_experiment(fabric: Any, config: Config) -> tuple[Experiment, ServerStat
     state, stop = start_or_resume(experiment, None), StopRequest(fabric)
 
     def train() -> Tensor:
-        partial, plan = begin_round(experiment, state)
+        partial, plan, _ = begin_round(experiment, state, Clock(experiment.fabric.device))
         return train_clients(experiment, state, plan, partial, stop)
 
     return experiment, state, train

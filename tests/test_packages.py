@@ -165,7 +165,9 @@ def test_the_sdist_has_every_file_of_the_project(built: Built) -> None:
 def test_the_wheel_has_the_package_its_configurations_and_its_scripts(built: Built) -> None:
     assert names(built.wheel, "lorafair/conf/") == below(ROOT / "conf")
     assert names(built.wheel, "lorafair/slurm/") == below(ROOT / "slurm")
-    package = {name for name in names(built.wheel, "lorafair/") if not name.startswith(("conf/", "slurm/"))}
+    assert names(built.wheel, "lorafair/profiles/") == below(ROOT / "profiles")
+    shipped = ("conf/", "slurm/", "profiles/")
+    package = {name for name in names(built.wheel, "lorafair/") if not name.startswith(shipped)}
     assert package == below(ROOT / "lorafair")
     assert {name.partition("/")[0] for name in names(built.wheel)} == {
         "lorafair",

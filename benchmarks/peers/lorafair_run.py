@@ -62,10 +62,10 @@ def run(out: str, arguments: list[str]) -> None:
     watch, states = Stopwatch(), []
     begin_round = federation.begin_round
 
-    def marked(experiment, state):
+    def marked(experiment, state, clock):
         watch.begin_round()
         states.append(state)
-        return begin_round(experiment, state)
+        return begin_round(experiment, state, clock)
 
     federation.begin_round, LocalTraining.train = marked, watch.timed(LocalTraining.train)
     status = cli.main([*arguments, f"run_dir={Path(out).with_suffix('.run')}"])
