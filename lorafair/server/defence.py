@@ -1,4 +1,4 @@
-"""Applies a defence to the gathered updates of a round; the same decision on every rank.
+"""The rule of a round that applies a defence to the gathered updates.
 
 Letters: K clients of the round, P packed length of the layers that a rank aggregates.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from lorafair.aggregation.defences.base import ByEntry, Defence, Selection, Shortening
 from lorafair.aggregation.update_geometry import products_by_layer, shortened_norm
 from lorafair.communication.collectives import ClientResults, sum_over_ranks
+from lorafair.console import format_count, log
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import AdapterLayout
 
@@ -29,7 +30,11 @@ class DefenceRule:
     def __call__(self, round_index: int, shard: AdapterLayout, start: Tensor, results: ClientResults) -> ClientResults:
         """The results that the method gets; the same decision on every rank."""
         defence, count = self.defence, len(results.clients)
-        if count <= 2 or not defence.suspects(count):  # with two clients nobody can tell who lies
+        if not defence.suspects(count):
+            left = format_count(count, "client")
+            log.info(
+                f"warning: defence: round {round_index + 1} has {left} left, too few to tell who lies; all are kept"
+            )
             return results
         if isinstance(defence, ByEntry):
             equal = (1 / count,) * count
@@ -37,8 +42,8 @@ class DefenceRule:
         if isinstance(defence, Shortening):
             fractions = defence.fractions(self._added_up(shard, start, results, shorten=True))
             rows = start + fractions.to(results.rows).unsqueeze(1) * (results.rows - start)
-            full = (fractions == 1).to(fractions.device)
-            rows = torch.where(full.to(rows.device).unsqueeze(1), results.rows, rows)  # their bits stay
+            whole = (fractions == 1).to(rows.device).unsqueeze(1)
+            rows = torch.where(whole, results.rows, rows)  # their bits stay
             metrics = {"defence/shortened": float((fractions < 1).double().mean())}
             return dataclasses.replace(results, rows=rows, metrics={**results.metrics, **metrics})
         assert isinstance(defence, Selection)

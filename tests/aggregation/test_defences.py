@@ -191,6 +191,13 @@ def test_how_many_may_lie(clients: int, share: float, suspects: int) -> None:
     assert make_defence(DefenceConfig(name="median", share=share)).suspects(clients) == suspects
 
 
+@pytest.mark.parametrize("clients", [1, 2])
+def test_no_defence_can_tell_who_lies_of_two(clients: int) -> None:
+    with pytest.raises(ConfigError, match=rf"a round has {clients} clients, .* takes at least 3"):
+        make_defence(DefenceConfig(name="norm_bounding", share=0.3)).check(clients)
+    make_defence(DefenceConfig(name="norm_bounding", share=0.3)).check(3)
+
+
 def test_krum_needs_enough_clients() -> None:
     with pytest.raises(ConfigError, match=r"defence.name=krum: a round has 3 clients, .* takes at least 4"):
         make_defence(DefenceConfig(name="krum", share=0.3)).check(3)

@@ -28,8 +28,8 @@ class Defence(ABC):
 
     options: DefenceConfig
 
-    fewest: ClassVar[int] = 1
-    """Clients that a round must have beside the suspects."""
+    fewest: ClassVar[int] = 2
+    """Clients that a round must have beside the suspects: with two in all nobody can tell who lies."""
 
     def suspects(self, clients: int) -> int:
         """f: how many of so many clients may lie; at least one, and fewer than half."""
@@ -37,7 +37,7 @@ class Defence(ABC):
 
     def check(self, clients: int) -> None:
         """Raise ConfigError where a round of so many clients is too small."""
-        f = self.suspects(clients)
+        f = max(1, self.suspects(clients))
         if clients < f + self.fewest:
             raise ConfigError(
                 f"defence.name={self.options.name}: a round has {clients} clients, and with {f} that may lie "

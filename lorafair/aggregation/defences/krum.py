@@ -41,8 +41,8 @@ class Krum(Selection):
 
 @dataclass(frozen=True)
 class MultiKrum(Krum):
-    """The K − f clients with the lowest scores (or defence.keep), with the weights that they have."""
+    """The K − f clients with the lowest scores, with the weights that they have."""
 
     def kept(self, clients: int) -> int:
-        """K − f, or the share defence.keep of all."""
+        """K − f."""
         return max(1, clients - self.suspects(clients))
