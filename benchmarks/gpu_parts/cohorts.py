@@ -10,7 +10,7 @@ from lorafair.model.side_by_side import clients_with_room
 
 from .record import Part
 from .timing import interleaved, peak_gib
-from .training import backend, mfu
+from .training import backend, kernels, mfu
 from .work import Size, Work, autocast_of
 
 GOAL_SPEED_UP, GOAL_MFU = 6.0, 0.30
@@ -63,6 +63,9 @@ def run(part: Part) -> None:
     for name in ways:
         line(name, seconds[name], memory[name])
     for cohort in compiled(part):
+        if str(cohort) in ways:
+            part.attempt("kernels", lambda cohort=cohort: kernels(
+                part, f"{size.clients} clients, {cohort} side by side", ways[str(cohort)]))  # fmt: skip
         part.attempt(f"cohort of {cohort}, compiled", lambda cohort=cohort: line(
             f"{cohort}, compiled", *_compiled(part, size, cohort, repeats)))  # fmt: skip
     part.goal(f"{size.clients} clients side by side over one by one", best[0], GOAL_SPEED_UP)

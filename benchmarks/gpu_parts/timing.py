@@ -57,6 +57,16 @@ def peak_gib(device: torch.device, action: Callable[[], Any]) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**30
 
 
+def kernels_of(action: Callable[[], Any], most: int = 14) -> list[tuple[str, int, float]]:
+    """What the GPU works on longest in an action: kernel, calls and milliseconds; the last line is the sum."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        action()
+        torch.cuda.synchronize()
+    found = [(e.key, e.count, e.self_device_time_total / 1000) for e in profiler.key_averages()]
+    found = sorted((line for line in found if line[2] > 0), key=lambda line: -line[2])
+    return [*found[:most], ("all kernels", sum(calls for _, calls, _ in found), sum(ms for *_, ms in found))]
+
+
 def use_tf32(allowed: bool) -> None:
     """TF32 in products and convolutions of float32; both are off or both are on."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .record import Part, Table, text_of
-from .timing import interleaved, peak_gib, use_tf32
+from .timing import interleaved, kernels_of, peak_gib, use_tf32
 from .work import Size, Work, autocast_of
 
 GOAL_MFU, GOAL_OF_BARE = 0.40, 0.97
@@ -66,6 +66,15 @@ def base(part: Part) -> None:
         part.attempt(name, of_float32)
     use_tf32(False)
     goals(part, compare)
+    part.attempt("kernels", lambda: kernels(part, f"bf16, {size.steps} steps", work.package(half)))
+
+
+def kernels(part: Part, name: str, way: Callable[[], Any]) -> None:
+    """Where the time of a way goes on a GPU, kernel by kernel."""
+    if part.on_gpu:
+        table = part.table(f"Kernels of one pass, {name}", "kernel", "calls", "ms")
+        for kernel, calls, milliseconds in kernels_of(way):
+            table.row(kernel[:90], calls, milliseconds)
 
 
 class _Comparison:
@@ -132,6 +141,7 @@ def compiled(part: Part, compare: _Comparison, size: Size, autocast: Any, repeat
         work,
         repeats,
     )
+    part.attempt("kernels", lambda: kernels(part, f"bf16, compiled, {size.steps} steps", work.package(autocast)))
 
 
 def reduced(part: Part, compare: _Comparison, size: Size, autocast: Any, repeats: int) -> None:
