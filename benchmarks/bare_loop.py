@@ -31,7 +31,10 @@ class PlainLoRA(nn.Module):
         self.B = nn.Parameter(wrapped.B.detach()[0].clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scaling * F.linear(F.linear(x, self.A), self.B)
+        A, B = self.A, self.B
+        if not torch.is_autocast_enabled(x.device.type):
+            A, B = A.to(x.dtype), B.to(x.dtype)
+        return self.base(x) + self.scaling * F.linear(F.linear(x, A), B)
 
 
 def replace_adapters(backbone: nn.Module, adapted: Callable[[LoRALinear], nn.Module] = PlainLoRA) -> None:

@@ -72,7 +72,6 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 _HALF_PRECISION_SCALE = 4096.0  # lifts gradients over half precision's smallest number, 6e-8
-_HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what linear layers compute in
 
 
 @dataclass
@@ -277,6 +276,8 @@ def build_experiment(
         if config.privacy.unit == "example":
             prove_apart(model, 2, "with privacy.unit=example")
         model.attach(fabric.device, cohort)
+    identity = _identity(config, loaded, model)  # of the weights as they were loaded
+    model.set_precision(str(fabric.strategy.precision.precision))
     cohort = _cohort_with_room(fabric, config, loaded, cohort)
     if METHODS.is_from_plugin(str(config.method["name"])):
         with same_error_on_all_ranks(fabric):
@@ -287,12 +288,8 @@ def build_experiment(
     noise_multiplier = None
     with same_error_on_all_ranks(fabric):
         noise_multiplier = noise_multiplier_of(config, aggregator, loaded.local, loaded.clients)
-    identity = _identity(config, loaded, model)
     if config.privacy.epsilon is not None:
         identity[NOISE] = noise_multiplier
-    precision = str(fabric.strategy.precision.precision)
-    if precision in _HALVES:
-        model.hold_frozen_in(_HALVES[precision])
     _introduce(config, loaded, cohort, fabric.world_size)
     if len(set(loaded.lora_ranks)) > 1 and aggregator.note_on_mixed_lora_ranks:
         log.info(f"method: {aggregator.note_on_mixed_lora_ranks}")

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +144,8 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
     devices = placement.devices or (torch.cuda.device_count() if accelerator == "cuda" else 1)
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(f"fabric.devices={devices}: this node shows {torch.cuda.device_count()} CUDA devices")
-    if accelerator == "cuda" and config.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("fabric.precision=bf16-mixed: this GPU has no bfloat16; use fabric.precision=32-true")
+    if accelerator == "cuda" and config.precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"fabric.precision={config.precision}: this GPU has no bfloat16; use 32-true")
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise ConfigError("fabric.precision=16-mixed is for GPUs; use fabric.precision=bf16-mixed or 32-true")
     return Fabric(
@@ -153,10 +153,24 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
         devices=devices,
         num_nodes=placement.num_nodes,
         strategy=_strategy(config, accelerator, alone=devices * placement.num_nodes == 1),
-        precision=config.precision,
+        precision=None if config.precision == "bf16-true" else config.precision,
         # Given explicitly: Lightning's own look at Slurm's variables is wrong for jobs named bash, for steps, ...
-        plugins=[_environment(placement)],
+        plugins=[_environment(placement), *([_bf16_true()] if config.precision == "bf16-true" else [])],
     )
+
+
+def _bf16_true() -> Any:
+    """Lightning's plugin, which leaves PyTorch's default type alone: the model holds and casts what it computes in.
+
+    Positions that a backbone computes anew in every pass, such as rotary ones, would be rounded otherwise.
+    """
+    from lightning_fabric.plugins.precision.half import HalfPrecision
+
+    class FrozenInHalf(HalfPrecision):
+        def forward_context(self) -> AbstractContextManager[Any]:
+            return nullcontext()
+
+    return FrozenInHalf("bf16-true")
 
 
 def _strategy(config: FabricConfig, accelerator: str, *, alone: bool) -> Strategy:

@@ -11,9 +11,10 @@ from lorafair.model.side_by_side import clients_with_room
 from .record import Part
 from .timing import interleaved, peak_gib
 from .training import backend, kernels, mfu
-from .work import Size, Work, autocast_of
+from .work import Size, Work
 
 GOAL_SPEED_UP, GOAL_MFU = 6.0, 0.30
+PRECISION = "bf16-true"
 
 
 def size_of(part: Part) -> Size:
@@ -30,18 +31,17 @@ def compiled(part: Part) -> tuple[int, ...]:
 def run(part: Part) -> None:
     size, repeats = size_of(part), 2 if part.tiny else 3
     table = part.table(
-        f"{size.clients} clients of batch {size.batch}, {size.model} at {size.pixels} px, bf16",
+        f"{size.clients} clients of batch {size.batch}, {size.model} at {size.pixels} px, {PRECISION}",
         "side by side", "images/s", "MFU %", "times one by one", "GiB beyond the model",
     )  # fmt: skip
-    half = autocast_of(part.device, "bf16-mixed")
     sizes = [2**n for n in range(size.clients.bit_length())]
-    work = Work(size, part.device, widest=size.clients)
+    work = Work(size, part.device, size.clients, PRECISION)
     if part.on_gpu:
-        room = clients_with_room(work.model, half, size.batch, part.device)
+        room = clients_with_room(work.model, work.autocast, size.batch, part.device)
         part.say(f"client.cohort=auto takes the memory for enough for {room} clients side by side")
     ways, memory = {}, {}
     for cohort in sizes:  # the memory pass warms up, and shows which cohorts fit
-        way = work.package(half, cohort)
+        way = work.package(cohort)
         done = part.attempt(f"cohort of {cohort}", lambda way=way: [peak_gib(part.device, way)])
         if done is not None:
             ways[str(cohort)], memory[str(cohort)] = way, done[0]
@@ -76,8 +76,8 @@ def run(part: Part) -> None:
 def _compiled(part: Part, size: Size, cohort: int, repeats: int) -> tuple[list[float], float | None]:
     """Seconds of a pass, and GiB; on a model of its own, so that shapes are compiled as fixed ones."""
     torch.compiler.reset()
-    work = Work(size, part.device, widest=cohort)
+    work = Work(size, part.device, cohort, PRECISION)
     work.model.compile(backend=backend(part))
-    way = work.package(autocast_of(part.device, "bf16-mixed"), cohort)
+    way = work.package(cohort)
     gib = peak_gib(part.device, way)
     return interleaved(part.device, {"": way}, repeats)[""], gib

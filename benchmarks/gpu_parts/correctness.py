@@ -23,7 +23,7 @@ from lorafair.registry import METHODS
 
 from . import processes, server
 from .record import Part
-from .work import Size, Work, autocast_of
+from .work import Size, Work
 
 TOLERANCE = 1e-3  # of the adapters, relative to the way that training has moved them
 IMAGES_APART = 2  # test images of a domain that may be judged otherwise
@@ -183,7 +183,7 @@ def waits(part: Part) -> None:
     for name, dropout, cohort in (("one client", 0.0, 1), ("4 clients side by side, dropout", 0.1, 4)):
         size = Size("test_vit", 32, 4, batch=8, steps=4, clients=cohort, dropout=dropout)
         work = Work(size, part.device, widest=cohort)
-        train = work.package(autocast_of(part.device, "bf16-mixed"), cohort)
+        train = work.package(cohort)
         train()  # warms up
         try:
             with mock.patch.object(LocalTraining, "step", _guarded(LocalTraining.step)):

@@ -26,6 +26,7 @@ from .record import Part
 from .timing import seconds_of
 
 GOAL_OVERHEAD, GOAL_INFERENCE = 0.01, 0.95
+PRECISION = "bf16-true"
 KERNELS, OPERATORS = ("kernel", "gpu_memcpy", "gpu_memset"), ("cpu_op",)  # categories of a trace
 SHORTEST_GAP = 20e-6  # seconds; shorter ones are between any two kernels
 PHASES = ("train", "gather", "server", "broadcast", "evaluate")
@@ -34,9 +35,9 @@ PHASES = ("train", "gather", "server", "broadcast", "evaluate")
 def options(part: Part, *more: str) -> list[str]:
     """conf/paper/domainnet_vit.yaml with images that nobody has to fetch: six clients of 640 images."""
     paper = [
-        str(ROOT / "conf" / "paper" / "domainnet_vit.yaml"), "data.source=synthetic", "data.train_images=1280",
-        "data.test_images=640", "data.cache=always", "data.resident=true", "partition.scheme=iid",
-        "partition.clients=6", "model.weights=random", "fabric.precision=bf16-mixed", "fabric.devices=1",
+        str(ROOT / "conf" / "paper" / "domainnet_vit.yaml"), "data.source=synthetic", "data.train_images=640",
+        "data.test_images=320", "data.cache=always", "data.resident=true", "partition.scheme=iid",
+        "partition.clients=6", "model.weights=random", f"fabric.precision={PRECISION}", "fabric.devices=1",
         f"fabric.accelerator={part.accelerator}", "checkpoint.every=1000", "rounds=5",
     ]  # fmt: skip
     tiny = [
@@ -74,7 +75,7 @@ def phases(part: Part) -> None:
     walls = clock.seconds[1:]
     overhead = [w - t - e for w, t, e in zip(walls, curves["train"], curves["evaluate"], strict=True)]
     table = part.table(
-        "Rounds of conf/paper/domainnet_vit (6 clients, 5 steps each), bf16, made-up images" if not part.tiny
+        f"Rounds of conf/paper/domainnet_vit (6 clients, 5 steps each), {PRECISION}, made-up images" if not part.tiny
         else "Rounds of a tiny model", "phase", "s a round", "% of the round",
     )  # fmt: skip
     lines = {**curves, "everything else": [o - sum(curves[p][i] for p in PHASES[1:4]) for i, o in enumerate(overhead)]}
@@ -88,7 +89,7 @@ def phases(part: Part) -> None:
 
 def inference(part: Part, evaluated: float) -> None:
     """Images a second of the package's evaluation beside a loop of the model alone."""
-    with in_place(FabricConfig(accelerator=part.accelerator, precision="bf16-mixed")) as fabric:  # type: ignore
+    with in_place(FabricConfig(accelerator=part.accelerator, precision=PRECISION)) as fabric:  # type: ignore
         config = load_config(options(part, f"run_dir={part.scratch / 'inference'}"))
         experiment, _, _ = _opened(fabric, config)
         batch = config.evaluation.batch_size
@@ -118,7 +119,7 @@ def _opened(fabric: Any, config: Any) -> tuple[Experiment, Any, Any]:
 def profiled(part: Part) -> None:
     """The training phase of a round under torch.profiler: gaps between kernels, and before which they are."""
     activity = torch.profiler.ProfilerActivity
-    with in_place(FabricConfig(accelerator=part.accelerator, precision="bf16-mixed")) as fabric:  # type: ignore
+    with in_place(FabricConfig(accelerator=part.accelerator, precision=PRECISION)) as fabric:  # type: ignore
         _, _, train = _opened(fabric, load_config(options(part, f"run_dir={part.scratch / 'profile'}")))
         train()  # warms up
         with torch.profiler.profile(activities=[activity.CUDA if part.on_gpu else activity.CPU]) as profiler:

@@ -10,9 +10,10 @@ import torch
 
 from .record import Part, Table, text_of
 from .timing import interleaved, kernels_of, peak_gib, use_tf32
-from .work import Size, Work, autocast_of
+from .work import Size, Work
 
 GOAL_MFU, GOAL_OF_BARE = 0.40, 0.97
+HALVES = ("bf16-true", "bf16-mixed")
 OTHERS = ("mixer_b16_224", "vit_large_patch16_224")
 
 
@@ -33,40 +34,42 @@ COLUMNS = ("way", "images/s", "MFU %", "of the bare loop", "GiB beyond the model
 
 def run(part: Part) -> None:
     part.attempt("ViT-B", lambda: base(part))
-    half = autocast_of(part.device, "bf16-mixed")
     for model in ("mixer, tiny",) if part.tiny else OTHERS:
-        part.attempt(model, lambda model=model: others(part, model, half, 2 if part.tiny else 3))
+        part.attempt(model, lambda model=model: others(part, model, 2 if part.tiny else 3))
 
 
 def base(part: Part) -> None:
-    """One client of ViT-B in every precision, in all ways."""
+    """One client of ViT-B in every precision, in all ways; what a run should be like comes first."""
     size, repeats = size_of(part), 2 if part.tiny else 5
     part.say(f"{size}")
     table = part.table(f"One client, {size.model} at {size.pixels} px, batch {size.batch}", *COLUMNS)
     compare = _Comparison(part, table)
-    work, in_full = Work(size, part.device), Work(size, part.device, half=False)
-    part.say(f"{work.flop / 1e9:.1f} GFLOP an image (forward and backward, frozen weights)")
-    full = autocast_of(part.device, "32-true")
-    half = autocast_of(part.device, "bf16-mixed")
-    part.attempt("agreement with the bare loop", lambda: agreement(part, in_full, full))
-    part.attempt("bf16", lambda: compare("bf16", work, half, repeats, bare=True, peft=True))
-    part.attempt("bf16, compiled", lambda: compiled(part, compare, size, half, repeats))
+    in_full = Work(size, part.device, precision="32-true")
+    part.say(f"{in_full.flop / 1e9:.1f} GFLOP an image (forward and backward, frozen weights)")
+    part.attempt("agreement with the bare loop", lambda: agreement(part, in_full))
+    for name in HALVES[:: -1 if part.tiny else 1]:
+        work = Work(size, part.device, precision=name)
+        part.attempt(f"{name}, compiled", lambda name=name: compiled(part, compare, size, name, repeats))
+        part.attempt(name, lambda name=name, work=work: compare(
+            name, work, repeats, bare=True, peft=name == "bf16-mixed"))  # fmt: skip
+        if name == "bf16-true":
+            part.attempt("kernels", lambda work=work: kernels(part, f"{size.steps} steps, bf16-true", work.package()))
+    true = Work(size, part.device, precision="bf16-true")
     if part.on_gpu:
-        part.attempt("bf16 as a CUDA graph", lambda: compare.ways(
-            {"bf16, step as a CUDA graph": work.as_graph()}, work, repeats))  # fmt: skip
-        part.attempt("bf16, compiled with CUDA graphs", lambda: reduced(part, compare, size, half, repeats))
-    part.attempt("bf16, dropout", lambda: compare(
-        "bf16, dropout 0.1", Work(size_of(part, dropout=0.1), part.device), half, repeats))  # fmt: skip
+        part.attempt("a CUDA graph", lambda: compare.ways(
+            {"bf16-true, step as a CUDA graph": true.as_graph()}, true, repeats))  # fmt: skip
+        part.attempt("compiled with CUDA graphs", lambda: reduced(part, compare, size, repeats))
+    part.attempt("dropout", lambda: compare("bf16-true, dropout 0.1", Work(
+        size_of(part, dropout=0.1), part.device, precision="bf16-true"), repeats))  # fmt: skip
     for name, tf32 in (("float32, TF32 on", True), ("float32, TF32 off", False))[part.tiny :]:
 
         def of_float32(name: str = name, tf32: bool = tf32) -> None:
             use_tf32(tf32)
-            compare(name, in_full, full, min(repeats, 3), bare=True, peft=not (tf32 or part.tiny))
+            compare(name, in_full, min(repeats, 3), bare=True, peft=not (tf32 or part.tiny))
 
         part.attempt(name, of_float32)
     use_tf32(False)
     goals(part, compare)
-    part.attempt("kernels", lambda: kernels(part, f"bf16, {size.steps} steps", work.package(half)))
 
 
 def kernels(part: Part, name: str, way: Callable[[], Any]) -> None:
@@ -85,14 +88,12 @@ class _Comparison:
         self.rates: dict[str, float] = {}  # images/s
         self.utilisation: dict[str, float] = {}
 
-    def __call__(
-        self, name: str, work: Work, autocast: Any, repeats: int, *, bare: bool = False, peft: bool = False
-    ) -> None:
-        ways: dict[str, Callable[[], Any]] = {name: work.package(autocast)}
+    def __call__(self, name: str, work: Work, repeats: int, *, bare: bool = False, peft: bool = False) -> None:
+        ways: dict[str, Callable[[], Any]] = {name: work.package()}
         if bare:
-            ways[f"{name}: bare loop"] = work.bare(autocast)
+            ways[f"{name}: bare loop"] = work.bare()
         if peft:
-            made = self.part.attempt(f"{name}: peft", lambda: work.peft(autocast))
+            made = self.part.attempt(f"{name}: peft", work.peft)
             ways |= {f"{name}: peft": made} if made is not None else {}
         self.ways(ways, work, repeats)
 
@@ -119,63 +120,57 @@ def mfu(part: Part, work: Work, rates: list[float]) -> list[float] | None:
     return [100 * rate * work.flop / (part.peak_tflops * 1e12) for rate in rates]
 
 
-def agreement(part: Part, work: Work, autocast: Any) -> None:
+def agreement(part: Part, work: Work) -> None:
     """The package and the bare loop end with the same adapter, at float32."""
     use_tf32(False)
-    mine, theirs = work.package(autocast)(), work.bare(autocast)()
+    mine, theirs = work.package()(), work.bare()()
     moved = (theirs - work.start).norm()
     gap = float((mine - theirs).norm() / moved)
     part.check("local training ends as the bare loop does", gap < 1e-3, f"difference {gap:.1e} of the way (1e-3)")
 
 
-def compiled(part: Part, compare: _Comparison, size: Size, autocast: Any, repeats: int) -> None:
+def compiled(part: Part, compare: _Comparison, size: Size, precision: str, repeats: int) -> None:
     """The package with model.compile, and the bare loop compiled; on a model of their own."""
     torch.compiler.reset()
-    work = Work(size, part.device)
+    work = Work(size, part.device, precision=precision)
     work.model.compile(backend=backend(part))  # as experiment.py does for model.compile
-    compare.ways(
-        {
-            "bf16, compiled": work.package(autocast),
-            "bf16, compiled: bare loop": work.bare(autocast, backend(part)),
-        },
-        work,
-        repeats,
-    )
-    part.attempt("kernels", lambda: kernels(part, f"bf16, compiled, {size.steps} steps", work.package(autocast)))
+    name = f"{precision}, compiled"
+    compare.ways({name: work.package(), f"{name}: bare loop": work.bare(backend(part))}, work, repeats)
+    part.attempt("kernels", lambda: kernels(part, f"{size.steps} steps, {name}", work.package()))
 
 
-def reduced(part: Part, compare: _Comparison, size: Size, autocast: Any, repeats: int) -> None:
+def reduced(part: Part, compare: _Comparison, size: Size, repeats: int) -> None:
     """The package with model.compile_mode=reduce-overhead: CUDA graphs of forward and backward pass."""
     torch.compiler.reset()
-    work = Work(size, part.device)
+    work = Work(size, part.device, precision="bf16-true")
     work.model.compile(backend="inductor", mode="reduce-overhead")  # model.compile_mode
-    compare.ways({"bf16, compiled, CUDA graphs": work.package(autocast)}, work, repeats)
+    compare.ways({"bf16-true, compiled, CUDA graphs": work.package()}, work, repeats)
 
 
-def others(part: Part, model: str, autocast: Any, repeats: int) -> None:
-    """Another model, in bf16 with and without compilation."""
+def others(part: Part, model: str, repeats: int) -> None:
+    """Another model, in bf16-true with and without compilation."""
     size = Size("mixer_s32_224", 64, 4, batch=4, steps=1) if part.tiny else size_of(part, model)
     table = part.table(f"One client, {size.model} at {size.pixels} px, batch {size.batch}", *COLUMNS)
     compare = _Comparison(part, table)
     torch.compiler.reset()
-    work = Work(size, part.device)
+    work = Work(size, part.device, precision="bf16-true")
     part.say(f"{work.flop / 1e9:.1f} GFLOP an image")
-    compare("bf16", work, autocast, repeats)
+    compare("bf16-true", work, repeats)
     if not part.tiny:
-        part.attempt(f"{model}, compiled", lambda: _compile(part, work, compare, autocast, repeats))
+        part.attempt(f"{model}, compiled", lambda: _compile(part, work, compare, repeats))
 
 
-def _compile(part: Part, work: Work, compare: _Comparison, autocast: Any, repeats: int) -> None:
+def _compile(part: Part, work: Work, compare: _Comparison, repeats: int) -> None:
     work.model.compile(backend=backend(part))
-    compare.ways({"bf16, compiled": work.package(autocast)}, work, repeats)
+    compare.ways({"bf16-true, compiled": work.package()}, work, repeats)
 
 
 def goals(part: Part, compare: _Comparison) -> None:
     """The best bf16 that a run can have, against the best bare loop."""
-    bf16 = {name: rate for name, rate in compare.rates.items() if name.startswith("bf16") and "dropout" not in name}
-    bare = [rate for name, rate in bf16.items() if "bare" in name]
-    possible = ("bf16", "bf16, compiled", "bf16, compiled, CUDA graphs")  # by the options of a run
-    mine = {name: rate for name, rate in bf16.items() if name in possible}
+    rates = compare.rates
+    bare = [rate for name, rate in rates.items() if name.startswith("bf16") and "bare" in name]
+    possible = {*HALVES, *(f"{name}, compiled" for name in HALVES), "bf16-true, compiled, CUDA graphs"}  # of a run
+    mine = {name: rate for name, rate in rates.items() if name in possible}
     if not (bare and mine):
         return
     best = max(mine, key=lambda name: mine[name])

@@ -12,30 +12,30 @@ import torch
 
 from . import cohorts, training
 from .record import Part
-from .work import Size, Work, autocast_of
+from .work import Size, Work
 
 
 def run(part: Part, turn: int, turns: int) -> None:
     """Every `turns`-th job, from `turn` on."""
-    half, backend = autocast_of(part.device, "bf16-mixed"), training.backend(part)
+    backend = training.backend(part)
 
-    def package(size: Size, cohort: int = 1) -> None:
-        work = Work(dataclasses.replace(size, steps=1, clients=cohort), part.device, widest=cohort)
+    def package(size: Size, cohort: int = 1, precision: str = "bf16-true") -> None:
+        work = Work(dataclasses.replace(size, steps=1, clients=cohort), part.device, cohort, precision)
         work.model.compile(backend=backend)
-        work.package(half, cohort)()
+        work.package(cohort)()
 
-    def bare(size: Size) -> None:
-        Work(dataclasses.replace(size, steps=1), part.device).bare(half, backend)()
+    def bare(size: Size, precision: str) -> None:
+        Work(dataclasses.replace(size, steps=1), part.device, precision=precision).bare(backend)()
 
     def graphs(size: Size) -> None:
-        work = Work(dataclasses.replace(size, steps=1), part.device)
+        work = Work(dataclasses.replace(size, steps=1), part.device, precision="bf16-true")
         work.model.compile(backend="inductor", mode="reduce-overhead")
-        work.package(half)()
+        work.package()()
 
     base = training.size_of(part)
     jobs: dict[str, Callable[[], None]] = {
-        "one client": lambda: package(base),
-        "bare loop": lambda: bare(base),
+        **{f"one client, {p}": lambda p=p: package(base, precision=p) for p in training.HALVES},
+        **{f"bare loop, {p}": lambda p=p: bare(base, p) for p in training.HALVES},
         **{f"cohort of {c}": lambda c=c: package(cohorts.size_of(part), c) for c in cohorts.compiled(part)},
         "CUDA graphs": lambda: graphs(base),
         **{model: lambda model=model: package(training.size_of(part, model)) for model in training.OTHERS},

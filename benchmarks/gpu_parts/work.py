@@ -58,15 +58,16 @@ def build(size: Size) -> AdaptedModel:
 class Work:
     """The same images and start for all ways of training on them."""
 
-    def __init__(self, size: Size, device: torch.device, widest: int = 1, *, half: bool = True) -> None:
-        """`widest` is the largest cohort; `half`: the model of a run in bf16-mixed, which trains in nothing else."""
+    def __init__(self, size: Size, device: torch.device, widest: int = 1, precision: str = "bf16-mixed") -> None:
+        """`widest` is the largest cohort; the model is that of a run with this fabric.precision."""
         self.size, self.device = size, device
         self.model = build(size)
         self.flop = flop_of_an_image(self.model, size.pixels)
         self.plain = copy.deepcopy(self.model.backbone)
         self.model.attach(device, widest)
-        if half:
-            self.model.hold_frozen_in(torch.bfloat16)
+        self.model.set_precision(precision)
+        self.autocast = autocast_of(device, precision)
+        self.is_true_half = precision == "bf16-true"
         generator = seeded(0, "images", device=device)
         count = size.batch * widest
         shape = (count, 3, size.pixels, size.pixels)
@@ -83,9 +84,9 @@ class Work:
         own = torch.arange(cohort * self.size.batch).view(cohort, -1).numpy()
         return cohort_steps([[images] * self.size.steps for images in own])
 
-    def package(self, autocast: Autocast, cohort: int = 1) -> Callable[[], Tensor]:
+    def package(self, cohort: int = 1) -> Callable[[], Tensor]:
         """All clients, `cohort` of them side by side, by the package's LocalTraining; returns the last one's row."""
-        training = LocalTraining(self.model, self.labels, CLIENT, autocast=autocast)
+        training = LocalTraining(self.model, self.labels, CLIENT, autocast=self.autocast)
         steps, inputs = self.steps(cohort), self.images[: cohort * self.size.batch]
 
         def train() -> Tensor:
@@ -97,15 +98,24 @@ class Work:
 
         return train
 
-    def bare(self, autocast: Autocast, compiled: str | None = None) -> Callable[[], Tensor]:
-        """One client by a plain loop: y = W0 x + s·B(Ax), the fused optimiser of PyTorch."""
+    def bare(self, compiled: str | None = None) -> Callable[[], Tensor]:
+        """One client by a plain loop: y = W0 x + s·B(Ax), the fused optimiser of PyTorch.
+
+        In bf16-true all that is not trained is bfloat16, as one would write it: weights of adapted layers, too.
+        """
         backbone = copy.deepcopy(self.plain)
         replace_adapters(backbone)
         backbone.to(self.device)
-        parameters = trained_parameters(backbone, self.model.adapters.layout)
-        return self._loop(backbone, parameters, autocast, self.start, compiled)
+        layout = self.model.adapters.layout
+        parameters = trained_parameters(backbone, layout)
+        if self.is_true_half:
+            for tensor in {*backbone.parameters(), *backbone.buffers()} - set(parameters):
+                tensor.data = tensor.data.to(torch.bfloat16) if tensor.is_floating_point() else tensor.data
+            head = backbone.get_submodule(next(iter(layout.head)).rpartition(".")[0])
+            head.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+        return self._loop(backbone, parameters, self.start, compiled)
 
-    def peft(self, autocast: Autocast) -> Callable[[], Tensor]:
+    def peft(self) -> Callable[[], Tensor]:
         """One client by the same loop on a model of peft."""
         from peft import LoraConfig, get_peft_model
 
@@ -117,10 +127,10 @@ class Work:
             modules_to_save=[head.rpartition(".")[0]],
         )  # fmt: skip
         wrapped: Any = get_peft_model(backbone, config).to(self.device)
-        return self._loop(wrapped, [p for p in wrapped.parameters() if p.requires_grad], autocast)
+        return self._loop(wrapped, [p for p in wrapped.parameters() if p.requires_grad])
 
     def _loop(
-        self, backbone: Any, parameters: list[torch.nn.Parameter], autocast: Autocast,
+        self, backbone: Any, parameters: list[torch.nn.Parameter],
         start: Tensor | None = None, compiled: str | None = None,
     ) -> Callable[[], Tensor]:  # fmt: skip
         forward = torch.compile(backbone, backend=compiled) if compiled else backbone
@@ -134,16 +144,17 @@ class Work:
             )  # fmt: skip
             for _ in range(self.size.steps):
                 inputs = (self.images.float() - self.model.mean) / self.model.std
-                take_step(forward, optimizer, parameters, inputs, self.labels, CLIENT.clip_norm, autocast)
+                inputs = inputs.bfloat16() if self.is_true_half else inputs
+                take_step(forward, optimizer, parameters, inputs, self.labels, CLIENT.clip_norm, self.autocast)
             return read_row(parameters)
 
         return train
 
     def as_graph(self) -> Callable[[], None]:
-        """The package's step of one client, in bf16, captured once as a CUDA graph and replayed.
+        """The package's step of one client, in bf16-true, captured once as a CUDA graph and replayed.
 
         As https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs asks: steps on a side stream first, inputs
-        that stay where they are, no cache of autocast, SGD, which needs no `capturable`.
+        that stay where they are, no autocast, whose cache does not outlive a step, SGD, which needs no `capturable`.
         """
         adapters, rule = self.model.adapters, GradientRule(CLIENT.clip_norm)
         adapters.resize(1)
@@ -155,7 +166,7 @@ class Work:
 
         def step() -> None:
             gradient.zero_()
-            with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            with self.autocast():
                 logits = self.model(self.images)
             client_losses(logits, self.labels.unsqueeze(0), weights).sum().backward()
             rule.apply(gradient, adapters.flat.data)

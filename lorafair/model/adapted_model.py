@@ -14,8 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafair import third_party
 from lorafair.errors import ConfigError
-from lorafair.model.lora import AdapterParameters, LoRALinear, block_of
+from lorafair.model.lora import AdapterParameters, ClientHead, LoRALinear, block_of
+from lorafair.model.patches import embed_patches_by_products
 from lorafair.model.proof import prove_apart
+
+_HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what linear layers compute in under autocast
 
 
 class AdaptedModel(nn.Module):
@@ -38,6 +41,7 @@ class AdaptedModel(nn.Module):
         self.gradient_checkpointing = False
         self._adapters: AdapterParameters | None = None
         self._held_in: torch.dtype | None = None
+        self._computes_in = torch.float32  # what flows between the layers, where autocast does not say otherwise
 
     def checkpoint_gradients(self) -> None:
         """Keep only what enters each block for the backward pass. ConfigError for a backbone that cannot."""
@@ -65,8 +69,17 @@ class AdaptedModel(nn.Module):
             prove_apart(self, max_cohort)
         if device is not None:
             self.to(device)
+        if self.mean.device.type == "cuda":
+            embed_patches_by_products(self.backbone)
         self._adapters = AdapterParameters(self.backbone, max_cohort)
         return self
+
+    def set_precision(self, precision: str) -> None:
+        """Hold the weights as a run with this fabric.precision computes with them; once, after `attach`."""
+        if precision == "bf16-true":
+            self.compute_in(torch.bfloat16)
+        elif precision in _HALVES:
+            self.hold_frozen_in(_HALVES[precision])
 
     def hold_frozen_in(self, dtype: torch.dtype) -> None:
         """Keep the weights of linear layers that nothing trains in what autocast casts them to at every step.
@@ -80,16 +93,40 @@ class AdaptedModel(nn.Module):
             if type(layer) is nn.Linear and layer not in adapted:
                 layer.to(dtype)
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Keep all that nothing trains in this type, and compute in it, without autocast; logits are float32.
+
+        The weights of adapted layers stay float32 and are cast at every step: methods may add to them what is smaller
+        than the steps of half precision. The factors and the head stay float32, too.
+        """
+        self._computes_in = dtype
+        kept: set[nn.Module] = set()
+        for module in self.backbone.modules():
+            if isinstance(module, LoRALinear):
+                module.computes_in = dtype
+                kept |= {module, module.base}
+            elif isinstance(module, ClientHead):
+                module.in_float32 = True
+                kept.add(module)
+        for module in set(self.backbone.modules()) - kept:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (..., 3, S, S) -> float32 with the checkpoint's mean and standard deviation."""
         return images.float().sub_(self.mean).div_(self.std)  # in place: fresh memory costs more than the arithmetic
 
+    def _entering(self, images: Tensor) -> Tensor:
+        """uint8 images (..., 3, S, S) as the first layer takes them."""
+        return self.normalize(images).to(self._computes_in)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (C*N, 3, S, S) uint8, or tokens (C*N, T, D) from `embed`, to logits (C*N, classes)."""
         if inputs.dtype == torch.uint8:
-            return cast(Tensor, self.backbone(self.normalize(inputs)))
+            return cast(Tensor, self.backbone(self._entering(inputs)))
         backbone: Any = self.backbone
-        tokens = inputs.float()  # where they are kept in half the bits
+        tokens = inputs.to(self._computes_in)  # they may be kept in half the bits
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in backbone.blocks[self.prefix_blocks :]:
             tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
@@ -98,7 +135,7 @@ class AdaptedModel(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """uint8 images (N, 3, S, S) to the tokens (N, T, D) that enter the first adapted block."""
         backbone: Any = self.backbone
-        x = self.normalize(images)
+        x = self._entering(images)
         x = backbone.stem(x) if type(backbone).__name__ == "MlpMixer" else third_party.vit_tokens(backbone, x)
         for block in backbone.blocks[: self.prefix_blocks]:
             x = block(x)

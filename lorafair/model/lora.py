@@ -67,6 +67,7 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.dropout_streams: DropoutStreams | None = None
         self.client_scales: Tensor | None = None  # (C, 1, 1) of the update, beyond `scaling`
+        self.computes_in: torch.dtype | None = None  # to which all of it is cast; None: as it is, or as autocast says
         device = base.weight.device
         self.A = nn.Parameter(torch.empty(1, lora_rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(1, base.out_features, lora_rank, device=device))
@@ -103,12 +104,16 @@ class LoRALinear(nn.Module):
         A = self.A if self.client_scales is None else self.A * self.client_scales[:cohort]
         B = self.outgoing
         kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
-        if x.is_cuda and not torch.compiler.is_compiling():  # compilers fuse by themselves
+        weight = self.base.weight
+        if self.computes_in is not None:
+            weight, A, B = (tensor.to(self.computes_in) for tensor in (weight, A, B))
+            bias = None if bias is None else bias.to(self.computes_in)
+        if x.is_cuda:
             rows = x.reshape(cohort, -1, x.shape[-1])  # (C, N..., I)
             dropped = None if kept is x else kept.reshape(rows.shape)
-            product = adapted_product(rows, self.base.weight, bias, A, B, self.scaling, dropped)
+            product = adapted_product(rows, weight, bias, A, B, self.scaling, dropped)
             return product.view(*x.shape[:-1], product.shape[-1])
-        out = F.linear(x, self.base.weight, bias)
+        out = F.linear(x, weight, bias)
         hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)
         return torch.baddbmm(stacked, hidden, B.mT, alpha=self.scaling).view_as(out)
@@ -124,6 +129,7 @@ class ClientHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, classes, features))
         self.bias = nn.Parameter(torch.zeros(1, classes))
+        self.in_float32 = False  # whatever comes in; else in the type of what comes in, or as autocast says
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """A fresh head: weights normal with standard deviation 0.02 (timm's for a ViT head), bias zero."""
@@ -132,6 +138,8 @@ class ClientHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(C*N, ..., D) -> (C*N, ..., classes)."""
+        if self.in_float32:
+            x = x.float()
         stacked = x.reshape(self.weight.shape[0], -1, x.shape[-1])  # (C, N..., D)
         return torch.baddbmm(self.bias.unsqueeze(1), stacked, self.weight.mT).view(*x.shape[:-1], -1)
 

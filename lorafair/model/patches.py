@@ -1,0 +1,49 @@
+"""The embedding of patches as one matrix product.
+
+A convolution whose stride is its kernel reads every pixel once, so it is a product of patches and weights. On an H100
+cuDNN takes 0.9 ms for 128 images of 224 pixels in bfloat16, and the product with its copy 0.1 ms (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchEmbedding(nn.Conv2d):
+    """The convolution it is made from, with the same weight and bias, computed as a product of patches."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        size = cast(tuple[int, int], convolution.kernel_size)
+        super().__init__(convolution.in_channels, convolution.out_channels, size, size, device="meta")
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.train(convolution.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H // h, W // w) for patches of h x w pixels; what is left at the edges is not used."""
+        height, width = self.weight.shape[2:]
+        rows, columns = images.shape[2] // height, images.shape[3] // width
+        cut = images[:, :, : rows * height, : columns * width]
+        patches = cut.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (N, C, rows, h, columns, w)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (N, rows, columns, C·h·w)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def embed_patches_by_products(backbone: nn.Module) -> None:
+    """Put the product in the place of every convolution that it can stand for, in place; nothing trains them."""
+    for path, module in list(backbone.named_modules()):
+        if type(module) is nn.Conv2d and _of_patches(module):
+            parent, _, name = path.rpartition(".")
+            setattr(backbone.get_submodule(parent), name, PatchEmbedding(module).requires_grad_(False))
+
+
+def _of_patches(convolution: nn.Conv2d) -> bool:
+    return (
+        convolution.stride == convolution.kernel_size
+        and max(convolution.kernel_size) > 1
+        and (convolution.padding in (0, (0, 0), "valid"))
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+    )
