@@ -181,7 +181,7 @@ def options() -> argparse.Namespace:
     add("--gpus", type=int, nargs="+", default=[1, 8, 64, 256, 1024], metavar="W")
     add("--servers", nargs="+", default=["rank0", "sharded"], choices=["rank0", "sharded"])
     add("--sigma", type=float, default=1.0, help="of the logarithm of a client's size (1)")
-    add("--images-per-second", type=float, default=4250, help="a GPU trains; measured: ViT-B, bf16-true, compiled, H100")
+    add("--images-per-second", type=float, default=4250, help="a GPU trains; measured: bf16-true, compiled, H100")
     add("--evaluated-per-second", type=float, default=8500, help="measured: the same card, not compiled")
     add("--step-ms", type=float, default=17.0, help="of the shortest step; measured for 64 images, compiled")
     add("--cohort-ms", type=float, default=5.0, help="around a cohort; the CPU takes 1 to 5 a client (rounds.py)")
