@@ -56,11 +56,12 @@ def test_all_parts_with_a_tiny_model(tmp_path: Path) -> None:
         assert all(rows for rows in tables[name]), name
     checks = [check["check"] for check in report["parts"]["correctness"]["checks"]]
     assert checks == [
-        "every method as on the CPU", "server steps as on the CPU", "a client with NaN is left out",
-        "killed and resumed = uninterrupted", "one process, a group of its own, over gloo",
+        "a client with NaN is left out", "killed and resumed = uninterrupted",
+        "one process, a group of its own, over gloo", "every method as on the CPU", "server steps as on the CPU",
     ]  # fmt: skip
     ways = {row["way"]: row for row in tables["training"][0]}
-    assert {"bf16", "bf16: bare loop", "bf16: peft", "bf16, compiled", "float32, TF32 off"} <= ways.keys()
+    halves = {f"bf16-{kind}{way}" for kind in ("true", "mixed") for way in ("", ": bare loop", ", compiled")}
+    assert {*halves, "bf16-mixed: peft", "bf16-true, dropout 0.1", "float32, TF32 off"} <= ways.keys()
     for row in [*ways.values(), *tables["cohorts"][0]]:
         assert len(row["images/s"]) == 2
         assert min(row["images/s"]) > 0
@@ -74,7 +75,7 @@ def test_all_parts_with_a_tiny_model(tmp_path: Path) -> None:
     assert len(goals) == 8
     assert all(goal["verdict"] == "met" or goal["verdict"].startswith("short by ") for goal in goals)
     text = (tmp_path / "gpu.md").read_text()
-    assert "| bf16: bare loop |" in text
+    assert "| bf16-true: bare loop |" in text
     assert "nan" not in text.lower().replace("a client with nan", "")
 
 
@@ -189,6 +190,15 @@ def test_gaps_of_a_trace() -> None:
     assert idle.gaps == [rounds.Gap(pytest.approx(900e-6), "copy", "third")]  # the one of 10 µs is too short
     with pytest.raises(ValueError, match="no event of the categories kernel"):
         rounds.idle_time([], rounds.KERNELS)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_server_step_of_every_method_is_timed_once_for_each_number_of_clients() -> None:
+    server = importlib.import_module("gpu_parts.server")
+    turns = [(count, method) for count, methods in server.turns(tiny=False) for method in methods]
+    assert sorted(turns) == sorted((count, method) for count in (6, 18, 100) for method in server.METHODS)
+    assert turns[: len(server.FIRST)] == [(100, method) for method in server.FIRST]
+    assert [method for _, method in turns[-3:]] == [server.SLOW] * 3
 
 
 @pytest.mark.usefixtures("gpu")

@@ -1,12 +1,11 @@
-"""BACKEND ARGUMENT...: a run of the command whose process group has this backend, also where it is of one process.
+"""BACKEND ARGUMENT...: a run of the command in one process, with a process group that has this backend.
 
-The package opens no group for one process, and one of NCCL for GPUs, which refuses two processes on one card. Here one
-process counts as more than one wherever the package asks, so that it takes part in every collective.
+The package opens no group for one process. Here one process counts as more than one wherever the package asks, so that
+it takes part in every collective.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -42,8 +41,7 @@ def main(backend: str, arguments: list[str]) -> int:
         made._process_group_backend = backend
         return made
 
-    if "WORLD_SIZE" not in os.environ:  # one process by itself
-        Fabric.world_size = property(lambda self: Grouped(getattr(self._strategy, "world_size", 1)))  # type: ignore
+    Fabric.world_size = property(lambda self: Grouped(getattr(self._strategy, "world_size", 1)))  # type: ignore
     launch._strategy = strategy
     train = training.train_clients
 

@@ -1,6 +1,7 @@
-"""Of part a, what needs processes of its own: killed and resumed, in a process group of one, two on one card.
+"""Of part a, what needs processes of its own: killed and resumed, in a process group of one.
 
-They are started together and looked at later.
+They are started together and looked at later. Two processes cannot share a card: NCCL refuses them, and gloo does not
+send and receive tensors of a GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,54 +22,40 @@ from . import ROOT, environ_of_child
 from .record import Part
 
 LONGEST = 90.0  # seconds of a child
-KILLED, GROUPED, SHARING = "killed", "one process, a group of its own", "two processes, one device"
+KILLED, GROUPED = "killed", "one process, a group of its own"
 
 
 @dataclass
 class Children:
-    """The processes by what they show, and where their output goes."""
+    """A process by what it shows, and where its output goes."""
 
-    running: dict[str, list[subprocess.Popen[bytes]]] = field(default_factory=dict)
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     folder: Path = Path()
     done_when_killed: int = 0  # clients of round 2; 0 if the run had ended before
 
-    def start(self, name: str, count: int, command: Sequence[str]) -> None:
-        """`count` processes as torchrun would start them on as many nodes, or one by itself."""
-        self.running[name] = []
-        port = free_port()
-        for rank in range(count):
-            own = environ_of_child()
-            if count > 1:
-                own |= {
-                    "TORCHELASTIC_RUN_ID": "gpu", "RANK": str(rank), "GROUP_RANK": str(rank), "LOCAL_RANK": "0",
-                    "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                }  # fmt: skip
-            with self.log(name, rank).open("wb") as log:
-                self.running[name].append(
-                    subprocess.Popen(list(command), env=own, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-                )
+    def start(self, name: str, command: Sequence[str]) -> None:
+        with self.log(name).open("wb") as log:
+            self.running[name] = subprocess.Popen(
+                list(command), env=environ_of_child(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            )
 
-    def log(self, name: str, rank: int = 0) -> Path:
-        return self.folder / f"{name.replace(' ', '-')}-{rank}.log"
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '-')}.log"
 
     def run_dir(self, name: str) -> Path:
         return self.folder / name.replace(" ", "-")
 
     def wait(self, name: str, expected: int = 0) -> str:
-        """What is wrong with the processes of this name, after they have ended; else an empty text."""
-        until = time.monotonic() + LONGEST
-        problems = []
-        for rank, process in enumerate(self.running[name]):
-            try:
-                status = process.wait(max(1.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                status = -1
-                _kill(process)
-            if status != expected:
-                text = self.log(name, rank).read_text(errors="replace")[-1500:]
-                problems.append(f"process {rank} ended with status {status}:\n{text}")
-        return "\n".join(problems)
+        """What is wrong with the process of this name, after it has ended; else an empty text."""
+        process = self.running[name]
+        try:
+            status = process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            status = -1
+            _kill(process)
+        if status == expected:
+            return ""
+        return f"the process ended with status {status}:\n{self.log(name).read_text(errors='replace')[-1500:]}"
 
     def killed(self, part: Part, federation: Callable[..., Any]) -> None:
         """SIGKILL within round 2; the same run, continued, has the bits of one that was not disturbed."""
@@ -93,7 +79,7 @@ class Children:
 
     def kill_within_round_2(self) -> None:
         """Wait for the first client of round 2, and kill the run at once."""
-        (process,), checkpoints = self.running[KILLED], self.run_dir(KILLED) / "checkpoints"
+        process, checkpoints = self.running[KILLED], self.run_dir(KILLED) / "checkpoints"
         while process.poll() is None:
             if done := list(checkpoints.glob("unfinished_000002/clients_*.safetensors")):
                 _kill(process)
@@ -101,7 +87,7 @@ class Children:
             time.sleep(0.001)
 
     def grouped(self, part: Part, federation: Callable[..., Any]) -> None:
-        """The collectives of one process over NCCL, and of two on one device over gloo, change no bit."""
+        """The collectives of one process, over NCCL on a GPU, change no bit."""
         import lorafair
 
         from .correctness import TOLERANCE, gap_of, same_bits
@@ -109,21 +95,15 @@ class Children:
         alone = federation(part, "whole", "method.name=lora_fair")  # finished before, in general
         if part.on_gpu:
             part.note(f"fabric.devices=2 on this machine: {refusal()}")
-        for name in (GROUPED, SHARING):
-            if name not in self.running:
-                continue
-            if problem := self.wait(name):
-                if name == SHARING:  # nobody has promised that
-                    part.note(f"{name}: {problem}")
-                else:
-                    part.check(name, False, problem)
-                continue
-            backend = self.log(name).read_text().partition("backend: ")[2].partition("\n")[0]
-            result = lorafair.RunResult(self.run_dir(name))
-            equal = same_bits(result, alone)
-            gap = 0.0 if equal else gap_of(result, alone)
-            part.check(f"{name}, over {backend}", equal or gap < TOLERANCE,
-                       f"equal bits to one process without a group: {equal}, {gap:.1e} apart")  # fmt: skip
+        if problem := self.wait(GROUPED):
+            part.check(GROUPED, False, problem)
+            return
+        backend = self.log(GROUPED).read_text().partition("backend: ")[2].partition("\n")[0]
+        result = lorafair.RunResult(self.run_dir(GROUPED))
+        equal = same_bits(result, alone)
+        gap = 0.0 if equal else gap_of(result, alone)
+        part.check(f"{GROUPED}, over {backend}", equal or gap < TOLERANCE,
+                   f"equal bits to one process without a group: {equal}, {gap:.1e} apart")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -140,18 +120,14 @@ def started(part: Part, options: tuple[str, ...]) -> Iterator[Children]:
 
     try:
         train = [python, str(ROOT / "train.py"), *given, "checkpoint.seconds=0", run_dir(KILLED)]
-        children.start(KILLED, 1, train)
+        children.start(KILLED, train)
         threading.Thread(target=children.kill_within_round_2, daemon=True).start()
         own = "nccl" if part.on_gpu else "gloo"
-        children.start(GROUPED, 1, [python, script, own, *given, run_dir(GROUPED)])
-        if part.on_gpu:
-            nodes = [text for text in given if not text.startswith("fabric.devices")]
-            children.start(SHARING, 2, [python, script, "gloo", *nodes, run_dir(SHARING)])
+        children.start(GROUPED, [python, script, own, *given, run_dir(GROUPED)])
         yield children
     finally:
-        for processes in children.running.values():
-            for process in processes:
-                _kill(process)
+        for process in children.running.values():
+            _kill(process)
 
 
 def refusal() -> str:
@@ -165,12 +141,6 @@ def refusal() -> str:
     except ConfigError as error:
         return str(error)
     return "accepted"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

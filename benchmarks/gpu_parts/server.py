@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .timing import seconds_of
 GOAL_SECONDS = 0.1
 TOLERANCE = 1e-4
 LONGEST_ALL = 2.0  # seconds that all layers may take; a method that is slower is timed on one block
+FIRST = ("lora_fair", "fedit", METRICS, "flex_lora", "fedex_lora")  # what to know if the time ends early
+SLOW = "fedrpca"
 
 
 def moved(state: AdapterState, device: torch.device) -> AdapterState:
@@ -67,15 +70,28 @@ def run(part: Part) -> None:
         "K", "method", "s on the device", "s on the CPU, from one block", "times as fast", "difference",
     )  # fmt: skip
     model, repeats = "vit_base", 2 if part.tiny else 5
-    methods = ["lora_fair", METRICS] if part.tiny else sorted(METHODS, key=lambda name: name == "fedrpca")  # slow: last
-    for count in (2,) if part.tiny else (6, 18, 100):
-        blocks = 1 if part.tiny else WIDTHS[model][1]
+    blocks = 1 if part.tiny else WIDTHS[model][1]
+
+    @cache
+    def of_count(count: int) -> tuple[AdapterState, AdapterState, Tensor]:
         clients, weights = make_clients(model, count, size_b=0.01, blocks=blocks)
-        weights = weights.double()
-        there = moved(clients, part.device)
+        return clients, moved(clients, part.device), weights.double()
+
+    for count, methods in turns(part.tiny):
+        clients, there, weights = of_count(count)
         for method in methods:
             part.attempt(f"{method}, K = {count}", lambda method=method, clients=clients, there=there, weights=weights:
                          line(part, table, method, clients, there, weights, repeats))  # fmt: skip
+
+
+def turns(tiny: bool) -> list[tuple[int, list[str]]]:
+    """K and its methods: the first of all for the most clients, then the others, the slow one last; each once."""
+    if tiny:
+        return [(2, ["lora_fair", METRICS])]
+    most, fewer = 100, (6, 18)
+    others = [name for name in METHODS if name not in (*FIRST, SLOW)]
+    rest = [*((count, [*FIRST, *others]) for count in fewer), (most, others)]
+    return [(most, list(FIRST)), *rest, *((count, [SLOW]) for count in (*fewer, most))]
 
 
 def line(

@@ -154,7 +154,8 @@ class Work:
         """The package's step of one client, in bf16-true, captured once as a CUDA graph and replayed.
 
         As https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs asks: steps on a side stream first, inputs
-        that stay where they are, no autocast, whose cache does not outlive a step, SGD, which needs no `capturable`.
+        that stay where they are, no autocast, whose cache does not outlive a step, SGD, which needs no `capturable`. A
+        graph keeps addresses and no tensors: what was made before it, as the momentum, has to live as long as it.
         """
         adapters, rule = self.model.adapters, GradientRule(CLIENT.clip_norm)
         adapters.resize(1)
@@ -182,7 +183,7 @@ class Work:
         with torch.cuda.graph(graph):
             step()
 
-        def replay() -> None:
+        def replay(_used: object = step) -> None:  # the graph reads what `step` holds, after this function has returned
             adapters.write(self.start)
             for _ in range(self.size.steps):
                 graph.replay()
