@@ -23,19 +23,21 @@ if TYPE_CHECKING:
 def adapted_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, kept: Tensor | None = None
 ) -> Tensor:
-    """x·W0ᵀ + bias + s·(x·Aᵀ)·Bᵀ of each client: (C, n, I) -> (C, n, O), in the type of autocast where that is on.
+    """x·W0ᵀ + bias + s·(x·Aᵀ)·Bᵀ of each client: (C*N, ..., I) -> (C*N, ..., O), in autocast's type where that is on.
 
-    W0 (O, I) and the bias (O,) are frozen and get no gradient. A (C, R, I), B (C, O, R). With `kept` (C, n, I), what
-    dropout has left of x, the adapter's part is s·(kept·Aᵀ)·Bᵀ.
+    W0 (O, I) and the bias (O,) are frozen and get no gradient. A (C, R, I), B (C, O, R). With `kept`, what dropout has
+    left of x, the adapter's part is s·(kept·Aᵀ)·Bᵀ.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, A, B = (tensor.to(dtype) for tensor in (x, weight, A, B))
         bias, kept = (None if tensor is None else tensor.to(dtype) for tensor in (bias, kept))
+    rows = x.reshape(len(A), -1, x.shape[-1])  # (C, n, I)
+    kept = None if kept is None else kept.reshape(rows.shape)
     with torch.autocast(kind, enabled=False):
-        product: Tensor = _AdaptedProduct.apply(x, kept, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
-    return product
+        product: Tensor = _AdaptedProduct.apply(rows, kept, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
+    return product.view(*x.shape[:-1], len(weight))
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -50,19 +52,21 @@ class _AdaptedProduct(torch.autograd.Function):
         B: Tensor,
         scaling: float,
     ) -> Tensor:
-        out = F.linear(x, weight, bias)  # (C, n, O)
+        # No view of what is made here is returned: autograd would not let the next layer change it in place.
+        out = F.linear(x.flatten(0, 1), weight, bias)  # (C*n, O)
         entering = x if kept is None else kept
         hidden = torch.bmm(entering, A.mT)  # (C, n, R)
         ctx.save_for_backward(entering, weight, A, B, hidden)
         ctx.scaling, ctx.dropped = scaling, kept is not None
         if torch.compiler.is_compiling():
-            return out + torch.bmm(hidden, B.mT * scaling)
-        return out.baddbmm_(hidden, B.mT, alpha=scaling)
+            return out + torch.bmm(hidden, B.mT * scaling).flatten(0, 1)
+        out.view(*hidden.shape[:2], -1).baddbmm_(hidden, B.mT, alpha=scaling)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients  # (C, n, O)
         entering, weight, A, B, hidden = ctx.saved_tensors
+        gradient = gradients[0].reshape(*hidden.shape[:2], -1)  # (C, n, O)
         of_x, of_kept, _, _, of_A, of_B, _ = ctx.needs_input_grad
         through: Tensor | None = None
         if of_x and not ctx.dropped:

@@ -109,10 +109,7 @@ class LoRALinear(nn.Module):
             weight, A, B = (tensor.to(self.computes_in) for tensor in (weight, A, B))
             bias = None if bias is None else bias.to(self.computes_in)
         if x.is_cuda:
-            rows = x.reshape(cohort, -1, x.shape[-1])  # (C, N..., I)
-            dropped = None if kept is x else kept.reshape(rows.shape)
-            product = adapted_product(rows, weight, bias, A, B, self.scaling, dropped)
-            return product.view(*x.shape[:-1], product.shape[-1])
+            return adapted_product(x, weight, bias, A, B, self.scaling, None if kept is x else kept)
         out = F.linear(x, weight, bias)
         hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)

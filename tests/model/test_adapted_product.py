@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,30 +10,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorafair.model import adapted_product as adapted_product_module
 from lorafair.model.adapted_product import adapted_product
 from lorafair.model.lora import LoRALinear
 from tests.torch_private import TorchDispatchMode
 
 C, N, R, IN, OUT = 3, 5, 2, 7, 4
 SCALING = 1.7
+# Clients and input features: with one client and at least twice as many inputs as outputs, the gradient is one product.
+WIDTHS = {"three clients": (3, 7), "one client": (1, 7), "one client, wide": (1, 8), "one client, wider": (1, 11)}
 
 
-def tensors(dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors(dtype: torch.dtype, clients: int = C, inputs: int = IN) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (C, N, IN), "weight": (OUT, IN), "bias": (OUT,), "A": (C, R, IN), "B": (C, OUT, R)}
+    shapes = {
+        "x": (clients, N, inputs), "weight": (OUT, inputs), "bias": (OUT,), "A": (clients, R, inputs),
+        "B": (clients, OUT, R),
+    }  # fmt: skip
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
     }
 
 
 def plainly(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    of_clients = [F.linear(x[c], weight + SCALING * B[c] @ A[c], bias) for c in range(C)]
+    of_clients = [F.linear(x[c], weight + SCALING * B[c] @ A[c], bias) for c in range(len(A))]
     return torch.stack(of_clients)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_product_and_its_gradient(with_bias: bool) -> None:
-    given: dict[str, Any] = tensors(torch.float64)
+@pytest.mark.parametrize(("clients", "inputs"), WIDTHS.values(), ids=WIDTHS)
+def test_the_product_and_its_gradient(clients: int, inputs: int, with_bias: bool) -> None:
+    given: dict[str, Any] = tensors(torch.float64, clients, inputs)
     if not with_bias:
         given["bias"] = None
     for name in ("x", "A", "B"):
@@ -62,14 +70,74 @@ def test_the_product_with_what_dropout_has_left() -> None:
 
 
 @pytest.mark.parametrize("trained", [("A",), ("B",), ("x",), ("A", "B")])
-def test_only_what_is_trained_has_a_gradient(trained: tuple[str, ...]) -> None:
-    given = tensors(torch.float64)
+@pytest.mark.parametrize("clients", [C, 1])
+def test_only_what_is_trained_has_a_gradient(clients: int, trained: tuple[str, ...]) -> None:
+    given = tensors(torch.float64, clients, inputs=2 * OUT)
     wanted = [given[name].requires_grad_() for name in trained]
-    weights = torch.arange(C * N * OUT, dtype=torch.float64).view(C, N, OUT)
+    weights = torch.arange(clients * N * OUT, dtype=torch.float64).view(clients, N, OUT)
     found = torch.autograd.grad((adapted_product(**given, scaling=SCALING) * weights).sum(), wanted)
     expected = torch.autograd.grad((plainly(**given) * weights).sum(), wanted)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_one_product_of_a_wide_input_is_the_sum_of_two(dtype: torch.dtype, tolerance: float) -> None:
+    """The gradient of one client, and of the same client beside another one, which is never one product."""
+    given = tensors(dtype, clients=1, inputs=3 * OUT)
+    gradient = torch.randn(1, N, OUT, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight, A, B = (given[name] for name in ("weight", "A", "B"))
+    alone = adapted_product_module._of_input(gradient, weight, A, B)
+    beside = adapted_product_module._of_input(
+        gradient.expand(2, -1, -1), weight, A.expand(2, -1, -1), torch.cat([B, B])
+    )
+    for mine, theirs in zip(alone, beside, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - theirs[:1]).double().norm() <= tolerance * theirs[:1].double().norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(("clients", "inputs"), [(3, 7), (1, 7), (1, 8)])
+def test_the_product_compiles_as_a_whole_with_the_same_gradients(clients: int, inputs: int, dropped: bool) -> None:
+    torch.compiler.reset()
+    given = tensors(torch.float64, clients, inputs)
+    trained = [given[name].requires_grad_() for name in ("x", "A", "B")]
+    mask = torch.arange(inputs).remainder(3).clamp(max=1)
+
+    def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return adapted_product(x, given["weight"], given["bias"], A, B, SCALING, x * mask if dropped else None)
+
+    compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+    weights = torch.arange(clients * N * OUT, dtype=torch.float64).view(clients, N, OUT)
+    found, expected = compiled(*trained), product(*trained)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((out * weights).sum(), trained) for out in (found, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("change", [lambda y: y.relu_(), lambda y: y.add_(1.0)])
+def test_the_next_layer_may_change_the_product_in_place(change: Callable[[Tensor], Tensor]) -> None:
+    """As nn.ReLU(inplace=True) does, or a backbone that adds positions."""
+    given = tensors(torch.float64)
+    trained = [given[name].requires_grad_() for name in ("x", "A", "B")]
+    found = change(adapted_product(**given, scaling=SCALING)).square().sum()
+    expected = change(plainly(**given).clone()).square().sum()
+    gradients = [torch.autograd.grad(loss, trained) for loss in (found, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_images_of_any_shape_enter_client_by_client() -> None:
+    given = tensors(torch.float64)
+    x = given["x"].view(C, N, IN).repeat(1, 4, 1).view(C * 2, 2, N, IN)  # (C*2 images, 2 rows, N columns, I)
+    kept = x * 2
+    shape = {**given, "x": x.view(C, 4 * N, IN)}
+    expected = adapted_product(**shape, scaling=SCALING, kept=kept.view(C, 4 * N, IN))
+    found = adapted_product(**{**given, "x": x}, scaling=SCALING, kept=kept)
+    assert found.shape == (C * 2, 2, N, OUT)
+    assert torch.equal(found.flatten(), expected.flatten())
 
 
 @pytest.mark.parametrize("autocast", [False, True])
