@@ -277,7 +277,8 @@ def build_experiment(
             prove_apart(model, 2, "with privacy.unit=example")
         model.attach(fabric.device, cohort)
     identity = _identity(config, loaded, model)  # of the weights as they were loaded
-    model.set_precision(str(fabric.strategy.precision.precision))
+    with same_error_on_all_ranks(fabric):
+        model.set_precision(str(fabric.strategy.precision.precision))
     cohort = _cohort_with_room(fabric, config, loaded, cohort)
     if METHODS.is_from_plugin(str(config.method["name"])):
         with same_error_on_all_ranks(fabric):

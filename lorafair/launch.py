@@ -145,7 +145,9 @@ def make_fabric(config: FabricConfig, placement: Placement | None = None) -> Fab
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(f"fabric.devices={devices}: this node shows {torch.cuda.device_count()} CUDA devices")
     if accelerator == "cuda" and config.precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
-        raise ConfigError(f"fabric.precision={config.precision}: this GPU has no bfloat16; use 32-true")
+        raise ConfigError(
+            f"fabric.precision={config.precision}: this GPU has no bfloat16; use fabric.precision=32-true"
+        )
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise ConfigError("fabric.precision=16-mixed is for GPUs; use fabric.precision=bf16-mixed or 32-true")
     return Fabric(

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+import lorafair
 import lorafair.federation as federation_module
 from lorafair import experiment
 from lorafair.aggregation.base import Aggregator, LayerUpdate
 from lorafair.checkpointing import lock as lock_module
-from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from lorafair.checkpointing.checkpoint import BASE, list_checkpoints, load_checkpoint, save_checkpoint
 from lorafair.checkpointing.lock import acquire
 from lorafair.client.cohort import LocalTraining
 from lorafair.communication import collectives
@@ -31,7 +32,7 @@ from lorafair.federation import run_federation
 from lorafair.launch import make_fabric
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import LoRAFactors
-from lorafair.model.backbone import build_model
+from lorafair.model.backbone import build_model, create_backbone
 from lorafair.model.side_by_side import NUMBERS_OF_STEP
 from lorafair.registry import METHODS
 from lorafair.server.state import ServerState
@@ -60,6 +61,9 @@ def run(fabric: Any, arguments: Sequence[str], stop_after: int | None = None) ->
     """Run a federation on a rank; with stop_after, end it abruptly once so many rounds are saved."""
     METHODS.add("stacking", Stacking)
     config = load_config(arguments)
+    if config.fabric.precision != "32-true":  # that of the world's Fabric
+        fabric = make_fabric(dataclasses.replace(config.fabric, devices=fabric.world_size))
+        fabric.launch()
     if stop_after is not None:
         save = federation_module.save
 
@@ -260,6 +264,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "compressed_personal": ("method.name=fedsa_lora", "compression.up=ternary", "compression.down=randomk"),
     "compressed_turns": (
         "method.name=ro_lora", "compression.up=topk", "compression.down=topk", "rounds=3", "server.optimizer=fedavgm",
+    ),
+    "bf16_true": (
+        "fabric.precision=bf16-true", "method.name=fedex_lora", "partition.scheme=dirichlet",
+        "partition.clients_per_domain=2", "partition.min_images=5", "federation.clients_per_round=4", "client.cohort=2",
+        "model.lora.dropout=0.1",
+    ),
+    "bf16_true_private": (
+        "fabric.precision=bf16-true", "method.name=ravan", "privacy.unit=example", "privacy.noise_multiplier=1",
+        "model.prefix_cache=never", "model.gradient_checkpointing=true", "client.batch_size=8",
     ),
     "no_cache": ("model.prefix_cache=never", "partition.scheme=iid", "partition.clients=4", "data.workers=1"),
 }  # fmt: skip
@@ -644,13 +657,33 @@ def test_clients_side_by_side_as_many_as_pay_whatever_the_ranks(tiny: Tiny, tmp_
 
 
 @pytest.mark.slow
-def test_mixed_precision_trains_too(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny("fabric.precision=bf16-mixed", "rounds=8", "data.train_images=120", f"run_dir={tmp_path}")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_lower_precision_trains_too(precision: str, tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(f"fabric.precision={precision}", "rounds=8", "data.train_images=120", f"run_dir={tmp_path}")
     fabric = make_fabric(config.fabric)
     fabric.launch()
     run_federation(fabric, config)
     assert json.loads((tmp_path / "result.json").read_text())["mean_accuracy"] > 0.5
     assert adapter_of(tmp_path)["adapter"].dtype == torch.float32
+
+
+def test_a_folding_run_in_bfloat16_leaves_a_float32_model(tiny: Tiny) -> None:
+    """Its other weights are those it was built from, unrounded; the two ways to keep tokens give the same bits."""
+    options = ("fabric.precision=bf16-true", "method.name=fedex_lora", "model.prefix_cache=always", "fabric.threads=1")
+    rows = []
+    for kept in ("bfloat16", "float32"):
+        config = tiny(*options, f"model.prefix_cache_dtype={kept}", "resume=never")
+        result = lorafair.run(config)
+        rows.append(adapter_of(result.run_dir))
+    assert_same_bits(rows[0], rows[1])
+    model, before = result.load_model(), create_backbone(config.model, 4, config.seed).state_dict()
+    adapted = [path for path in rows[0] if path.startswith(BASE)]
+    assert len(adapted) == 4
+    assert all(rows[0][path].dtype == torch.float32 for path in adapted)
+    weights = model.state_dict()
+    same = {name for name, weight in weights.items() if torch.equal(weight, before[name])}
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert len(weights) - len(same) == 4 + 2  # adapted layers and the head
 
 
 @pytest.mark.slow
@@ -698,7 +731,8 @@ def test_a_device_without_room_says_what_to_change_and_keeps_the_finished_client
     message = str(raised.value)
     assert message.startswith("round 1: client ")
     assert (
-        "Tried to allocate 2.00 GiB.); set client.cohort=1 (it is 2), or model.gradient_checkpointing=true" in message
+        "Tried to allocate 2.00 GiB.); set client.cohort=1 (it is 2), or model.gradient_checkpointing=true, or "
+        "fabric.precision=bf16-true, or" in message
     )
     assert message.endswith("or a smaller client.batch_size (it is 16)")
     assert len(list((tmp_path / "run" / "checkpoints").glob("unfinished_*"))) == 1

@@ -103,8 +103,8 @@ def _no_room(experiment: Experiment, what: str, error: torch.OutOfMemoryError) -
     remedies = [f"client.cohort={cohort // 2} (it is {cohort})"] if cohort > 1 else []
     if not config.model.gradient_checkpointing:
         remedies.append("model.gradient_checkpointing=true")
-    if config.fabric.precision == "32-true":
-        remedies.append("fabric.precision=bf16-mixed")
+    if config.fabric.precision in ("32-true", "bf16-mixed"):
+        remedies.append("fabric.precision=bf16-true")
     if config.data.resident:
         remedies.append("data.resident=false")
     remedies.append(f"a smaller client.batch_size (it is {config.client.batch_size})")

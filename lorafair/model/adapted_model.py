@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorafair import third_party
-from lorafair.errors import ConfigError
+from lorafair.errors import ConfigError, first_line
 from lorafair.model.lora import AdapterParameters, ClientHead, LoRALinear, block_of
 from lorafair.model.patches import embed_patches_by_products
 from lorafair.model.proof import prove_apart
@@ -75,9 +75,13 @@ class AdaptedModel(nn.Module):
         return self
 
     def set_precision(self, precision: str) -> None:
-        """Hold the weights as a run with this fabric.precision computes with them; once, after `attach`."""
+        """Hold the weights as a run with this fabric.precision computes with them; once, after `attach`.
+
+        Raises ConfigError for a backbone that cannot: a plug-in's may mix types of its own.
+        """
         if precision == "bf16-true":
             self.compute_in(torch.bfloat16)
+            self._prove_computes(precision)
         elif precision in _HALVES:
             self.hold_frozen_in(_HALVES[precision])
 
@@ -100,18 +104,29 @@ class AdaptedModel(nn.Module):
         than the steps of half precision. The factors and the head stay float32, too.
         """
         self._computes_in = dtype
-        kept: set[nn.Module] = set()
+        kept: set[Tensor] = set()
         for module in self.backbone.modules():
             if isinstance(module, LoRALinear):
                 module.computes_in = dtype
-                kept |= {module, module.base}
+                kept |= {*module.parameters()}
             elif isinstance(module, ClientHead):
                 module.in_float32 = True
-                kept.add(module)
-        for module in set(self.backbone.modules()) - kept:
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(dtype)
+                kept |= {*module.parameters()}
+        for tensor in {*self.backbone.parameters(), *self.backbone.buffers()} - kept:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+
+    @torch.no_grad()
+    def _prove_computes(self, precision: str) -> None:
+        try:
+            self(self.empty_images(len(self.adapters.flat)))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the backbone's own code, which may do anything
+            raise ConfigError(
+                f"fabric.precision={precision}: {type(self.backbone).__name__} does not compute in it "
+                f"({first_line(error)}); set fabric.precision=bf16-mixed or 32-true"
+            ) from error
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (..., 3, S, S) -> float32 with the checkpoint's mean and standard deviation."""

@@ -80,6 +80,7 @@ def test_what_the_server_does_with_the_clients_is_not_read(
         ["model.lora.client_ranks=[4,2,1]"],
         ["model.normalization=clip"], ["model.prefix_cache=auto"], [*SKEWED], [*SKEWED, "partition.alpha=0.3"],
         ["data.train_images=15"], ["data.augmentation=flip"], ["fabric.precision=bf16-mixed"],
+        ["fabric.precision=bf16-true"],
         ["method.name=ffa_lora"], ["method.name=fed_sb"], ["method.name=centralized"],
         ["model.lora.initialization=pissa"],
     ],

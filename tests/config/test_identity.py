@@ -31,6 +31,7 @@ def test_what_changes_no_number_is_no_part_of_it(pair: str) -> None:
         ("client.learning_rate=0.1", "client.learning_rate is 0.01 there and 0.1 here"),
         ("client.momentum=0.5", "client.momentum is 0.9 there and 0.5 here"),
         ("fabric.precision=bf16", "fabric.precision is 32-true there and bf16-mixed here"),
+        ("fabric.precision=bf16-true", "fabric.precision is 32-true there and bf16-true here"),
         ("method.solver=sgd", "method.solver is not set there and sgd here"),
         ("data.domains=[a, b]", "data.domains is None there and ['a', 'b'] here"),
         ("model.prefix_cache_dtype=bfloat16", "model.prefix_cache_dtype is float32 there and bfloat16 here"),

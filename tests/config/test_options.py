@@ -73,6 +73,7 @@ def test_every_name_belongs_to_a_registry_and_every_other_spelling_to_a_value() 
         ("devices=-1", None),
         ("devices=2", 2),
         ("precision=bf16", "bf16-mixed"),
+        ("precision=bf16-true", "bf16-true"),
         ("precision=16", "16-mixed"),
         ("precision=32", "32-true"),
         ("precision='16'", "16-mixed"),
