@@ -272,7 +272,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "bf16_true_private": (
         "fabric.precision=bf16-true", "method.name=ravan", "privacy.unit=example", "privacy.noise_multiplier=1",
-        "model.prefix_cache=never", "model.gradient_checkpointing=true", "client.batch_size=8",
+        "model.gradient_checkpointing=true", "client.batch_size=8", "data.train_images=16",
     ),
     "no_cache": ("model.prefix_cache=never", "partition.scheme=iid", "partition.clients=4", "data.workers=1"),
 }  # fmt: skip

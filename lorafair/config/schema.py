@@ -251,7 +251,7 @@ class ModelConfig:
     prefix_cache_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
         """Number format of cached tokens. float32: the results are those without a cache. bfloat16: half the size,
-        rounded.""",
+        rounded; with fabric.precision=bf16-true the results are the same.""",
     )
     gradient_checkpointing: bool = option(
         False,
