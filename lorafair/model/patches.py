@@ -17,7 +17,7 @@ class PatchEmbedding(nn.Conv2d):
         """(N, C, H, W) -> (N, O, H // h, W // w) for patches of h x w pixels; what is left at the edges is not used."""
         height, width = self.weight.shape[2:]
         rows, columns = images.shape[2] // height, images.shape[3] // width
-        cut = images[:, :, : rows * height, : columns * width]
+        cut = images.narrow(2, 0, rows * height).narrow(3, 0, columns * width)
         patches = cut.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (N, C, rows, h, columns, w)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (N, rows, columns, C·h·w)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

@@ -26,6 +26,7 @@ from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import PARTS, AdapterState, LoRAFactors, Part
 from lorafair.model.adapter import row as row_of
 from lorafair.model.backbone import build_model, check_model
+from lorafair.model.patches import PatchEmbedding
 from lorafair.schedule import effective_step_size, with_scheduled_learning_rate
 from lorafair.seeding import seeded
 from tests.torch_private import FakeTensorMode
@@ -298,13 +299,16 @@ def on_pretended_gpu(config: ModelConfig) -> AdaptedModel:
 MIXER = replace(MODEL, name="mixer_s16_224")
 
 
-def test_the_forward_pass_and_loss_of_a_cohort_stay_on_a_gpu() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_forward_pass_and_loss_of_a_cohort_stay_on_a_gpu(precision: str) -> None:
     with FakeTensorMode(), torch.no_grad():
         m = on_pretended_gpu(MIXER)
+        assert sum(isinstance(module, PatchEmbedding) for module in m.modules()) == 1
         m.adapters.resize(2)
+        m.set_precision(precision)
         images, weights = step_images("cuda"), torch.empty(2, 3, device="cuda")
         losses = client_losses(m(images), torch.empty(2, 3, dtype=torch.int64, device="cuda"), weights)
-        assert losses.device.type == "cuda"
+        assert (losses.device.type, losses.dtype) == ("cuda", torch.float32)
         m.mean = torch.zeros(1, 3, 1, 1)  # the test can fail: one tensor left on the CPU
         with pytest.raises(RuntimeError, match=r"two (different )?devices"):
             m(images)
