@@ -21,22 +21,23 @@ if TYPE_CHECKING:
 
 
 def adapted_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, kept: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
 ) -> Tensor:
     """x·W0ᵀ + bias + s·(x·Aᵀ)·Bᵀ of each client: (C*N, ..., I) -> (C*N, ..., O), in autocast's type where that is on.
 
-    W0 (O, I) and the bias (O,) are frozen and get no gradient. A (C, R, I), B (C, O, R). With `kept`, what dropout has
-    left of x, the adapter's part is s·(kept·Aᵀ)·Bᵀ.
+    W0 (O, I) and the bias (O,) are frozen and get no gradient. A (C, R, I), B (C, O, R). With a dropout mask of zeros
+    and ones, like x, the adapter's part is s·((x∘mask)·Aᵀ)·Bᵀ: the mask is not divided by the share that is kept, for
+    that is a pass over memory in each direction, and s is one number.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, A, B = (tensor.to(dtype) for tensor in (x, weight, A, B))
-        bias, kept = (None if tensor is None else tensor.to(dtype) for tensor in (bias, kept))
+        bias, mask = (None if tensor is None else tensor.to(dtype) for tensor in (bias, mask))
     rows = x.reshape(len(A), -1, x.shape[-1])  # (C, n, I)
-    kept = None if kept is None else kept.reshape(rows.shape)
+    mask = None if mask is None else mask.reshape(rows.shape)
     with torch.autocast(kind, enabled=False):
-        product: Tensor = _AdaptedProduct.apply(rows, kept, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
+        product: Tensor = _AdaptedProduct.apply(rows, mask, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]
     return product.view(*x.shape[:-1], len(weight))
 
 
@@ -45,7 +46,7 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        kept: Tensor | None,
+        mask: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         A: Tensor,
@@ -54,10 +55,10 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> Tensor:
         # No view of what is made here is returned: autograd would not let the next layer change it in place.
         out = F.linear(x.flatten(0, 1), weight, bias)  # (C*n, O)
-        entering = x if kept is None else kept
+        entering = x if mask is None else x * mask
         hidden = torch.bmm(entering, A.mT)  # (C, n, R)
-        ctx.save_for_backward(entering, weight, A, B, hidden)
-        ctx.scaling, ctx.dropped = scaling, kept is not None
+        ctx.save_for_backward(entering, weight, A, B, hidden, mask)
+        ctx.scaling = scaling
         if torch.compiler.is_compiling():
             return out + torch.bmm(hidden, B.mT * scaling).flatten(0, 1)
         out.view(*hidden.shape[:2], -1).baddbmm_(hidden, B.mT, alpha=scaling)
@@ -65,18 +66,19 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        entering, weight, A, B, hidden = ctx.saved_tensors
+        entering, weight, A, B, hidden, mask = ctx.saved_tensors
         gradient = gradients[0].reshape(*hidden.shape[:2], -1)  # (C, n, O)
-        of_x, of_kept, _, _, of_A, of_B, _ = ctx.needs_input_grad
+        of_x, _, _, _, of_A, of_B, _ = ctx.needs_input_grad
         through: Tensor | None = None
-        if of_x and not ctx.dropped:
+        if of_x and mask is None:
             through, of_hidden = _of_input(gradient, weight, A, B * ctx.scaling)
         else:
             of_hidden = torch.bmm(gradient, B * ctx.scaling)  # (C, n, R)
-            through = torch.matmul(gradient, weight) if of_x else None  # the frozen layer
+            if of_x:
+                through = torch.matmul(gradient, weight).addcmul_(torch.bmm(of_hidden, A), mask)
         return (
             through,
-            torch.bmm(of_hidden, A) if of_kept else None,
+            None,
             None,
             None,
             torch.bmm(of_hidden.mT, entering) if of_A else None,

@@ -36,15 +36,20 @@ class DropoutStreams:
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Inverted dropout of x (C*N, ...) with probability p."""
+        mask = self.mask(x, p)
+        return x if mask is None else (x * mask).div_(1 - p)
+
+    def mask(self, x: Tensor, p: float) -> Tensor | None:
+        """Like x (C*N, ...): 0 with probability p, else 1; None where nothing is dropped."""
         if p == 0:
-            return x
+            return None
         mask, padded = torch.empty_like(x), max(1, *self.counts)
         of_clients = mask.chunk(len(self.generators))
         for part, generator, count in zip(of_clients, self.generators, self.counts, strict=True):
             rows = part.shape[0] * count // padded  # a layer may split an image into several rows (windows)
             part[:rows].bernoulli_(1 - p, generator=generator)
             part[rows:].zero_()
-        return (x * mask).div_(1 - p)
+        return mask
 
 
 class LoRALinear(nn.Module):
@@ -103,13 +108,16 @@ class LoRALinear(nn.Module):
         cohort = self.A.shape[0]
         A = self.A if self.client_scales is None else self.A * self.client_scales[:cohort]
         B = self.outgoing
-        kept = x if self.dropout_streams is None else self.dropout_streams.drop(x, self.dropout)
         weight = self.base.weight
         if self.computes_in is not None:
             weight, A, B = (tensor.to(self.computes_in) for tensor in (weight, A, B))
             bias = None if bias is None else bias.to(self.computes_in)
+        streams = self.dropout_streams
         if x.is_cuda:
-            return adapted_product(x, weight, bias, A, B, self.scaling, None if kept is x else kept)
+            mask = None if streams is None else streams.mask(x, self.dropout)
+            scaling = self.scaling if mask is None else self.scaling / (1 - self.dropout)
+            return adapted_product(x, weight, bias, A, B, scaling, mask)
+        kept = x if streams is None else streams.drop(x, self.dropout)
         out = F.linear(x, weight, bias)
         hidden = torch.bmm(kept.reshape(cohort, -1, x.shape[-1]), A.mT)  # (C, N..., R)
         stacked = out.reshape(cohort, -1, out.shape[-1])  # (C, N..., O)

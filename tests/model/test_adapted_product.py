@@ -54,19 +54,19 @@ def test_the_product_and_its_gradient(clients: int, inputs: int, with_bias: bool
     assert torch.autograd.gradcheck(product, (given["x"], given["A"], given["B"]))
 
 
-def test_the_product_with_what_dropout_has_left() -> None:
+def test_the_product_with_a_mask_of_dropout() -> None:
     given = tensors(torch.float64)
-    kept = given["x"] * torch.arange(IN).remainder(3).clamp(max=1)
-    for tensor in (given["x"], kept, given["A"], given["B"]):
+    mask = torch.arange(IN, dtype=torch.float64).remainder(3).clamp(max=1).expand_as(given["x"])
+    for tensor in (given["x"], given["A"], given["B"]):
         tensor.requires_grad_()
     frozen = F.linear(given["x"], given["weight"], given["bias"])
-    adapters = plainly(kept, torch.zeros_like(given["weight"]), None, given["A"], given["B"])
-    torch.testing.assert_close(adapted_product(**given, scaling=SCALING, kept=kept), frozen + adapters)
+    adapters = plainly(given["x"] * mask, torch.zeros_like(given["weight"]), None, given["A"], given["B"])
+    torch.testing.assert_close(adapted_product(**given, scaling=SCALING, mask=mask), frozen + adapters)
 
-    def product(x: Tensor, kept: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return adapted_product(x, given["weight"], given["bias"], A, B, SCALING, kept)
+    def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return adapted_product(x, given["weight"], given["bias"], A, B, SCALING, mask)
 
-    assert torch.autograd.gradcheck(product, (given["x"], kept, given["A"], given["B"]))
+    assert torch.autograd.gradcheck(product, (given["x"], given["A"], given["B"]))
 
 
 @pytest.mark.parametrize("trained", [("A",), ("B",), ("x",), ("A", "B")])
