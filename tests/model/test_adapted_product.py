@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lorafair.model import adapted_product as adapted_product_module
 from lorafair.model.adapted_product import adapted_product
-from lorafair.model.lora import LoRALinear
+from lorafair.model.lora import DropoutStreams, LoRALinear
 from tests.torch_private import TorchDispatchMode
 
 C, N, R, IN, OUT = 3, 5, 2, 7, 4
@@ -161,6 +161,32 @@ def test_a_layer_gives_the_same_either_way(autocast: bool) -> None:
     for mine, theirs in zip(gradients(product), gradients(expected), strict=True):
         assert (mine - theirs).float().norm() <= tolerance * theirs.float().norm()
         assert mine.dtype == theirs.dtype
+
+
+def test_dropout_of_a_layer_is_the_same_either_way() -> None:
+    """On a CPU it is inverted dropout of the input, and on a GPU a mask and a larger scaling."""
+    given, p = tensors(torch.float64), 0.25
+    layer = LoRALinear(nn.Linear(IN, OUT).double(), R, alpha=SCALING * R, dropout=p)
+    layer.A, layer.B = nn.Parameter(given["A"]), nn.Parameter(given["B"])
+    x = given["x"].flatten(0, 1).requires_grad_()
+
+    def streams() -> DropoutStreams:
+        return DropoutStreams([torch.Generator().manual_seed(c) for c in range(C)], [N, N - 1, N])
+
+    layer.dropout_streams = streams()
+    expected = layer(x)
+    mask = streams().mask(x, p)
+    assert mask is not None
+    assert 0 < mask.mean() < 1
+    rows = x.view(C, N, IN)
+    scaling = layer.scaling / (1 - p)
+    product = adapted_product(
+        rows, layer.base.weight, layer.base.bias, layer.A, layer.B, scaling, mask.view_as(rows)
+    ).flatten(0, 1)
+    torch.testing.assert_close(product, expected)
+    of_sum = [torch.autograd.grad(out.square().sum(), [x, layer.A, layer.B]) for out in (product, expected)]
+    for mine, theirs in zip(*of_sum, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_what_enters_a_layer_is_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
