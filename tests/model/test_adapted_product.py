@@ -103,10 +103,10 @@ def test_the_product_compiles_as_a_whole_with_the_same_gradients(clients: int, i
     torch.compiler.reset()
     given = tensors(torch.float64, clients, inputs)
     trained = [given[name].requires_grad_() for name in ("x", "A", "B")]
-    mask = torch.arange(inputs).remainder(3).clamp(max=1)
+    mask = torch.arange(inputs, dtype=torch.float64).remainder(3).clamp(max=1).expand_as(given["x"])
 
     def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return adapted_product(x, given["weight"], given["bias"], A, B, SCALING, x * mask if dropped else None)
+        return adapted_product(x, given["weight"], given["bias"], A, B, SCALING, mask if dropped else None)
 
     compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
     weights = torch.arange(clients * N * OUT, dtype=torch.float64).view(clients, N, OUT)
@@ -132,10 +132,10 @@ def test_the_next_layer_may_change_the_product_in_place(change: Callable[[Tensor
 def test_images_of_any_shape_enter_client_by_client() -> None:
     given = tensors(torch.float64)
     x = given["x"].view(C, N, IN).repeat(1, 4, 1).view(C * 2, 2, N, IN)  # (C*2 images, 2 rows, N columns, I)
-    kept = x * 2
+    mask = (x > 0).to(x.dtype)
     shape = {**given, "x": x.view(C, 4 * N, IN)}
-    expected = adapted_product(**shape, scaling=SCALING, kept=kept.view(C, 4 * N, IN))
-    found = adapted_product(**{**given, "x": x}, scaling=SCALING, kept=kept)
+    expected = adapted_product(**shape, scaling=SCALING, mask=mask.view(C, 4 * N, IN))
+    found = adapted_product(**{**given, "x": x}, scaling=SCALING, mask=mask)
     assert found.shape == (C * 2, 2, N, OUT)
     assert torch.equal(found.flatten(), expected.flatten())
 
