@@ -215,6 +215,7 @@ COMPRESSIONS: Registry[Any] = Registry(
         "int8": "lorafair.communication.compression.integers:Int8",
         "int4": "lorafair.communication.compression.integers:Int4",
         "ternary": "lorafair.communication.compression.ternary:Ternary",
+        "unary": "lorafair.communication.compression.unary:Unary",
         "topk": "lorafair.communication.compression.topk:TopK",
         "randomk": "lorafair.communication.compression.randomk:RandomK",
     },

@@ -699,6 +699,15 @@ class CompressionConfig:
         at_most=16,
         requires=when_any(_ALL_CODINGS, *_SPARSE),
     )
+    rate: float | None = option(
+        None,
+        """Bits of a number that unary sends, the scale of its row included: 32 / rate times less than float32. Rows of
+        fewer than about 30 numbers take more.""",
+        at_least=1.5,
+        at_most=8,
+        requires=when_any(_ALL_CODINGS, "unary"),
+        conditional_default=1.95,
+    )
     rounding: Literal["nearest", "stochastic"] | None = option(
         None,
         """How integers round. stochastic: up or down at random, by seed, round and client, so that the mean is
