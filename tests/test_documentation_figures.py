@@ -167,6 +167,7 @@ def test_outputs_of_pages_name_no_folder_of_the_machine_that_builds_them(monkeyp
 def test_the_tables_of_compression_say_what_codings_cost_and_what_was_measured(module: ModuleType) -> None:
     assert module.cost("int4", 768)[:2] == (4 + 384, 8 * 388 / 768)
     assert module.cost("ternary", 768)[0] == 4 + 154
+    assert module.cost("unary", 768)[0] == 187, "1.95 bits a number"
     assert module.cost("topk, 1/8, 4 bits", 768)[0] == 60 + 4 + 48, "5 bits a position"
     runs = module.read()
     assert all(set(draws) == set(runs["fedit"]) for draws in runs.values()), "paired"

@@ -260,10 +260,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "method.name=lora_fair", "method.fold=true", "method.fold_bits=4", "compression.down=int8",
         "compression.up=bfloat16",
     ),
-    "compressed_cores": ("method.name=ravan", "method.heads=2", "compression.up=int4", "compression.down=int4"),
+    "compressed_cores": ("method.name=ravan", "method.heads=2", "compression.up=int4", "compression.down=unary"),
     "compressed_personal": ("method.name=fedsa_lora", "compression.up=ternary", "compression.down=randomk"),
     "compressed_turns": (
-        "method.name=ro_lora", "compression.up=topk", "compression.down=topk", "rounds=3", "server.optimizer=fedavgm",
+        "method.name=ro_lora", "compression.up=unary", "compression.down=topk", "rounds=3", "server.optimizer=fedavgm",
     ),
     "bf16_true": (
         "fabric.precision=bf16-true", "method.name=fedex_lora", "partition.scheme=dirichlet",

@@ -27,7 +27,7 @@ from lorafair.model.adapter import PARTS, AdapterLayout, CoreShape, LoRAFactors
 from lorafair.registry import COMPRESSIONS
 from lorafair.seeding import seeded
 
-OPTIONS: list[dict[str, Any]] = [{}, {"rounding": "stochastic", "bits": 4, "fraction": 0.3}, {"bits": 3}]
+OPTIONS: list[dict[str, Any]] = [{}, {"rounding": "stochastic", "bits": 4, "fraction": 0.3}, {"bits": 3, "rate": 2.5}]
 CODINGS = list(itertools.product(COMPRESSIONS.names, range(len(OPTIONS))))
 LAYOUT = AdapterLayout.of(
     {"one": ((3, 7), (5, 3)), "two": ((3, 6), (9, 3))},
@@ -86,6 +86,83 @@ def test_ternary_is_the_nearest_of_all_ternary_rows() -> None:
         tried = [torch.tensor(signs).double() for signs in itertools.product((-1, 0, 1), repeat=6)]
         fits = [(row - (row @ t / (t @ t) if t.any() else 0.0) * t).norm().item() for t in tried]
         assert (row - decoded).norm().item() == pytest.approx(min(fits), rel=1e-6)
+
+
+STEPS = (torch.arange(1, 0x7F80, dtype=torch.int32) << 16).view(torch.float32).double()  # of bfloat16, all of them
+
+
+def unary(numbers: torch.Tensor) -> str:
+    """0, 1, −1, 2, ... or ½, −½, 1½, ... as text."""
+    shift = 0.0 if numbers[0] == int(numbers[0]) else 0.5
+    order = [0.0] if not shift else []
+    for size in range(1, 200):
+        order += [size - shift, shift - size]
+    return "".join("0" * order.index(number) + "1" for number in numbers.tolist())
+
+
+def fitting(row: torch.Tensor, bits: int, shift: float) -> list[torch.Tensor]:
+    """By a search through all steps, and then number by number; nothing where nothing fits."""
+    tried = (row.abs() / STEPS.unsqueeze(1) + 0.5 - shift).floor() + shift
+    tried[:, row < 0] *= -1
+    fits = (2 * tried.abs() + (tried <= 0)).sum(1) <= bits
+    if not fits.any():
+        return []
+    place = int(fits.long().argmax())
+    filled = tried[place].clone()
+    for i in range(len(row)):
+        changed = filled.clone()
+        changed[i] = tried[place - 1][i]
+        if len(unary(changed)) > bits:
+            break
+        filled = changed
+    return [tried[place], filled]
+
+
+@pytest.mark.parametrize("rate", [1.95, 3.0])
+def test_unary_is_its_definition_with_the_smallest_step_of_bfloat16_that_fits(rate: float) -> None:
+    """Against the codes as text and a search through all steps."""
+    assert unary(torch.tensor([0, 1, -1, 2, -2])) == "1" + "01" + "001" + "0001" + "00001"
+    assert unary(torch.tensor([0.5, -0.5, 1.5, -1.5])) == "1" + "01" + "001" + "0001"
+    rows = torch.cat([drawn(3, 21), 1e-3 * drawn(2, 21) ** 5, torch.ones(1, 21), -torch.ones(1, 21), drawn(1, 21).sign()])
+    rows[3, 5], rows[4, 0] = 1.0, -2.0  # far above the others
+    coding: RowCoding = COMPRESSIONS["unary"].of(CompressionConfig(rate=rate), True)
+    message, size, kinds = coding.encode(rows, keys_of(8)), max(math.floor(rate * 21 / 8), 2 + 4), set()
+    assert message.shape == (8, size) == (8, coding.row_bytes(21))
+    for row, coded, decoded in zip(rows.double(), message, coding.decode(message, 21, keys_of(8)), strict=True):
+        found = [numbers for shift in (0.0, 0.5) for numbers in fitting(row, 8 * (size - 2), shift)]
+        scaled = [(numbers, row @ numbers / max(float(numbers @ numbers), 0.1)) for numbers in found]
+        numbers, scale = min(scaled, key=lambda it: (row - it[0] * it[1]).norm().item())
+        text = "".join(f"{byte:08b}"[::-1] for byte in coded[2:].tolist())
+        assert text == unary(numbers).ljust(8 * (size - 2), "0")
+        sent = coded[:2].clone().view(torch.bfloat16)
+        assert sent.abs().item() == scale.bfloat16()
+        assert bool(sent.signbit()) == (numbers[0] != numbers[0].round())
+        assert torch.equal(decoded, sent.abs().float() * numbers.float())
+        kinds.add(bool(sent.signbit()))
+    assert kinds == {False, True}
+    assert torch.equal(coding.decode(message, 21, keys_of(8))[[5, 7]], rows[[5, 7]]), "signs alone lose nothing"
+
+
+def test_unary_codes_any_finite_row() -> None:
+    coding = coding_of("unary")
+    rows = torch.stack([torch.zeros(40), torch.full((40,), 3.4e38), torch.full((40,), 1e-44), 1e-30 * drawn(1, 40)[0]])
+    rows = torch.cat([rows, torch.tensor([[-3e38] + [1.0] * 39])])
+    decoded = coding.decode(coding.encode(rows, keys_of(5)), 40, keys_of(5))
+    assert decoded.isfinite().all()
+    assert not decoded[0].any()
+    assert (decoded[3] - rows[3]).double().norm() < 0.6 * rows[3].double().norm()
+    assert decoded[4].nonzero().tolist() == [[0]]
+    one = coding.decode(coding.encode(torch.tensor([[-0.3]]), keys_of(1)), 1, keys_of(1))
+    assert one.item() == pytest.approx(-0.3, rel=2**-8)
+
+
+def test_unary_is_sixteen_times_less_than_float32() -> None:
+    """The rows of a ViT-S of rank 8, ten classes and their biases, which are short."""
+    factors = {"proj": ((8, 384), (384, 8)), "fc2": ((8, 1536), (384, 8))}
+    layout = AdapterLayout.of(factors, {"head.weight": (10, 384), "head.bias": (10,)})
+    length = MessageFormat(layout, ("A", "B", "head"), coding_of("unary")).length(8)
+    assert length == 8 * (3 * 93 + 374) + 10 * 93 + 4
+    assert 4 * layout.length > 16.4 * length
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "ternary"])
@@ -245,7 +322,7 @@ def test_directions_that_are_not_sent_are_not_charged() -> None:
         torch.testing.assert_close(factors.B[:, 0], state.factors[path].B[:, 0], atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["float16", "int4", "ternary"])
+@pytest.mark.parametrize("name", ["float16", "int4", "ternary", "unary"])
 def test_folded_factors_have_the_bytes_that_are_counted(name: str) -> None:
     folded = {
         "one": LoRAFactors(A=torch.eye(7), B=drawn(5, 7)),  # kept as a matrix
