@@ -173,3 +173,11 @@ def test_the_tables_of_compression_say_what_codings_cost_and_what_was_measured(m
     assert all(set(draws) == set(runs["fedit"]) for draws in runs.values()), "paired"
     assert module.accuracy_table().count("\n") == len(runs) + 1
     assert [point.megabytes for point in module.points()] == sorted(point.megabytes for point in module.points())
+    stored = module.Stored(module.DATA / "compression_glyphs.csv")
+    [setting] = {setting for setting, _ in stored.lines}
+    less = stored.mean(setting, "fedit", "megabytes") / stored.mean(setting, "fedit_unary", "megabytes")
+    difference = stored.difference(setting, "fedit_unary", "fedit")
+    assert less > 16
+    assert difference.mean > -0.3, "what the page says"
+    assert len(difference.by_draw) == 20
+    assert f"| `fedit_unary` | 20 | 1.37 | {less:.1f} × | {difference} |" in module.glyphs_table()

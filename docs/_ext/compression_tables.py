@@ -21,6 +21,7 @@ SHOWN = {
     "bfloat16": ("bfloat16", {}),
     "int8": ("int8", {}),
     "int4": ("int4", {}),
+    "unary": ("unary", {}),
     "ternary": ("ternary", {}),
     "topk, 1/8": ("topk", {"fraction": 0.125}),
     "topk, 1/8, 4 bits": ("topk", {"fraction": 0.125, "bits": 4}),
@@ -108,19 +109,17 @@ def accuracy_table() -> str:
     return "\n".join(text)
 
 
-def ternary_text() -> str:
-    """What ternary factors and an int4 head cost and save, from the stored draws of GlyphDomains."""
-    stored = Stored(DATA / "compression_glyphs.csv")
+def glyphs_table() -> str:
+    """What codings cost and save, from the stored draws of GlyphDomains: differences to FedIT in float32."""
+    stored, base = Stored(DATA / "compression_glyphs.csv"), "fedit"
     [setting] = {setting for setting, _ in stored.lines}
-    label, base = "fedit_ternary_head", "fedit"
-    mean, megabytes = ({name: stored.mean(setting, name, measure) or 0.0 for name in (base, label)}
-                       for measure in ("accuracy", "megabytes"))  # fmt: skip
-    before, after = (f"{megabytes[name]:.2f} MB and {mean[name]:.1f} %" for name in (base, label))
-    less = f"{megabytes[base] / megabytes[label]:.1f} times less traffic"
-    return (
-        f"{before} in float32, {after} coded: **{less}, {stored.difference(setting, label, base)} points**, "
-        f"{stored.draws(setting)} draws, 95 % interval."
-    )
+    text = ["| runs | draws | MB | less than FedIT | points above FedIT, 95 % interval |", "|---|---:|---:|---:|---:|"]
+    plain = stored.mean(setting, base, "megabytes") or 0.0
+    for label in stored.methods(setting):
+        draws, megabytes = len(stored.values(setting, label)), stored.mean(setting, label, "megabytes") or plain
+        above = "" if label == base else stored.difference(setting, label, base)
+        text.append(f"| `{label}` | {draws} | {megabytes:.2f} | {plain / megabytes:.1f} × | {above} |")
+    return "\n".join(text)
 
 
 def draw() -> Figure:

@@ -123,7 +123,8 @@ def test_unary_is_its_definition_with_the_smallest_step_of_bfloat16_that_fits(ra
     """Against the codes as text and a search through all steps."""
     assert unary(torch.tensor([0, 1, -1, 2, -2])) == "1" + "01" + "001" + "0001" + "00001"
     assert unary(torch.tensor([0.5, -0.5, 1.5, -1.5])) == "1" + "01" + "001" + "0001"
-    rows = torch.cat([drawn(3, 21), 1e-3 * drawn(2, 21) ** 5, torch.ones(1, 21), -torch.ones(1, 21), drawn(1, 21).sign()])
+    ones = torch.ones(1, 21)
+    rows = torch.cat([drawn(3, 21), 1e-3 * drawn(2, 21) ** 5, ones, -ones, drawn(1, 21).sign()])
     rows[3, 5], rows[4, 0] = 1.0, -2.0  # far above the others
     coding: RowCoding = COMPRESSIONS["unary"].of(CompressionConfig(rate=rate), True)
     message, size, kinds = coding.encode(rows, keys_of(8)), max(math.floor(rate * 21 / 8), 2 + 4), set()

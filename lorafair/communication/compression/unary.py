@@ -1,11 +1,11 @@
 """unary: a row is c·v with v in unary code and c in bfloat16; as precise as fits into a given length.
 
-v are whole numbers, or halves of odd ones where the row is nearer to those, as are rows of which all numbers are about
-as large. 0, 1, −1, 2, −2, ... are 1, 01, 001, 0001, 00001, ..., and so are ½, −½, 1½, −1½, ...: v takes 2|v| bits, and
-another one if it is not positive. v is x / step to the nearest, with the smallest step, of all numbers of bfloat16,
-whose bits fit into the row; the first numbers get the v of the next smaller step, as far as the bits that are left
-suffice, where that is nearer to the row. c = Σ x·v / Σ v² minimises ‖x − c·v‖; it is never negative, so its sign says whether v are halves. A few numbers far above
-the others cost bits in proportion to their size, and none is cut off.
+v are whole numbers, or halves of odd ones where those are nearer to the row, as in a row of numbers of one size.
+0, 1, −1, 2, −2, ... are 1, 01, 001, 0001, 00001, ..., and so are ½, −½, 1½, −1½, ...: v takes 2|v| bits, and another
+one if it is not positive. v is x / step to the nearest, with the smallest step, of all numbers of bfloat16, whose bits
+fit into the row. The first numbers get the v of the next smaller step, as far as the bits that are left suffice, where
+that is nearer to the row. c = Σ x·v / Σ v² minimises ‖x − c·v‖. It is never negative, so its sign says whether v are
+halves. A few numbers far above the others cost bits in proportion to their size, and none is cut off.
 
 Letters: m rows, n numbers of a row.
 """
@@ -24,7 +24,7 @@ from lorafair.config.schema import CompressionConfig
 
 RATE = 1.95  # not 2, so that it is 16 times less than float32 also with the few bytes that short rows take in addition
 _SCALE_BYTES = 2
-_LARGEST = 1e38  # whole numbers of steps of bfloat16 are zero up to this size, with the largest step
+_LARGEST = 1e38  # with the largest step, all numbers up to this size are zero
 _LARGEST_STEP = 0x7F7F  # the bits of the largest finite number of bfloat16; those of a larger number are larger
 
 
