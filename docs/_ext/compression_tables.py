@@ -133,8 +133,9 @@ def draw() -> Figure:
         x, y = [point.megabytes for point in mine], [point.accuracy for point in mine]
         axes.plot(x, y, "o", color=color, markersize=5, label=METHODS.title(method))
     for place, point in enumerate(best := best_of(found)):
-        text = point.label.replace("_", " ")
-        offset, side = ((0, 6), "center") if place % 2 else ((-6, 4), "right")
+        method = next(name for name in methods if point.label.startswith(name))
+        text = point.label.removeprefix(method).strip("_").replace("_", " 1/") or "float32"
+        offset, side = ((6, -11), "left") if place % 2 else ((-6, 5), "right")  # neighbours would lie over each other
         axes.annotate(text, (point.megabytes, point.accuracy), offset, textcoords="offset points", ha=side, size=8)
     axes.plot(
         [p.megabytes for p in best], [p.accuracy for p in best], color="#c3c8cf", drawstyle="steps-post", zorder=0
