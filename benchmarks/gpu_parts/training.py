@@ -47,15 +47,15 @@ def base(part: Part) -> None:
     in_full = Work(size, part.device, precision="32-true")
     part.say(f"{in_full.flop / 1e9:.1f} GFLOP an image (forward and backward, frozen weights)")
     part.attempt("agreement with the bare loop", lambda: agreement(part, in_full))
-    for name in HALVES[:: -1 if part.tiny else 1]:
-        work = Work(size, part.device, precision=name)
+    works = {name: Work(size, part.device, precision=name) for name in HALVES}
+    for name, work in works.items():
         part.attempt(f"{name}, compiled", lambda name=name: compiled(part, compare, size, name, repeats))
         part.attempt(name, lambda name=name, work=work: compare(
             name, work, repeats, bare=True, peft=name == "bf16-mixed"))  # fmt: skip
         if name == "bf16-true":
             part.attempt("kernels", lambda work=work: kernels(part, f"{size.steps} steps, bf16-true", work.package()))
-    true = Work(size, part.device, precision="bf16-true")
     if part.on_gpu:
+        true = works["bf16-true"]
         part.attempt("a CUDA graph", lambda: compare.ways(
             {"bf16-true, step as a CUDA graph": true.as_graph()}, true, repeats))  # fmt: skip
         part.attempt("compiled with CUDA graphs", lambda: reduced(part, compare, size, repeats))

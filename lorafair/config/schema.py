@@ -844,7 +844,7 @@ class FabricConfig:
         "32-true",
         """Arithmetic of the forward and backward passes; the factors and the server stay in float32 and float64.
         bf16-mixed: products are bfloat16, what flows between the layers is float32. bf16-true: that is bfloat16, too,
-        which halves the memory and is faster on a GPU; the head, the loss and the optimiser are float32. 16-mixed is
+        which is faster on a GPU and takes less memory; the head, the loss and the optimiser are float32. 16-mixed is
         for GPUs without bfloat16: losses are scaled by a constant, and a gradient that overflows counts as zero.""",
         spellings={32: "32-true", "32": "32-true", 16: "16-mixed", "16": "16-mixed", "bf16": "bf16-mixed"},
     )

@@ -1,7 +1,7 @@
 """The embedding of patches as one matrix product.
 
 A convolution whose stride is its kernel reads every pixel once, so it is a product of patches and weights. On an H100
-cuDNN takes 0.9 ms for 128 images of 224 pixels in bfloat16, and the product with its copy 0.1 ms (docs/performance.md).
+cuDNN's convolution took 1.0 of the 31 ms of a step of 128 images in bfloat16 (docs/performance.md).
 """
 
 from __future__ import annotations
