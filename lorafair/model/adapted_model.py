@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafair import third_party
 from lorafair.errors import ConfigError, first_line
+from lorafair.model.attention import attend_by_products
 from lorafair.model.lora import AdapterParameters, ClientHead, LoRALinear, block_of
 from lorafair.model.patches import embed_patches_by_products
 from lorafair.model.proof import prove_apart
@@ -79,6 +80,8 @@ class AdaptedModel(nn.Module):
 
         Raises ConfigError for a backbone that cannot: a plug-in's may mix types of its own.
         """
+        if precision in ("bf16-true", "bf16-mixed") and self.mean.device.type == "cpu":
+            attend_by_products(self.backbone)
         if precision == "bf16-true":
             self.compute_in(torch.bfloat16)
             self._prove_computes(precision)

@@ -175,3 +175,19 @@ def test_a_gpu_without_bfloat16_is_told_what_to_set(monkeypatch: pytest.MonkeyPa
         message = rf"^fabric\.precision={precision}: this GPU has no bfloat16; use fabric\.precision=32-true"
         with pytest.raises(ConfigError, match=message):
             make_fabric(FabricConfig(accelerator="cuda", devices=1, precision=precision))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("precision", "as_products"), [("bf16-true", True), ("bf16-mixed", True), ("32-true", False)])
+def test_attention_is_a_series_of_products_on_a_cpu_in_bfloat16(precision: str, as_products: bool) -> None:
+    lora = LoRAConfig(rank=4, alpha=4)
+    config = ModelConfig(name="test_vit", weights="random", image_size=MODELS["test_vit"][0], lora=lora)
+    model = with_adapters(build_model(config, 5, seed=0).attach())
+    expected = computed(model)
+    model.set_precision(precision)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = computed(model)
+    fused = any("scaled_dot_product" in event.key for event in profile.key_averages())
+    assert fused is not as_products
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).norm() / theirs.norm() < 0.05
