@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -217,16 +217,26 @@ def test_the_gain_of_the_head_is_not_credited_to_the_aggregation(tables: ModuleT
 
 
 def test_the_page_says_what_the_draws_show(tables: ModuleType, tmp_path: Path) -> None:
-    def text() -> str:
-        return "\n".join(tables.Findings.text(None))
+    def line(of: str, start: str) -> str:
+        directive = SimpleNamespace(arguments=["made.csv"])
+        return next(
+            line.replace("\N{NO-BREAK SPACE}", " ")
+            for line in "\n".join(getattr(tables, of).text(directive)).splitlines()
+            if line.startswith(f"| {start} |")
+        )
 
-    assert "Made images; 10 draws.\n" in text()
-    assert "Bold: 3 of 3 differences" in text()
-    line = next(line for line in text().splitlines() if line.startswith("| FlexLoRA"))
-    assert re.fullmatch(r"\| FlexLoRA \| 5\.50 \| \*\*\+0\.98\s.*\*\* \| \*\*\+6\.00\s.*\*\* \|", line), line
+    number = r"[+−]\d\.\d\d ± \d\.\d\d"
+    assert re.fullmatch(
+        rf"\| Made skew \| 10 \| 43\.5 \|  \| \*\*\+0\.98 ± 0\.0\d\*\* \|  \|  \| \*\*{number}\*\* \|  \|",
+        line("Map", "Made skew"),
+    )
+    assert re.fullmatch(r"\| FlexLoRA \| \*\*\+0\.98 ± 0\.0\d\*\* \|", line("Grid", "FlexLoRA"))
+    assert re.fullmatch(
+        r"\| FlexLoRA, class-wise head \| \*\*\+6\.00 ± 0\.0\d\*\* \|", line("Grid", "FlexLoRA, class-wise head")
+    )
     made = tmp_path / "made.csv"
     few = [line for line in made.read_text().splitlines() if re.search(r",(draw|0|1),", line)]
     made.write_text("\n".join(few).replace("_class,1,3", "_class,1,9") + "\n")  # and one that is far off
     tables.stored.cache_clear()
-    assert "Made images; 2 draws; at least 10 are wanted.\n" in text()
-    assert "**+6" not in text()
+    assert "| 2 of 10 |" in line("Map", "Made skew")
+    assert "**" not in line("Grid", "FlexLoRA, class-wise head")

@@ -1,24 +1,26 @@
-"""Directives that make the tables, sentences and the figure of the results from docs/data, when the site is built."""
+"""Directives that make the tables and the figure of the results from docs/data, when the site is built."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from docutils import nodes
 from lorafair_reference import FromCode
+from results_figure import draw
 from sphinx.util.docutils import SphinxDirective
 from stored_draws import (
     BASELINE,
     DATA,
+    Differences,
     Paired,
     Setting,
     Stored,
+    contrasts_of,
     corrected,
-    pairs_of,
+    differences_of,
     parts_of,
     settings,
     signed,
@@ -35,6 +37,14 @@ _MEASURES = {  # column -> header, digits
     "most_frequent_answer": ("most frequent answer", 1),
     "megabytes": ("MB", 2),
     "bias_left": ("bias left", 3),
+}
+_COLUMNS = {  # of the map: label -> header
+    "lora_fair": "LoRA-FAIR",
+    "flex_lora": "FlexLoRA",
+    "fedex_lora": "FedEx-LoRA",
+    "fair_fold_plain": "coded fold",
+    "fedit_class": "class-wise head",
+    "fair_fold": "FAIR-fold: both",
 }
 _DOMAINS = ("serif", "sans", "mono", "hand", "display")
 _EARLIER = {
@@ -59,7 +69,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 def name(label: str) -> str:
     """A label as aggregation and head."""
     aggregation, by_class = parts_of(label)
-    return f"{title_of(aggregation)}, {'class-wise' if by_class else 'plain'} head"
+    return f"{title_of(aggregation)}{', class-wise head' if by_class else ''}"
 
 
 def unbroken(difference: Paired | None) -> str:
@@ -72,73 +82,49 @@ def marked(difference: Paired, p: float | None) -> str:
     return f"**{unbroken(difference)}**" if p is not None and p < LEVEL else unbroken(difference)
 
 
+def cell(tested: Differences, setting: str, label: str) -> str:
+    """A difference in short, empty where there is none; bold where the corrected p-value is below the level."""
+    if (setting, label) not in tested:
+        return ""
+    difference, p = tested[setting, label]
+    return f"**{difference.short()}**" if p is not None and p < LEVEL else difference.short()
+
+
 def probability(value: float | None) -> str:
     """A p-value."""
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def differences_of(file: str) -> dict[tuple[str, str], tuple[Paired, float | None]]:
-    """(setting, label) -> its difference to FedIT with the plain head and its p-value, corrected over the file."""
-    found = {
-        (at.setting, label): at.stored.difference(at.setting, label, BASELINE)
-        for at in settings(file)
-        for label in at.stored.methods(at.setting)
-        if label != BASELINE
-    }
-    return dict(zip(found, zip(found.values(), corrected(found.values()), strict=True), strict=True))
-
-
-def contrasts_of(at: Setting) -> dict[tuple[str, str], Paired]:
-    """(aggregation, part) -> what the part alone adds: A and B's aggregation under either head, or the head."""
-    found: dict[tuple[str, str], Paired] = {}
-    pairs = pairs_of(at.stored.methods(at.setting))
-    references = pairs[BASELINE]
-    for aggregation, (plain, by_class) in pairs.items():
-        if aggregation != BASELINE:
-            for part, label, reference in (("plain", plain, references[0]), ("class", by_class, references[1])):
-                if label is not None and reference is not None:
-                    found[aggregation, part] = at.stored.difference(at.setting, label, reference)
-        if plain is not None and by_class is not None:
-            found[aggregation, "head"] = at.stored.difference(at.setting, by_class, plain)
-    return found
-
-
-class Counts(FromCode):
-    """How many draws there are of each setting, and how many are wanted."""
+class Map(FromCode):
+    """The settings of the page, a line each: what aggregation adds, what the head adds, and both."""
 
     def text(self) -> Iterator[str]:
-        """A table."""
-        rows = [
-            [at.title, str(at.draws), str(at.wanted), "enough" if at.has_enough else "**few: read with care**"]
-            for at in settings()
-        ]
-        yield from table(["setting", "draws", "wanted", ""], rows)
+        """A table. Bold is only what stays below the level after correction."""
+        rows = []
+        for at in [*settings(page="results"), *settings(page="map")]:
+            tested, has = differences_of(at.file), at.stored
+            rows.append([
+                at.title, f"{at.draws}" if at.has_enough else f"{at.draws} of {at.wanted}",
+                f"{has.mean(at.setting, BASELINE):.1f}",
+                *(cell(tested, at.setting, label) for label in _COLUMNS),
+            ])  # fmt: skip
+        yield from table(["setting", "draws", "FedIT, %", *_COLUMNS.values()], rows)
 
 
-class Findings(FromCode):
-    """The settings of the summary: points above FedIT, the plain and the class-wise head side by side."""
+class Grid(FromCode):
+    """One comparison: a line a method, a column a setting, points above FedIT."""
+
+    required_arguments, optional_arguments = 1, 0
 
     def text(self) -> Iterator[str]:
-        """A small table a setting. Bold is only what stays below the level after correction."""
-        for at in settings(page="results"):
-            has, tested = at.stored, differences_of(at.file)
-            yield f"**{at.title}.** {at.about}; {at.count_text()}.\n"
-            rows, told = [], 0
-            for aggregation, labels in pairs_of(has.methods(at.setting)).items():
-                megabytes = has.mean(at.setting, next(filter(None, labels)), "megabytes")
-                row = [title_of(aggregation), f"{megabytes:.2f}"]
-                for label in labels:
-                    difference, p = tested.get((at.setting, label or ""), (None, None))
-                    told += p is not None and p < LEVEL
-                    row.append("0" if label == BASELINE else "" if difference is None else marked(difference, p))
-                rows.append(row)
-            header = ["aggregation of A and B", "MB", "plain mean of the head", "class-wise mean of the head"]
-            yield from table(header, rows)
-            if told:
-                number = sum(setting == at.setting for setting, _ in tested)
-                yield f"Bold: {told} of {number} differences, with p (Holm) below {LEVEL}.\n"
-            else:
-                yield f"**With these draws no difference has a p (Holm) below {LEVEL}.**\n"
+        """A table, after the line of FedIT itself and with the fewest draws of a setting."""
+        shown = settings(self.arguments[0])
+        tested = differences_of(self.arguments[0])
+        labels = dict.fromkeys(label for at in shown for label in at.stored.methods(at.setting) if label != BASELINE)
+        rows = [["FedIT, %", *(f"{at.stored.mean(at.setting, BASELINE):.1f}" for at in shown)]]
+        rows += [[name(label), *(cell(tested, at.setting, label) for at in shown)] for label in labels]
+        rows.append(["draws", *(str(at.draws) for at in shown)])
+        yield from table(["points above FedIT", *(at.title for at in shown)], rows)
 
 
 class Tables(FromCode):
@@ -259,52 +245,10 @@ class Figure(SphinxDirective):
         return [nodes.raw("", figure, format="html")]
 
 
-def draw(shown: Sequence[Setting]) -> Any:
-    """A panel a setting: mean and interval of each method, both heads of an aggregation in one line."""
-    import matplotlib
-    from matplotlib.figure import Figure as Drawing
-
-    from lorafair.comparison.canvas import paper_settings
-
-    labels = (label for at in shown for label in at.stored.methods(at.setting))
-    aggregations = list(pairs_of(labels))[::-1]
-    with paper_settings():
-        matplotlib.rcParams |= {"svg.fonttype": "path", "svg.hashsalt": "lorafair"}  # a browser may not have the font
-        rows = math.ceil(len(shown) / 2)
-        drawing = Drawing(figsize=(7.4, 2.7 * rows + 0.3), layout="constrained")
-        panels = drawing.subplots(rows, min(2, len(shown)), sharey=True, squeeze=False).ravel()
-        for panel, at in zip(panels, shown, strict=False):
-            tested = differences_of(at.file).items()
-            of_setting = [(*parts_of(label), d) for (name, label), (d, _) in tested if name == at.setting]
-            for by_class, color, marker in ((False, "#3a8fd0", "o"), (True, "#e08a00", "D")):
-                points = [(aggregations.index(a) + 0.14 - 0.28 * c, d) for a, c, d in of_setting if c == by_class]
-                for y, difference in points:
-                    if difference.interval is not None:
-                        panel.plot(difference.interval, (y, y), color=color)
-                panel.plot([d.mean for _, d in points], [y for y, _ in points], marker, color=color, markersize=4.5,
-                           label=f"{'class-wise' if by_class else 'plain'} mean of the head")  # fmt: skip
-            _bounded(panel, [difference.mean for _, _, difference in of_setting])
-            panel.axvline(0, color="#4a525c", linewidth=0.8)
-            panel.set(title=f"{at.title}\n({at.count_text()})", xlabel="points above FedIT with the plain head")
-            panel.spines[["top", "right"]].set_visible(False)
-        for panel in panels[len(shown) :]:
-            panel.set_visible(False)
-        panels[0].set_ylim(-0.5, len(aggregations) - 0.5)
-        panels[0].set_yticks(range(len(aggregations)), map(title_of, aggregations))
-        drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return drawing
-
-
-def _bounded(panel: Any, means: Sequence[float]) -> None:
-    """Intervals of two draws are many times as wide as all else: they end at the edge of the panel."""
-    (low, high), room = panel.get_xlim(), max(2.0, 1.2 * max(map(abs, means)))
-    panel.set_xlim(max(low, min(0.0, *means) - room), min(high, max(0.0, *means) + room))
-
-
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls it."""
     for word, directive in {
-        "counts": Counts, "findings": Findings, "tables": Tables, "earlier": Earlier, "figure": Figure,
+        "map": Map, "grid": Grid, "tables": Tables, "earlier": Earlier, "figure": Figure,
     }.items():  # fmt: skip
         app.add_directive(f"lorafair-results-{word}", directive)
     return {"parallel_read_safe": True}

@@ -19,7 +19,19 @@ CONFIDENCE = 0.95
 BASELINE = "fedit"
 _CLASS, _PLAIN = "_class", "_plain"
 _FOLD = "fair_fold"  # the one label whose plain head is what is marked
-_TITLES = {_FOLD: "LoRA-FAIR, coded fold", "fedex_coded": "FedEx-LoRA, coded fold"}
+_TITLES = {
+    _FOLD: "LoRA-FAIR, coded fold",
+    "fedex_coded": "FedEx-LoRA, coded fold",
+    "fedit_last_heads": "FedIT, mean of the last 4 heads",
+    "fedit_class_last_heads": "FedIT, class-wise head, mean of the last 4",
+    "lora_fair_sgd": "LoRA-FAIR, 1,000 steps of gradient descent",
+    "lora_fair_both": "LoRA-FAIR, both factors corrected",
+    "lora_fair_columns": "LoRA-FAIR, cosine of columns",
+    "lora_fair_1": "LoRA-FAIR, λ = 1",
+    "lora_fair_0.0001": "LoRA-FAIR, λ = 0.0001",
+    "lora_fair_0": "LoRA-FAIR, λ = 0",
+}
+_GAP = "\N{NO-BREAK SPACE}"
 Place = tuple[str, str]  # setting, method
 
 
@@ -87,6 +99,15 @@ class Paired:
             return signed(self.mean)
         return f"{signed(self.mean)} ({signed(self.interval[0])} to {signed(self.interval[1])})"
 
+    def short(self) -> str:
+        """The interval as what is added and subtracted: Student's t has it on both sides."""
+        if self.interval is None:
+            return signed(self.mean)
+        return f"{signed(self.mean)}{_GAP}±{_GAP}{(self.interval[1] - self.interval[0]) / 2:.2f}"
+
+
+Differences = dict[Place, tuple[Paired, float | None]]  # to FedIT, and the p-value
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -94,7 +115,7 @@ class Setting:
 
     file: str
     setting: str
-    page: str  # results: in its summary and figure, too; tables: among the tables alone
+    page: str  # results: in its figure and map, too; map: in its map; tables: among the tables alone
     title: str
     about: str
     wanted: int
@@ -162,6 +183,32 @@ def corrected(differences: Iterable[Paired]) -> Iterator[float | None]:
     found = [difference.p_value for difference in differences]
     values = iter(holm([p for p in found if p is not None]))
     return (None if p is None else next(values) for p in found)
+
+
+def differences_of(file: str) -> Differences:
+    """(setting, label) -> its difference to FedIT with the plain head and its p-value, corrected over the file."""
+    found = {
+        (at.setting, label): at.stored.difference(at.setting, label, BASELINE)
+        for at in settings(file)
+        for label in at.stored.methods(at.setting)
+        if label != BASELINE
+    }
+    return dict(zip(found, zip(found.values(), corrected(found.values()), strict=True), strict=True))
+
+
+def contrasts_of(at: Setting) -> dict[tuple[str, str], Paired]:
+    """(aggregation, part) -> what the part alone adds: A and B's aggregation under either head, or the head."""
+    found: dict[tuple[str, str], Paired] = {}
+    pairs = pairs_of(at.stored.methods(at.setting))
+    references = pairs[BASELINE]
+    for aggregation, (plain, by_class) in pairs.items():
+        if aggregation != BASELINE:
+            for part, label, reference in (("plain", plain, references[0]), ("class", by_class, references[1])):
+                if label is not None and reference is not None:
+                    found[aggregation, part] = at.stored.difference(at.setting, label, reference)
+        if plain is not None and by_class is not None:
+            found[aggregation, "head"] = at.stored.difference(at.setting, by_class, plain)
+    return found
 
 
 def signed(value: float) -> str:
