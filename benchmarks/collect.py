@@ -1,6 +1,7 @@
 """Runs of comparisons as one small CSV of docs/data: a line a setting, method and draw.
 
 python benchmarks/collect.py docs/data/which_method.csv runs/which_method [MORE FOLDERS]
+python benchmarks/collect.py docs/data/emoji_recall.csv runs/which_method_emoji --recall
 
 A draw is taken when all methods of the comparison have finished it. Lines that the file has already stay. A number that
 differs from the stored one is an error, because the same draw gives the same bits; --replace takes the new ones.
@@ -13,7 +14,7 @@ import csv
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from lorafair.errors import ConfigError, LorafairError
 from lorafair.files.writing import replacing
 from lorafair.reporting.run_dir import RESULT_FILE, read_metrics, read_result
 
-COLUMNS = ("accuracy", "balanced_accuracy", "worst_domain", "most_frequent_answer", "majority_class", "megabytes",
-           "bias", "bias_left")  # fmt: skip
 Key = tuple[str, str, int]  # setting, method, draw
+Line = Callable[[Path, Mapping[str, Any]], dict[str, str]]
 _OF_DRAW = re.compile(r"(?P<method>.+)-(?:seed|draw)(?P<draw>\d+)")
 
 
@@ -46,7 +46,15 @@ def line_of(folder: Path, result: Mapping[str, Any]) -> dict[str, str]:
     return numbers | {name: f"{statistics.fmean(of.values()):.4f}" if of else "" for name, of in biases.items()}
 
 
-def lines_of(folder: Path) -> Iterator[tuple[Key, dict[str, str]]]:
+def recall_of(_: Path, result: Mapping[str, Any]) -> dict[str, str]:
+    """The recall of each class in %, mean over the domains that have test images of it."""
+    by_domain: list[Mapping[str, float | None]] = list(result["recall"].values())
+    classes = dict.fromkeys(name for of_domain in by_domain for name in of_domain)
+    values = {c: [v for of_domain in by_domain if (v := of_domain.get(c)) is not None] for c in classes}
+    return {c: f"{100 * statistics.fmean(of):.3f}" if of else "" for c, of in values.items()}
+
+
+def lines_of(folder: Path, line: Line = line_of) -> Iterator[tuple[Key, dict[str, str]]]:
     """Of a comparison: its draws that all methods have finished."""
     record = read_record(folder)
     if record is None:
@@ -60,7 +68,7 @@ def lines_of(folder: Path) -> Iterator[tuple[Key, dict[str, str]]]:
         for draw, of_draw in sorted(runs.items()):
             if len(of_draw) == len(record.methods):
                 for method in record.methods:
-                    yield (setting, method, draw), line_of(of_draw[method], read_result(of_draw[method]))
+                    yield (setting, method, draw), line(of_draw[method], read_result(of_draw[method]))
 
 
 def read(file: Path) -> dict[Key, dict[str, str]]:
@@ -90,11 +98,12 @@ def merge(stored: dict[Key, dict[str, str]], lines: Iterator[tuple[Key, dict[str
 def write(file: Path, stored: Mapping[Key, Mapping[str, str]]) -> None:
     """By setting and method, in the order in which they came, then by draw."""
     places = {place: at for at, place in enumerate(dict.fromkeys(key[:2] for key in stored))}
+    columns = dict.fromkeys(name for line in stored.values() for name in line)
     with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(["setting", "method", "draw", *COLUMNS])
+        writer.writerow(["setting", "method", "draw", *columns])
         for key in sorted(stored, key=lambda key: (places[key[:2]], key[2])):
-            writer.writerow([*key, *(stored[key].get(name, "") for name in COLUMNS)])
+            writer.writerow([*key, *(stored[key].get(name, "") for name in columns)])
 
 
 def main(arguments: list[str]) -> None:
@@ -103,9 +112,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("file", type=Path, help="the CSV, made or extended")
     parser.add_argument("folders", type=Path, nargs="+", help="folders of comparisons")
     parser.add_argument("--replace", action="store_true", help="take new numbers of draws that are stored")
+    parser.add_argument("--recall", action="store_true", help="the recall of each class instead of the usual columns")
     given = parser.parse_args(arguments)
     stored = read(given.file)
-    new = sum(merge(stored, lines_of(folder), given.replace) for folder in given.folders)
+    line = recall_of if given.recall else line_of
+    new = sum(merge(stored, lines_of(folder, line), given.replace) for folder in given.folders)
     if not stored:
         raise ConfigError(f"no draw is finished by all methods in {', '.join(map(str, given.folders))}")
     write(given.file, stored)
