@@ -23,7 +23,7 @@ FREE_GROUPS = (
     "partition.options",
     "model.options",
     "privacy.clip_parts",
-)  # of names that are not declared in schema.py
+)  # of names that are not declared in schema/
 
 
 def with_canonical_values(layer: DictConfig, origin: str) -> DictConfig:
