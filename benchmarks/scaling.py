@@ -17,17 +17,15 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
 from lorafair.data.loading import number_of_batches
-from lorafair.data.partition import Client
-from lorafair.experiment import cohort_size
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout
 from lorafair.model.backbone import build_model
+from lorafair.model.side_by_side import cohort_size
 from lorafair.schedule import RoundPlan, Scheduler
 from lorafair.seeding import seeded_numpy
 
@@ -82,8 +80,7 @@ class Federation:
     @property
     def cohort(self) -> int:
         """Clients side by side on a GPU."""
-        clients = tuple(Client(f"client-{k}", None, np.arange(size)) for k, size in enumerate(self.sizes))
-        return cohort_size(self.config, clients, self.model, torch.device("cuda"))
+        return cohort_size(self.config, self.sizes, self.model, torch.device("cuda"))
 
 
 def federation(config: Config, model: AdaptedModel, clients: int, sigma: float) -> Federation:

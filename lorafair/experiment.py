@@ -6,9 +6,6 @@ Letters: C clients side by side, N clients of the run.
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,23 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.base import Aggregator, alternates, try_out
+from lorafair.aggregation.base import Aggregator, try_out
 from lorafair.aggregation.defences.base import make_defence
 from lorafair.aggregation.privacy_budget import budget_shares
 from lorafair.aggregation.registry import method_of
+from lorafair.aggregation.turns import check_turns
 from lorafair.caching.inputs import Inputs, open_inputs
-from lorafair.checkpointing.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    list_checkpoints,
-    mark_begun,
-    resume_of_restarted,
-)
+from lorafair.checkpointing.checkpoint import Checkpoint
+from lorafair.checkpointing.continuing import checkpoint_to_continue_from, checkpoints_before
 from lorafair.checkpointing.folder import FOLDER as CHECKPOINTS
 from lorafair.checkpointing.lock import RunLock
-from lorafair.checkpointing.partial_round import list_unfinished
 from lorafair.checkpointing.shared_training import SharedTraining
-from lorafair.cluster.slurm import slurm_job
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.catch_up import CatchUp, has_to_catch_up
 from lorafair.communication.collectives import smallest_over_ranks
@@ -46,7 +37,6 @@ from lorafair.console import format_count, log
 from lorafair.data.attacks import Attack, StampedSource, backdoor_success, make_attack
 from lorafair.data.begun import images_begun_with, noting_damage, record_images
 from lorafair.data.images import ImageData
-from lorafair.data.loading import number_of_batches
 from lorafair.data.partition import Client, class_counts, partition, pooled
 from lorafair.data.sources import load_images
 from lorafair.errors import ConfigError
@@ -54,17 +44,18 @@ from lorafair.evaluation import Evaluation, Evaluator
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import AdapterLayout, Part
 from lorafair.model.backbone import build_model, weights_text
+from lorafair.model.client_ranks import lora_ranks_of_clients
 from lorafair.model.proof import prove_apart
-from lorafair.model.side_by_side import clients_that_pay, clients_with_room
+from lorafair.model.side_by_side import clients_with_room, cohort_size, largest_batch
 from lorafair.model.work import flop_per_image
 from lorafair.privacy.checks import check_privacy
-from lorafair.privacy.client_level import client_epsilon, client_lines, client_noise_multiplier, client_warnings
-from lorafair.privacy.examples import ExampleBudget
+from lorafair.privacy.client_level import client_epsilon, client_lines, client_warnings
+from lorafair.privacy.examples import ExampleBudget, budget_of_examples
 from lorafair.privacy.measures import MEASURES
+from lorafair.privacy.noise_multiplier import noise_multiplier_of
 from lorafair.privacy.summary import Mechanism
 from lorafair.registry import METHODS
 from lorafair.schedule import Scheduler, rounds_of_clients
-from lorafair.seeding import seeded
 from lorafair.virtual_time.choice import Rule
 from lorafair.virtual_time.devices import Devices
 
@@ -212,7 +203,7 @@ class Experiment:
     @cached_property
     def examples(self) -> ExampleBudget | None:
         """What clients release of their images, with example-level privacy."""
-        return budget_of_examples(self.config, self.local, self.clients)
+        return budget_of_examples(self.config, self.local, self.sizes)
 
     @property
     def measures(self) -> int:
@@ -256,6 +247,11 @@ class _Loaded:
     local: ClientConfig
     model: AdaptedModel
 
+    @property
+    def sizes(self) -> list[int]:
+        """Training images of each client (N,)."""
+        return [len(client.indices) for client in self.clients]
+
 
 def build_experiment(
     fabric: Fabric, config: Config, lock: RunLock | None = None
@@ -268,10 +264,10 @@ def build_experiment(
     """
     aggregator = method_of(config)
     check_privacy(config, aggregator)
-    origin = _checkpoints_before(fabric, config)
+    origin = checkpoints_before(fabric, config)
     loaded = _load_in_turns(fabric, config, aggregator, origin)
     model = loaded.model
-    cohort = cohort_size(config, loaded.clients, model, fabric.device)
+    cohort = cohort_size(config, loaded.sizes, model, fabric.device)
     with same_error_on_all_ranks(fabric):
         if config.privacy.unit == "example":
             prove_apart(model, 2, "with privacy.unit=example")
@@ -288,7 +284,7 @@ def build_experiment(
         model.compile(backend=config.model.compile, **({} if mode is None else {"mode": mode}))
     noise_multiplier = None
     with same_error_on_all_ranks(fabric):
-        noise_multiplier = noise_multiplier_of(config, aggregator, loaded.local, loaded.clients)
+        noise_multiplier = noise_multiplier_of(config, aggregator, loaded.local, loaded.sizes)
     if config.privacy.epsilon is not None:
         identity[NOISE] = noise_multiplier
     _introduce(config, loaded, cohort, fabric.world_size)
@@ -315,7 +311,7 @@ def build_experiment(
         lock=lock,
     )
     _introduce_privacy(experiment)
-    checkpoint = _checkpoint_to_continue_from(fabric, config, identity)
+    checkpoint = checkpoint_to_continue_from(fabric, config, identity)
     with same_error_on_all_ranks(fabric):
         if fabric.is_global_zero:
             folder = config.folder / CHECKPOINTS
@@ -364,85 +360,9 @@ def _load(config: Config, aggregator: Aggregator, origin: Path | None) -> _Loade
         if local.steps is not None:  # as many images a round as the clients of a federated round see together
             local = dataclasses.replace(local, steps=local.steps * (wanted or len(clients)))
         clients = pooled(data.train.labels)
-    if alternates(aggregator):
-        check_steps(aggregator, clients, local)
+    check_turns(aggregator, [len(client.indices) for client in clients], local)
     model = build_model(config.model, len(data.classes), config.seed, aggregator.core)
     return _Loaded(data, images, clients, owners, lora_ranks_of_clients(config, len(clients)), local, model)
-
-
-def budget_of_examples(config: Config, local: ClientConfig, clients: Sequence[Client]) -> ExampleBudget | None:
-    """What these clients release of their images, where the configuration protects images."""
-    if config.privacy.unit != "example":
-        return None
-    assert config.privacy.delta is not None
-    return ExampleBudget([len(client.indices) for client in clients], local, config.privacy.delta)
-
-
-def noise_multiplier_of(
-    config: Config, aggregator: Aggregator, local: ClientConfig, clients: Sequence[Client]
-) -> float | None:
-    """σ, as given or as privacy.epsilon needs for the clients of all rounds. Raises ConfigError."""
-    privacy, examples = config.privacy, budget_of_examples(config, local, clients)
-    if privacy.unit == "client":
-        return client_noise_multiplier(config, len(clients))
-    if privacy.epsilon is None or examples is None:
-        return privacy.noise_multiplier
-    wanted = None if aggregator.pools_data else config.federation.clients_per_round
-    taken = rounds_of_clients(config.seed_of("federation"), config.rounds, len(clients), wanted)
-    return examples.noise_multiplier(privacy.epsilon, taken)
-
-
-def check_steps(aggregator: Aggregator, clients: Sequence[Client], local: ClientConfig) -> None:
-    """Raise ConfigError where no client takes enough steps in a round to train all that the method trains in turns."""
-    steps = max(number_of_batches(len(client.indices), local) for client in clients)
-    reached = {part for step in range(min(steps, 100)) for part in aggregator.trains_in_step(0, step)}
-    missed = [part for part in ("A", "B", "head") if part in aggregator.trains(0) and part not in reached]
-    if missed:
-        key = f"client.steps={steps}" if local.steps is not None else f"client.batch_size={local.batch_size}"
-        raise ConfigError(
-            f"{key}: no client would train {' and '.join(missed)} in {format_count(steps, 'step')} a round, as this "
-            "method trains its parts in turns from step to step; set more client.steps or client.epochs, or a smaller "
-            "client.batch_size"
-        )
-
-
-def _checkpoint_to_continue_from(fabric: Fabric, config: Config, identity: dict[str, Any]) -> Checkpoint | None:
-    """On every rank, read by rank 0: before minutes are spent on tokens."""
-    found = None
-    with same_error_on_all_ranks(fabric):
-        if fabric.is_global_zero:
-            job = slurm_job(os.environ)
-            resume = resume_of_restarted(config.folder, config.resume, job)
-            found = find_checkpoint(config.folder, resume, identity, config.accept)
-            mark_begun(config.folder, job)
-            if found is not None and found.completed_rounds > config.rounds:
-                raise ConfigError(
-                    f"rounds={config.rounds}: {config.folder} has {found.completed_rounds} rounds already; set more "
-                    "rounds, or choose another run_dir"
-                )
-    return fabric.broadcast(found)
-
-
-def _checkpoints_before(fabric: Fabric, config: Config) -> Path | None:
-    """Where the checkpoints are of the run that is continued; None where this one begins.
-
-    On every rank, looked up by rank 0: once, before any of them is moved aside.
-    """
-    found = None
-    with same_error_on_all_ranks(fabric):
-        if fabric.is_global_zero:
-            found = _find_checkpoints_before(config)
-    return fabric.broadcast(found)
-
-
-def _find_checkpoints_before(config: Config) -> Path | None:
-    resume = resume_of_restarted(config.folder, config.resume, slurm_job(os.environ))
-    if resume == "never":
-        return None
-    path = config.folder if resume == "auto" else Path(resume)
-    if path.parent.name == CHECKPOINTS:  # resume may be one of a run's checkpoints
-        path = path.parent.parent
-    return path / CHECKPOINTS if list_checkpoints(path) or list_unfinished(path) else None
 
 
 def _identity(config: Config, loaded: _Loaded, model: AdaptedModel) -> dict[str, Any]:
@@ -452,61 +372,15 @@ def _identity(config: Config, loaded: _Loaded, model: AdaptedModel) -> dict[str,
     return run_identity(config) | images | weights
 
 
-def lora_ranks_of_clients(config: Config, clients: int) -> tuple[int, ...]:
-    """The LoRA rank of each client: given one by one, or drawn from levels with the seed.
-
-    Raises ConfigError if they do not fit the number of clients.
-    """
-    lora = config.model.lora
-    if lora.client_ranks is None:
-        return (lora.rank,) * clients
-    if lora.client_rank_probabilities is None:
-        check_client_ranks(config, clients)
-        return lora.client_ranks
-    probabilities = torch.tensor(lora.client_rank_probabilities, dtype=torch.float64)
-    drawn = torch.multinomial(
-        probabilities, clients, replacement=True, generator=seeded(config.seed_of("federation"), "ranks")
-    )
-    return tuple(lora.client_ranks[level] for level in drawn.tolist())
-
-
-def check_client_ranks(config: Config, clients: int) -> None:
-    """Raise ConfigError where the LoRA ranks are given client by client, and not for as many as there are."""
-    lora = config.model.lora
-    one_by_one = lora.client_ranks is not None and lora.client_rank_probabilities is None
-    ranks = list(lora.client_ranks or ())
-    if one_by_one and len(ranks) != clients:
-        raise ConfigError(
-            f"model.lora.rank={ranks} lists {format_count(len(ranks), 'rank')} for {format_count(clients, 'client')}; "
-            "list one a client, give levels with their probabilities ({4: 0.5, 16: 0.5}), or one number for all"
-        )
-
-
-def cohort_size(config: Config, clients: tuple[Client, ...], model: AdaptedModel, device: torch.device) -> int:
-    """C, the clients trained side by side: client.cohort, or for auto what follows from model, batch and clients."""
-    if config.client.cohort != "auto":
-        return config.client.cohort
-    selected = min(config.federation.clients_per_round or len(clients), len(clients))
-    return clients_that_pay(model, selected, _largest_batch(config, clients), device)
-
-
 def _cohort_with_room(fabric: Fabric, config: Config, loaded: _Loaded, cohort: int) -> int:
     """At most `cohort` clients: as many as the memory of every rank's GPU has room for, where that is for us to say."""
     if fabric.device.type != "cuda" or cohort == 1 or config.client.cohort != "auto":
         return cohort
-    batch = _largest_batch(config, loaded.clients)
+    batch = largest_batch(config, loaded.sizes)
     room = max(1, smallest_over_ranks(fabric, clients_with_room(loaded.model, fabric.autocast, batch, fabric.device)))
     if room < cohort:
         log.info(f"clients: {room} side by side instead of {cohort}, because the GPU has no memory for more")
     return min(cohort, room)
-
-
-def _largest_batch(config: Config, clients: tuple[Client, ...]) -> int:
-    """Images of a client in a step; a random sample is hardly ever larger than that."""
-    batch = config.client.batch_size
-    if config.privacy.unit == "example":
-        batch += math.ceil(4 * math.sqrt(batch))  # four standard deviations
-    return min(batch, max(len(client.indices) for client in clients))
 
 
 def _introduce_privacy(experiment: Experiment) -> None:

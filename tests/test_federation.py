@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,15 +24,14 @@ from lorafair.client.cohort import LocalTraining
 from lorafair.communication import collectives
 from lorafair.config.loading import load_config
 from lorafair.config.schema import Config
-from lorafair.data.partition import Client
 from lorafair.errors import LorafairError
-from lorafair.experiment import build_experiment, cohort_size
+from lorafair.experiment import build_experiment
 from lorafair.federation import run_federation
 from lorafair.launch import make_fabric
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import LoRAFactors
 from lorafair.model.backbone import build_model, create_backbone
-from lorafair.model.side_by_side import NUMBERS_OF_STEP
+from lorafair.model.side_by_side import NUMBERS_OF_STEP, cohort_size
 from lorafair.registry import METHODS
 from lorafair.server.state import ServerState
 from lorafair.virtual_time.record import RoundWork, read_work
@@ -638,8 +636,7 @@ def test_clients_side_by_side_as_many_as_pay_whatever_the_ranks(tiny: Tiny, tmp_
     def size(clients: int, *changes: str) -> int:
         config = tiny("partition.scheme=iid", f"partition.clients={clients}", *changes)
         model = build_model(config.model, classes=4, seed=0)
-        images = tuple(Client(f"client-{k}", None, np.arange(16)) for k in range(clients))
-        return cohort_size(config, images, model, torch.device("cpu"))
+        return cohort_size(config, [16] * clients, model, torch.device("cpu"))
 
     assert [size(clients) for clients in (6, 31, 32, 100)] == [1, 1, 2, 6]  # 16 cohorts at least
     assert size(100, "federation.clients_per_round=40") == 2

@@ -17,8 +17,8 @@ from lorafair.config.schema import FOLDER_SOURCES, Config
 from lorafair.data.listing import existing_root
 from lorafair.data.partition import clients_known_before
 from lorafair.errors import ConfigError
-from lorafair.experiment import check_client_ranks
 from lorafair.model.backbone import check_model
+from lorafair.model.client_ranks import check_client_ranks
 from lorafair.privacy.checks import check_privacy
 from lorafair.registry import SOURCES
 

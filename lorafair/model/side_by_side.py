@@ -1,12 +1,17 @@
-"""How many clients train side by side: as many as pay, and on a GPU as many as its memory has room for."""
+"""How many clients train side by side: as many as pay, and on a GPU as many as its memory has room for.
+
+Letters: C clients side by side, N clients of the run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
+from lorafair.config.schema import Config
 from lorafair.model.adapted_model import AdaptedModel
 
 # Enough cohorts for many ranks (a GPU loses more by small steps), and steps whose activations fit into a core's cache,
@@ -14,6 +19,22 @@ from lorafair.model.adapted_model import AdaptedModel
 COHORTS_OF_ROUND = {"cpu": 16, "gpu": 8}
 NUMBERS_OF_STEP = {"cpu": 2**19, "gpu": 2**25}  # that enter an adapted layer
 ROOM = 0.8  # of a GPU's free memory that the activations of a cohort may fill
+
+
+def cohort_size(config: Config, sizes: Sequence[int], model: AdaptedModel, device: torch.device) -> int:
+    """C, the clients trained side by side: client.cohort, or for auto what follows from model, batch and sizes (N,)."""
+    if config.client.cohort != "auto":
+        return config.client.cohort
+    selected = min(config.federation.clients_per_round or len(sizes), len(sizes))
+    return clients_that_pay(model, selected, largest_batch(config, sizes), device)
+
+
+def largest_batch(config: Config, sizes: Sequence[int]) -> int:
+    """Images of a client in a step, of clients with so many (N,); a random sample is hardly ever larger than that."""
+    batch = config.client.batch_size
+    if config.privacy.unit == "example":
+        batch += math.ceil(4 * math.sqrt(batch))  # four standard deviations
+    return min(batch, max(sizes))
 
 
 def clients_that_pay(model: AdaptedModel, selected: int, batch: int, device: torch.device) -> int:

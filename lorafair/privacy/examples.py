@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lorafair.config.schema import ClientConfig
+from lorafair.config.schema import ClientConfig, Config
 from lorafair.data.loading import number_of_batches, sampling_probability
 from lorafair.privacy.accounting import Releases, epsilon_of, noise_multiplier_for
 
@@ -69,3 +69,11 @@ class ExampleBudget:
     def _rank(self, client: int, rounds: Sequence[int]) -> tuple[float, int, int]:
         [releases] = self.releases(1.0, client, rounds[client])
         return -releases.sampling_probability, -releases.count, client
+
+
+def budget_of_examples(config: Config, local: ClientConfig, sizes: Sequence[int]) -> ExampleBudget | None:
+    """What clients with so many images (N,) release of them, where the configuration protects images."""
+    if config.privacy.unit != "example":
+        return None
+    assert config.privacy.delta is not None
+    return ExampleBudget(sizes, local, config.privacy.delta)
