@@ -293,7 +293,10 @@ def aggregate(
                 updates[path] = aggregator.combine(factors, weights, sent)
     _check_updates(aggregator, clients, updates)
     if initial_factors is not None and not (aggregator.decomposes or aggregator.restarts):
-        updates = {path: _keep_unused(u, clients.factors[path], initial_factors[path]) for path, u in updates.items()}
+        updates = {
+            path: _keep_unused(update, clients.factors[path], weights, initial_factors[path])
+            for path, update in updates.items()
+        }
     if initial_factors is not None and not (aggregator.personal_parts or aggregator.restarts):
         updates = {path: _keep_unsent(update, initial_factors[path], receives) for path, update in updates.items()}
     dtypes = {path: factors.A.dtype for path, factors in clients.factors.items()}
@@ -407,13 +410,14 @@ def _check_factors(factors: Any, what: str, lora_rank: int | None, inputs: int, 
         raise LorafairError(f"{what} A {A} and B {B}; they must be ({shown}, {inputs}) and ({outputs}, {shown})")
 
 
-def _keep_unused(update: LayerUpdate, clients: LoRAFactors, start: LoRAFactors) -> LayerUpdate:
-    """Directions that no client of the round has, all being of smaller LoRA rank, stay as they were sent.
+def _keep_unused(update: LayerUpdate, clients: LoRAFactors, weights: Tensor, start: LoRAFactors) -> LayerUpdate:
+    """Directions that no client of the round has, or none whose weight is above zero, stay as they were sent.
 
     Their mean is zero, and from a zero row of A and a zero column of B no later round could train them again.
     """
-    used = nonzero_rows(clients).any(0)  # (R,)
-    new = update.factors
+    new, have = update.factors, nonzero_rows(clients)  # (K, R)
+    counted = (have & (weights > 0).to(have.device).unsqueeze(1)).any(0)
+    used = counted | (have.any(0) & ((new.A != 0).any(-1) | (new.B != 0).any(-2)))  # HETLoRA has weights of its own
     A, B = start.A.to(new.A), start.B.to(new.B)
     factors = LoRAFactors(A=torch.where(used.unsqueeze(1), new.A, A), B=torch.where(used, new.B, B))
     return replace(update, factors=factors)

@@ -28,6 +28,8 @@ class RaFLoRA(Aggregator):
         for high in sorted({rank for rank in ranks.tolist() if rank > 0}):
             have = ranks >= high
             having = weights.to(have.device, torch.float64)[have]
+            if not bool(having.sum() > 0):  # agnostic weights can be zero: nobody who counts has the rest
+                break
             # A boolean index copies.
             some = clients if have.all() else LoRAFactors(A=clients.A[have], B=clients.B[have])
             part = LoRAFactors(A=some.A[:, low:high], B=some.B[:, :, low:high])

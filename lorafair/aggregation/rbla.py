@@ -26,7 +26,8 @@ class RBLA(Aggregator):
         """Row r of A and column r of B: Σ p_k · / Σ p_k over the clients k with LoRA rank > r; zero if none."""
         have = directions_of(clients)  # (K, R)
         normalized = have * weights.to(clients.A.device, torch.float64).unsqueeze(1)
-        normalized = normalized / torch.where(have.any(0), normalized.sum(0), 1.0)
+        whole = normalized.sum(0)  # may be zero of clients that have the direction: agnostic weights can be
+        normalized = normalized / torch.where(whole > 0, whole, 1.0)
         return LayerUpdate(
             factors=LoRAFactors(
                 A=total(

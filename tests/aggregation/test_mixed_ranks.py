@@ -15,7 +15,10 @@ from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.fedsvd import FedSVD
 from lorafair.aggregation.ffa_lora import FFALoRA
 from lorafair.aggregation.flora import FLoRA
+from lorafair.aggregation.het_lora import HETLoRA
 from lorafair.aggregation.lora_fair import LoRAFair
+from lorafair.aggregation.raflora import RaFLoRA
+from lorafair.aggregation.rbla import RBLA
 from lorafair.aggregation.ro_lora import RoLoRA
 from lorafair.communication.traffic import round_traffic
 from lorafair.model.adapter import AdapterLayout, AdapterState, LoRAFactors
@@ -209,6 +212,30 @@ def test_many_clients_are_charged_the_matrix_and_no_identity(monkeypatch: pytest
     assert round_traffic(layout, FLoRA(), update, 0, (3,) * 40).down == 4 * 40 * OUT * IN
     small = ServerUpdate(update.factors, {"layer": LoRAFactors(A=torch.ones(2, IN), B=torch.ones(OUT, 2))}, {}, {})
     assert round_traffic(layout, FLoRA(), small, 0, (3,)).down == 4 * 2 * (OUT + IN), "factors as they are"
+
+
+@pytest.mark.parametrize("method", [FedIT(), RBLA(), HETLoRA(), LoRAFair(), FedExLoRA(fold_bits=4)], ids=str)
+def test_directions_whose_clients_weigh_nothing_stay_as_they_were_sent(method: Aggregator) -> None:
+    """As agnostic weights may be. From zeros they could never be trained again."""
+    clients, _, sent = mixed((4, 2, 1))
+    weights = torch.tensor([0.0, 0.75, 0.25], dtype=torch.float64)
+    factors = aggregate(method, state(clients), weights, state(sent)).factors["layer"]
+    if isinstance(method, HETLoRA):  # whose weights are others
+        assert (factors.A[2:] != sent.A[2:]).all()
+        return
+    torch.testing.assert_close(factors.A[2:], sent.A[2:])
+    torch.testing.assert_close(factors.B[:, 2:], sent.B[:, 2:])
+    assert (factors.A[:2] != sent.A[:2]).all()
+
+
+def test_raflora_leaves_out_ranges_of_clients_that_weigh_nothing() -> None:
+    clients, _, sent = mixed((4, 2, 1))
+    weights = torch.tensor([0.0, 0.75, 0.25], dtype=torch.float64)
+    factors = aggregate(RaFLoRA(), state(clients), weights, state(sent)).factors["layer"]
+    of_all = weights[1] * torch.outer(clients.B[1, :, 0], clients.A[1, 0])
+    of_all += weights[2] * torch.outer(clients.B[2, :, 0], clients.A[2, 0])
+    second = torch.outer(clients.B[1, :, 1], clients.A[1, 1])
+    torch.testing.assert_close(product(factors), of_all + second)
 
 
 def test_fedit_is_what_lora_fair_is_compared_with() -> None:
