@@ -14,6 +14,7 @@ Nothing heavy is imported, unless a decision is asked for.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -122,9 +123,16 @@ def read_draws(section: Mapping[str, Any], where: str) -> Draws | None:
             f"{where}.until=decided needs {where}.draws as a number: draws of a design are not independent"
         )
     batch, margin = section.get("batch", draws.batch), section.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not margin > 0):
+    is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if margin is not None and not (is_number and 0 < margin < math.inf):
         raise ConfigError(f"{where}.margin={margin} must be a number of points above 0")
-    return dataclasses.replace(draws, until_decided=True, batch=_count(batch, f"{where}.batch", 1), margin=margin)
+    batch = _count(batch, f"{where}.batch", 1)
+    if batch >= draws.number:
+        raise ConfigError(
+            f"{where}.until=decided has no effect: it is looked at every {batch} draws ({where}.batch), and "
+            f"{where}.draws={draws.number}; set more draws, or a smaller batch"
+        )
+    return dataclasses.replace(draws, until_decided=True, batch=batch, margin=margin)
 
 
 def _design(given: Mapping[str, Any], where: str) -> Draws:
