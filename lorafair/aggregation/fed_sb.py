@@ -17,6 +17,8 @@ from lorafair.aggregation.initialization import leading_triples
 from lorafair.config.options import option
 from lorafair.model.adapter import Core, CoreShape, LoRAFactors, Part
 
+_NOTHING = 1e-6  # of the largest singular value: what is smaller is rounding, of squares
+
 
 @dataclass(frozen=True)
 class FedSB(Aggregator):
@@ -53,7 +55,11 @@ class FedSB(Aggregator):
     def initialize(self, layer: InitialLayer) -> LayerUpdate:
         """The first R singular triples of −η·sign(∇L(W0)), the singular values between the bases."""
         assert layer.gradient is not None
-        U, values, Vt = leading_triples(-self.first_step * layer.gradient.sign(), layer.drawn.rank)
+        step, rank = -self.first_step * layer.gradient.sign(), layer.drawn.rank
+        U, values, Vt = leading_triples(step, rank)
+        if bool(values[-1] <= _NOTHING * values[0]):  # of few images: there the bases are zero, and could not be trained
+            U, values, Vt = torch.linalg.svd(step.to(torch.float64), full_matrices=False)
+            U, values, Vt = U[:, :rank], values[:rank], Vt[:rank]
         H = torch.diag(values / layer.scaling).unsqueeze(0)  # of one head
         return LayerUpdate(LoRAFactors(A=Vt, B=U), core=Core(H=H, scales=values.new_ones(0)))
 

@@ -267,6 +267,19 @@ def test_fed_sb_starts_from_the_singular_triples_of_a_first_step_of_signs() -> N
     torch.testing.assert_close(2 * B @ core.H[0] @ A, torch.from_numpy((U[:, :3] * values[:3]) @ Vt[:3]))
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_fed_sb_has_whole_bases_where_the_gradient_has_fewer_directions(rank: int) -> None:
+    """As that of one image can: a row of A, or column of B, of zeros leaves its part of the matrix without a gradient."""
+    factor = torch.randn(9, rank, generator=seeded(1)).sign(), torch.randn(rank, 7, generator=seeded(2)).sign()
+    gradient, drawn = factor[0] @ factor[1], LoRAFactors(A=torch.randn(3, 7), B=torch.zeros(9, 3))
+    update = FedSB(first_step=0.01).initialize(InitialLayer(drawn, torch.zeros(9, 7), 2.0, seeded(0), gradient))
+    A, B = update.factors.A, update.factors.B
+    for basis in (A @ A.mT, B.mT @ B):
+        torch.testing.assert_close(basis, torch.eye(3, dtype=torch.float64))
+    assert update.core is not None
+    torch.testing.assert_close(2.0 * B @ update.core.H[0] @ A, -0.01 * gradient.sign().double())
+
+
 def test_fed_sb_averages_the_matrix_between_the_bases_exactly() -> None:
     clients, sent, weights = clients_of_cores(FedSB(), rank=4)
     factors, H = sent.factors["layer"], clients.cores["layer"].H
