@@ -130,10 +130,12 @@ def _load(path: Path) -> Checkpoint:
     )
 
 
-def check_tensors(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], origin: str) -> None:
+def check_tensors(
+    found: Mapping[str, Tensor], needed: Mapping[str, Tensor], origin: str, accept: Collection[str] = ()
+) -> None:
     """Raise CheckpointError where a checkpoint has not exactly the tensors that a run needs, in shape and type.
 
-    Frozen weights (BASE) are there all or none.
+    Frozen weights (BASE) are there all or none. Options that the user accepts as different may be why it has others.
     """
     optional = {name for name in needed if name.startswith(BASE)}
     wanted = needed.keys() if optional & found.keys() else needed.keys() - optional
@@ -146,9 +148,11 @@ def check_tensors(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], ori
             problems.append(f"{name} is {there} there and {here} here")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        remedy = "Put back the files that belong together"
+        if accept:
+            remedy = f"accept cannot help where an option changes what is kept: set {', '.join(accept)} as before"
         raise CheckpointError(
-            f"{origin} does not fit this run: {'; '.join(problems[:3])}{more}. Put back the files that belong "
-            "together, or choose another run_dir"
+            f"{origin} does not fit this run: {'; '.join(problems[:3])}{more}. {remedy}, or choose another run_dir"
         )
 
 

@@ -150,7 +150,7 @@ def check_fits(experiment: Experiment, checkpoint: Checkpoint) -> None:
     needed |= {f"{BASE}{path}": weight for path, weight in experiment.model.adapters.base_weights().items()}
     with same_error_on_all_ranks(experiment.fabric):
         origin = f"the checkpoint after round {checkpoint.completed_rounds} that this run continues from"
-        check_tensors(checkpoint.tensors, needed, origin)
+        check_tensors(checkpoint.tensors, needed, origin, experiment.config.accept)
 
 
 def base_weights_in(checkpoint: Checkpoint) -> dict[str, Tensor]:

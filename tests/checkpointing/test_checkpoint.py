@@ -354,6 +354,8 @@ def test_tensors_must_have_the_names_shapes_and_types_that_a_run_needs() -> None
     ):
         with pytest.raises(CheckpointError, match=message):
             check_tensors(found, needed, "it")
+    with pytest.raises(CheckpointError, match=r"accept cannot help .*: set evaluation\.average_rounds as before"):
+        check_tensors({"recent": torch.zeros(3, 9)}, {"recent": torch.zeros(2, 9)}, "it", ["evaluation.average_rounds"])
 
 
 def test_never_holds_the_new_directory_in_place_of_the_one_moved_aside(tmp_path: Path) -> None:
