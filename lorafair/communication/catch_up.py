@@ -26,6 +26,7 @@ from lorafair.communication.compression.codings import Codings
 from lorafair.communication.traffic import (
     BYTES_PER_NUMBER,
     Traffic,
+    bytes_per_number,
     client_traffic,
     folded_part_bytes,
     largest_rank,
@@ -96,7 +97,8 @@ class CatchUp:
         made = [folded.get(path, 0) for path in layout.factors]
         if self.merges and self.codings.down is None:  # else the differences say what is merged
             sides = [("A" in receives) * a[1] + ("B" in receives) * b[0] for a, b in layout.factors.values()]
-            made = [m + BYTES_PER_NUMBER * rank * side for m, side in zip(made, sides, strict=True)]
+            of_number = bytes_per_number(self.aggregator)
+            made = [m + of_number * rank * side for m, side in zip(made, sides, strict=True)]
         difference = 0
         if self.codings.down is not None:
             difference = start_bytes(layout, self.aggregator, update, round_index, rank, self.codings)

@@ -102,11 +102,14 @@ def start_bytes(
     if codings.down is not None:
         rank = largest_rank(layout) if lora_rank is None else lora_rank
         return codings.down.length(receives, rank, update.sent_lora_rank)
-    coding = aggregator.coding
-    of_factors = BYTES_PER_NUMBER if coding is None else start_dtype("A", coding).itemsize
     factors, rest = _numbers(layout, receives, lora_rank, update.sent_lora_rank)
     sketches = _sketch_numbers(layout, aggregator)
-    return of_factors * factors + BYTES_PER_NUMBER * (rest + (0 if sketches is None else sketches[1]))
+    return bytes_per_number(aggregator) * factors + BYTES_PER_NUMBER * (rest + (0 if sketches is None else sketches[1]))
+
+
+def bytes_per_number(aggregator: Aggregator) -> int:
+    """Of the factors from which clients start."""
+    return BYTES_PER_NUMBER if aggregator.coding is None else start_dtype("A", aggregator.coding).itemsize
 
 
 def _sketch_numbers(layout: AdapterLayout, aggregator: Aggregator) -> tuple[int, int] | None:

@@ -74,6 +74,13 @@ def test_a_client_without_folded_parts_needs_only_the_newest_adapter() -> None:
     assert has_to_catch_up(RoLoRA(), merges=False, coded=False)
 
 
+def test_merged_factors_of_missed_rounds_have_the_bytes_that_they_are_sent_in() -> None:
+    missed = [(0,), (1,)]
+    for precision, size in (("float16", 2), ("float32", 4)):
+        coded = FedExLoRA(fold_bits=4, start_precision=precision)  # type: ignore[arg-type]
+        assert down_of(coded, missed, merges=True) == [{0: 0}, {1: size * RANK * SIDES}]
+
+
 def test_factors_that_take_turns_are_sent_to_those_who_missed_theirs() -> None:
     """RoLoRA sends B after rounds 1 and 3, A after round 2; the newest of each is enough."""
     found = down_of(RoLoRA(), [(0,), (0,), (1,), (1,), (0, 2)], lora_ranks=(2, 1, 2))
