@@ -57,7 +57,7 @@ class FedSB(Aggregator):
         assert layer.gradient is not None
         step, rank = -self.first_step * layer.gradient.sign(), layer.drawn.rank
         U, values, Vt = leading_triples(step, rank)
-        if bool(values[-1] <= _NOTHING * values[0]):  # of few images: there the bases are zero, and could not be trained
+        if bool(values[-1] <= _NOTHING * values[0]):  # of few images: bases of zeros could not be trained
             U, values, Vt = torch.linalg.svd(step.to(torch.float64), full_matrices=False)
             U, values, Vt = U[:, :rank], values[:rank], Vt[:rank]
         H = torch.diag(values / layer.scaling).unsqueeze(0)  # of one head

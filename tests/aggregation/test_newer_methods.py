@@ -269,7 +269,7 @@ def test_fed_sb_starts_from_the_singular_triples_of_a_first_step_of_signs() -> N
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_fed_sb_has_whole_bases_where_the_gradient_has_fewer_directions(rank: int) -> None:
-    """As that of one image can: a row of A, or column of B, of zeros leaves its part of the matrix without a gradient."""
+    """As that of one image can. A row of A, or column of B, of zeros leaves its part of the matrix untrained."""
     factor = torch.randn(9, rank, generator=seeded(1)).sign(), torch.randn(rank, 7, generator=seeded(2)).sign()
     gradient, drawn = factor[0] @ factor[1], LoRAFactors(A=torch.randn(3, 7), B=torch.zeros(9, 3))
     update = FedSB(first_step=0.01).initialize(InitialLayer(drawn, torch.zeros(9, 7), 2.0, seeded(0), gradient))
