@@ -98,6 +98,11 @@ class Draws:
         return None
 
 
+def difference_of(accuracy: float, other: float) -> float:
+    """In points, without the rounding of binary numbers, which would pass for a spread of equal differences."""
+    return round(accuracy - other, 9)
+
+
 def read_draws(section: Mapping[str, Any], where: str) -> Draws | None:
     """From the keys of a `compare:` section; None where it has seeds. Raises ConfigError that names the key."""
     given = section.get("draws")

@@ -31,7 +31,7 @@ def p_values(outcomes: Outcomes) -> dict[tuple[str, str], tuple[float, float]]:
 def _p_value(difference: Difference) -> float | None:
     if difference.level is None:
         return difference.estimate.p_value if difference.estimate else None
-    if difference.values.size < 2:
+    if difference.values.size < 2 or difference.is_constant:
         return None
     return min(1.0, 1 / float(evidence(difference.values)[-1]))  # holds whenever the draws stop
 

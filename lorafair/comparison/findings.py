@@ -90,6 +90,9 @@ class Findings(Outcomes):
                 parts.append(f"{text}: {listed}.")
         if equal := kinds.get("equal"):
             parts.append(f"As accurate as {baseline} on every {self.unit}: {self.titles(equal)}.")
+        if constant := kinds.get("constant"):
+            listed = ", ".join(f"{self.title(m)} {d} points" for m, d in constant.items())
+            parts.append(f"The same difference on every {self.unit}, so there is no interval: {listed}.")
         if single := kinds.get("one"):
             listed = ", ".join(f"{self.title(m)} {d} points" for m, d in single.items())
             parts.append(
@@ -186,9 +189,11 @@ def _draws_text(draws: Draws) -> str:
 
 
 def _kind(difference: Difference, draws: Draws | None) -> str:
-    """What a difference tells: above, below, near (within the margin), undecided, equal, or one pair of runs."""
+    """What a difference tells: above, below, near (within the margin), undecided, equal, constant, or one pair."""
     if difference.interval is None:
-        return "one" if len(difference.by_pair) == 1 else "undecided"
+        if len(difference.by_pair) == 1:
+            return "one"
+        return "constant" if difference.is_constant else "undecided"
     low, high = difference.interval
     if low == high == 0:
         return "equal"

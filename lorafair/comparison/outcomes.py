@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorafair.comparison.draws import Draws
+from lorafair.comparison.draws import Draws, difference_of
 from lorafair.comparison.plan import Options, Run, Tuning
 from lorafair.registry import METHODS
 from lorafair.reporting.palette import Style, styles
@@ -121,7 +121,7 @@ class Difference:
         for (_, draw), value in self.by_pair.items():
             by_draw.setdefault(draw, []).append(value)
         settings = len({setting for setting, _ in self.by_pair})
-        return self.draws.table({d: statistics.fmean(v) for d, v in by_draw.items() if len(v) == settings})
+        return self.draws.table({d: round(statistics.fmean(v), 9) for d, v in by_draw.items() if len(v) == settings})
 
     @cached_property
     def estimate(self) -> Estimate | None:
@@ -132,12 +132,14 @@ class Difference:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The confidence interval of the mean, by Student's t over pairs; None for one pair.
+        """The confidence interval of the mean, by Student's t over pairs; None for one pair, or without any spread.
 
         Of draws that stop once something is decided, by the confidence sequence; None while that is infinite.
         """
         from scipy.stats import ttest_1samp  # scipy takes a second to import
 
+        if self.is_constant:
+            return (0.0, 0.0) if self.mean == 0 else None
         if self.level is not None:
             from lorafair.comparison.statistics import confidence_sequence
 
@@ -148,10 +150,13 @@ class Difference:
         values = self.values.tolist()
         if len(values) < 2:
             return None
-        if len(set(values)) == 1:  # without spread there is no statistic, and the interval is a point
-            return values[0], values[0]
         interval = ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
         return float(interval.low), float(interval.high)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is the same on all of several seeds: it tells nothing, coarse accuracies may be so by chance."""
+        return self.values.size > 1 and len(set(self.values.ravel().tolist())) == 1
 
     @property
     def half_width(self) -> float | None:
@@ -238,7 +243,7 @@ class Outcomes:
             theirs = self._values(setting, against or self.comparison.baseline, value)
             mine = self._values(setting, method, value)
             seeds = [seed for seed in self.comparison.seeds if seed in mine and seed in theirs]
-            common |= {(setting, seed): mine[seed] - theirs[seed] for seed in seeds}
+            common |= {(setting, seed): difference_of(mine[seed], theirs[seed]) for seed in seeds}
         return Difference(common, self.draws, self.decision_level) if common else None
 
     def _values(self, setting: str, method: str, value: Value | None) -> dict[int, float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafair import __version__
-from lorafair.comparison.draws import LEVEL, Draws
+from lorafair.comparison.draws import LEVEL, Draws, difference_of
 from lorafair.config.identity import differences, run_identity
 from lorafair.config.loading import load_config_of_run
 from lorafair.config.schema import Config
@@ -181,7 +181,7 @@ class Comparison:
             return self._stops[setting, method]
         begun = draw - draw % self.draws.batch  # a batch that has begun is completed
         theirs, mine = (self._known(setting, m, begun) for m in (self.baseline, method))
-        common = {d: mine[d] - theirs[d] for d in sorted(mine.keys() & theirs.keys())}
+        common = {d: difference_of(mine[d], theirs[d]) for d in sorted(mine.keys() & theirs.keys())}
         stop = self.draws.decided_after(common, self.decision_level)
         if stop is None or stop > draw:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ CROSSED = "draws: {partition: 6, training: 3, design: crossed}"
 
 
 def declared(folder: Path, draws: str, *pairs: str, methods: str = "[fedit, lora_fair]") -> Comparison:
+    folder.mkdir(exist_ok=True)
     file = folder / "draws.yaml"
     file.write_text(f"rounds: 2\n{COMMON}\ncompare: {{methods: {methods}, {draws}}}\n")
     comparison = load_comparison([str(file), f"run_dir={folder / 'out'}", *pairs])
@@ -201,6 +203,30 @@ def test_a_margin_decides_that_there_is_next_to_nothing(tmp_path: Path) -> None:
     assert comparison.state(comparison.final_runs[-1])[0] == "not needed"
     assert Findings(comparison).answers()[0][1].startswith("Within 5 points of FedIT: LoRA-FAIR")
     assert declared(tmp_path, UNTIL).state(comparison.final_runs[-1])[0] == "unfinished"
+
+
+def counted(more: int) -> Callable[[str, int], float]:
+    """Of 96 test images the other one knows so many more on every draw; in % the differences differ in last bits."""
+
+    def accuracy(method: str, draw: int) -> float:
+        right = 30 + 7 * draw % 23 + (0 if method == "fedit" else more)
+        return 100 * (right / 96)
+
+    return accuracy
+
+
+@pytest.mark.parametrize("draws", ["seeds: [0, 1, 2, 3]", "draws: 4", CROSSED, "draws: 40, until: decided"])
+def test_the_same_difference_on_every_draw_is_no_finding(draws: str, tmp_path: Path) -> None:
+    assert len(set(gains(counted(1), 18).tolist())) > 1
+    for more, text in ((1, r"The same difference on every (seed|draw), so there is no interval: LoRA-FAIR \+1\.04"),
+                       (0, r"As accurate as FedIT on every (seed|draw): LoRA-FAIR")):  # fmt: skip
+        comparison = declared(tmp_path / str(more), draws)
+        done(comparison, counted(more), range(18))
+        findings = Findings(comparison)
+        assert re.match(text, findings.answers()[0][1])
+        assert p_values(findings) == {}
+        assert significance_table(findings, "default").rows == []
+        assert comparison.stopped_before(comparison.final_runs[-1]) is None
 
 
 def test_the_report_of_draws_that_stop(tmp_path: Path) -> None:
