@@ -23,7 +23,6 @@ _TITLES = {
     _FOLD: "LoRA-FAIR, coded fold",
     "fedex_coded": "FedEx-LoRA, coded fold",
     "fedit_last_heads": "FedIT, mean of the last 4 heads",
-    "fedit_class_last_heads": "FedIT, class-wise head, mean of the last 4",
     "lora_fair_sgd": "LoRA-FAIR, 1,000 steps of gradient descent",
     "lora_fair_both": "LoRA-FAIR, both factors corrected",
     "lora_fair_columns": "LoRA-FAIR, cosine of columns",
@@ -159,6 +158,8 @@ def parts_of(label: str) -> tuple[str, bool]:
     """What a label of a comparison says: how A and B are aggregated, and whether the head is averaged by class."""
     if label.endswith(_PLAIN):
         return label.removesuffix(_PLAIN), False
+    if (inside := f"{_CLASS}_") in label:
+        return label.replace(inside, "_"), True
     return label.removesuffix(_CLASS), label.endswith(_CLASS) or label == _FOLD
 
 
