@@ -100,7 +100,7 @@ class Paired:
 
     def short(self) -> str:
         """The interval as what is added and subtracted: Student's t has it on both sides."""
-        if self.interval is None:
+        if self.interval is None or len(set(self.by_draw.values())) == 1:
             return signed(self.mean)
         return f"{signed(self.mean)}{_GAP}±{_GAP}{(self.interval[1] - self.interval[0]) / 2:.2f}"
 
