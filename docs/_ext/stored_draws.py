@@ -102,7 +102,7 @@ class Paired:
         """The interval as what is added and subtracted: Student's t has it on both sides."""
         if self.interval is None or len(set(self.by_draw.values())) == 1:
             return signed(self.mean)
-        return f"{signed(self.mean)}{_GAP}±{_GAP}{(self.interval[1] - self.interval[0]) / 2:.2f}"
+        return f"{signed(self.mean)} ±{_GAP}{(self.interval[1] - self.interval[0]) / 2:.2f}"
 
 
 Differences = dict[Place, tuple[Paired, float | None]]  # to FedIT, and the p-value
