@@ -46,14 +46,14 @@ tests: $(VENV)/.installed ## pytest, files side by side
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm
 	$(BIN)/python -m pytest -ra -n auto --maxprocesses=2 --dist load --maxschedchunk=1 tests/slurm
 
-results: $(VENV)/.installed ## the runs behind the README's result table (about half an hour on 2 cores)
+results: $(VENV)/.installed ## the demo over several rounds with four methods (about half an hour on 2 cores)
 	for method in lora_fair fedit centralized local_only; do \
 	  $(BIN)/python train.py conf/demo.yaml method.name=$$method || exit 1; \
 	done
 
 bench: $(VENV)/.installed ## the benchmarks of docs/performance.md, one after the other (about an hour on 2 quiet cores)
 	@for line in local_training.py "local_training.py --cohort 6 --batch-size 8" rounds.py loading.py scheduling.py \
-	  exchange.py server_step.py scaling.py; do \
+	  exchange.py server_step.py attention.py scaling.py; do \
 	  echo; echo "== benchmarks/$$line"; $(BIN)/python benchmarks/$$line || exit 1; \
 	done
 

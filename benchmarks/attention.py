@@ -1,6 +1,6 @@
 """Attention on a CPU, forward and backward: PyTorch's fused kernel beside the same numbers as products.
 
-    python -m benchmarks.attention
+    python benchmarks/attention.py
 
 The ratios say which precision `lorafair.model.attention` is for. One thread, 6 heads of 64 features, about 1,600
 tokens.

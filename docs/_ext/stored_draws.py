@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorafair.comparison.statistics import Estimate, estimate, holm
+from lorafair.comparison.draws import difference_of
+from lorafair.comparison.statistics import Estimate, estimate, holm, is_constant
 from lorafair.registry import METHODS
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -60,7 +61,7 @@ class Stored:
     def difference(self, setting: str, method: str, baseline: str, measure: str = "accuracy") -> Paired:
         """Draw by draw, of the draws that both have."""
         mine, theirs = self.values(setting, method, measure), self.values(setting, baseline, measure)
-        return Paired({draw: mine[draw] - theirs[draw] for draw in mine if draw in theirs})
+        return Paired({draw: difference_of(mine[draw], theirs[draw]) for draw in mine if draw in theirs})
 
     def draws(self, setting: str) -> int:
         """That the method with the fewest has."""
@@ -85,13 +86,17 @@ class Paired:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """By Student's t, 95 %; None for fewer than two draws."""
-        return None if self.estimate is None else self.estimate.interval(CONFIDENCE)
+        """By Student's t, 95 %; None for fewer than two draws, or the same difference on all."""
+        return None if self._has_no_spread or self.estimate is None else self.estimate.interval(CONFIDENCE)
 
     @property
     def p_value(self) -> float | None:
         """Not corrected."""
-        return None if self.estimate is None else self.estimate.p_value
+        return None if self._has_no_spread or self.estimate is None else self.estimate.p_value
+
+    @property
+    def _has_no_spread(self) -> bool:
+        return is_constant(np.array(list(self.by_draw.values())))
 
     def __str__(self) -> str:
         if self.interval is None:
@@ -100,7 +105,7 @@ class Paired:
 
     def short(self) -> str:
         """The interval as what is added and subtracted: Student's t has it on both sides."""
-        if self.interval is None or len(set(self.by_draw.values())) == 1:
+        if self.interval is None:
             return signed(self.mean)
         return f"{signed(self.mean)} ±{_GAP}{(self.interval[1] - self.interval[0]) / 2:.2f}"
 

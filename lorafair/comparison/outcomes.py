@@ -156,7 +156,9 @@ class Difference:
     @property
     def is_constant(self) -> bool:
         """Whether it is the same on all of several seeds: it tells nothing, coarse accuracies may be so by chance."""
-        return self.values.size > 1 and len(set(self.values.ravel().tolist())) == 1
+        from lorafair.comparison.statistics import is_constant
+
+        return self.values.size > 1 and is_constant(self.values)
 
     @property
     def half_width(self) -> float | None:

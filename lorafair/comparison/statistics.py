@@ -80,12 +80,12 @@ def estimate(values: Values, layout: Layout = "independent") -> Estimate | None:
         flat = values.ravel()
         if flat.size < 2:
             return None
-        spread = 0.0 if _is_constant(flat) else float(flat.std(ddof=1))
+        spread = 0.0 if is_constant(flat) else float(flat.std(ddof=1))
         return Estimate(float(flat.mean()), spread / math.sqrt(flat.size), flat.size - 1, spread)
     partitions, trainings = values.shape
     if partitions < 2 or (layout == "crossed" and trainings < 2):
         return None
-    if _is_constant(values):
+    if is_constant(values):
         return Estimate(float(values.flat[0]), 0.0, partitions - 1, 0.0)
     spread = math.sqrt(sum(part.variance for part in components(values, layout)))
     if layout == "nested":
@@ -104,7 +104,7 @@ def estimate(values: Values, layout: Layout = "independent") -> Estimate | None:
     return Estimate(float(values.mean()), math.sqrt(square / values.size), max(freedom, 1.0), spread)
 
 
-def _is_constant(values: Values) -> bool:
+def is_constant(values: Values) -> bool:
     """Without any spread. By rounding, the mean of equal numbers may be another one, and their deviation above zero."""
     return float(np.ptp(values)) == 0
 
@@ -276,7 +276,7 @@ def decided(values: Values, level: float = 0.05, margin: float | None = None) ->
 
     Draws without any spread tell nothing: a coarse accuracy may give the same difference a few times by chance.
     """
-    if values.size < 2 or _is_constant(values):
+    if values.size < 2 or is_constant(values):
         return False
     low, high = confidence_sequence(values, level)
     return low > 0 or high < 0 or (margin is not None and -margin < low and high < margin)
