@@ -6,7 +6,6 @@ average the gradients of different clients. Nothing heavy is imported before `la
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -15,11 +14,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from lorafair import __version__, console, third_party
+from lorafair.arithmetic import keep_freed_memory, set_matmul_precision, set_threads, warn_of_slow_bfloat16
 from lorafair.cluster.leftovers import without_leftovers
 from lorafair.cluster.placement import Placement, detect
 from lorafair.cluster.saved import begin_start, continues, outlook, saved_before, saved_now
@@ -46,10 +46,6 @@ if TYPE_CHECKING:
 RENDEZVOUS_MINUTES = 10.0
 SECONDS_UNTIL_KILLED = 120.0
 SECONDS_FOR_THE_REASON = 1.0  # srun -K ends all processes of a step once one has exited with an error
-# Of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD with bytes. What is larger still goes back at once.
-_MALLOC_OPTIONS = ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26))
-# With one of these set, nothing is changed.
-_MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def let_idle_threads_sleep() -> None:
@@ -97,6 +93,7 @@ def launch(config: FabricConfig, placement: Placement, purpose: str) -> Fabric:
         f"{format_count(threads, 'thread')} each, "
         f"{config.precision}; {purpose}"
     )
+    warn_of_slow_bfloat16(config.precision, fabric.device.type)
     job, left = slurm_job(os.environ), None
     if fabric.is_global_zero and job is not None:
         left = seconds_left(job)
@@ -116,6 +113,7 @@ def in_place(config: FabricConfig) -> Iterator[Fabric]:
         set_precision_back = set_matmul_precision(config.matmul_precision)
         try:
             fabric.launch()
+            warn_of_slow_bfloat16(config.precision, fabric.device.type)
             yield fabric
         finally:
             set_precision_back()
@@ -242,79 +240,6 @@ def rendezvous(fabric: Fabric, config: FabricConfig) -> None:
     if fabric.world_size > 1:
         store = third_party.default_store()
         watchdog.watch_peers(store, fabric.global_rank, fabric.world_size, config.heartbeat_seconds)
-
-
-def processes_of_node(fabric: Fabric) -> int:
-    """How many processes of the run are on this node."""
-    return int(getattr(fabric.strategy, "num_processes", 1))
-
-
-def set_threads(fabric: Fabric, threads: int | None) -> int:
-    """Give this process its part of the node's cores and return their number; call before `launch`.
-
-    More threads than cores cost far more than they give: spinning threads of two processes on one core made single
-    operations 100 times slower.
-    """
-    import torch
-
-    if threads is None:
-        given = os.environ.get("OMP_NUM_THREADS", "")
-        of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-        mine = len(os.sched_getaffinity(0)) // processes_of_node(fabric)
-        threads = next((int(value) for value in (given, of_task) if value.isdecimal() and int(value)), max(1, mine))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that Fabric starts, and so that it sets no other
-    torch.set_num_threads(threads)
-    return threads
-
-
-def set_matmul_precision(precision: str) -> Callable[[], None]:
-    """Set how exact float32 products on a GPU are, of matrices and in convolutions; what is returned sets it back.
-
-    PyTorch's own default is float32 for the first and TF32 for the second. It has two ways to say this, the second
-    since 2.9, and reading by the first is an error where somebody has chosen by the second.
-    """
-    import torch
-
-    if not torch.cuda.is_available():  # on a CPU the same setting would choose bfloat16 for some products
-        return lambda: None
-    of_matrices, in_convolutions = "highest", True
-    with suppress(RuntimeError):
-        of_matrices = torch.get_float32_matmul_precision()
-    with suppress(RuntimeError):
-        in_convolutions = torch.backends.cudnn.allow_tf32
-    convolutions = [getattr(torch.backends.cudnn, name, None) for name in ("conv", "rnn")]
-    kinds: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None), *convolutions]
-    before = [(kind, kind.fp32_precision) for kind in kinds if hasattr(kind, "fp32_precision")]
-
-    def set_all(of_matrices: str, in_convolutions: bool) -> None:
-        torch.set_float32_matmul_precision(of_matrices)
-        torch.backends.cudnn.allow_tf32 = in_convolutions
-
-    def set_back() -> None:
-        set_all(of_matrices, in_convolutions)
-        for kind, value in before:
-            for choice in ("none", value):  # none follows the setting for everything, if there is one
-                if kind.fp32_precision != value:
-                    kind.fp32_precision = choice
-
-    set_all(precision, precision != "highest")
-    for kind, _ in before:
-        if kind in convolutions and precision == "highest":
-            kind.fp32_precision = "ieee"  # allow_tf32=False leaves it to torch.backends.fp32_precision
-    return set_back
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep the memory of freed tensors for the next ones; whether it can (glibc).
-
-    It would give memory of more than some megabytes back to the system at once. Each activation of a training step then
-    came as fresh pages, which the system clears and maps one by one: a tenth of a step on the CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    chosen = any(name in os.environ for name in _MALLOC_VARIABLES)
-    if mallopt is None or chosen or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
-        return False
-    return all(mallopt(option, value) for option, value in _MALLOC_OPTIONS)
 
 
 def run_until_stopped(fabric: Fabric, config: FabricConfig, placement: Placement, work: Callable[[], object]) -> int:

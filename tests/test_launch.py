@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorafair import launch
+from lorafair.arithmetic import set_matmul_precision, set_threads, warn_of_slow_bfloat16
 from lorafair.cluster import saved
 from lorafair.cluster.signals import TIME_LIMIT, Interrupted
 from lorafair.cluster.slurm import Job, TimeLimit, lead_in, slurm_job
@@ -93,13 +94,13 @@ def test_products_on_a_gpu_are_as_exact_as_asked_and_a_notebooks_setting_comes_b
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
     before = setting()
-    launch.set_matmul_precision("medium")()
+    set_matmul_precision("medium")()
     assert setting() == before  # no GPU: it would concern the CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    set_back = launch.set_matmul_precision("highest")
+    set_back = set_matmul_precision("highest")
     try:
         assert setting() == ("highest", False)  # PyTorch's default has TF32 in convolutions
-        launch.set_matmul_precision("high")
+        set_matmul_precision("high")
         assert setting() == ("high", True)
     finally:
         set_back()
@@ -135,10 +136,10 @@ def test_a_setting_by_pytorchs_present_api_comes_back_too(
     chosen_by_the_present_api: str, precision: str, on_gpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = precision_of_products()
-    launch.set_matmul_precision(precision)()
+    set_matmul_precision(precision)()
     assert precision_of_products() == before  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    set_back = launch.set_matmul_precision(precision)
+    set_back = set_matmul_precision(precision)
     assert precision_of_products() == [on_gpu] * 4
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (precision, on_gpu == "tf32")
     set_back()
@@ -228,12 +229,36 @@ def test_what_happens_to_the_work_is_said_only_where_it_is_so(monkeypatch: pytes
     assert saved.outlook() == "; what is saved stays, and the same command continues from it"
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "supported", "warned"),
+    [
+        ("bf16-true", "cpu", False, True),
+        ("bf16-mixed", "cpu", False, True),
+        ("bf16-true", "cpu", True, False),
+        ("bf16-true", "cuda", False, False),
+        ("32-true", "cpu", False, False),
+    ],
+)
+def test_bfloat16_on_a_cpu_without_instructions_for_it_is_warned_of(
+    precision: str,
+    device: str,
+    supported: bool,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    with caplog.at_level("WARNING"):
+        warn_of_slow_bfloat16(precision, device)
+    assert ("set fabric.precision=32-true" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("given", ["0", "many", "", "²"])
 def test_a_number_of_threads_that_is_none_is_not_taken(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     try:
-        assert launch.set_threads(launched(1), None) >= 1
+        assert set_threads(launched(1), None) >= 1
     finally:
         torch.set_num_threads(before)

@@ -74,7 +74,8 @@ class LoRALinear(nn.Module):
         self.client_scales: Tensor | None = None  # (C, 1, 1) of the update, beyond `scaling`
         self.computes_in: torch.dtype | None = None  # to which all of it is cast; None: as it is, or as autocast says
         device = base.weight.device
-        self.A = nn.Parameter(torch.empty(1, lora_rank, base.in_features, device=device))
+        # Zero, and not what the memory holds: NaN times B = 0 is NaN. Training starts with what `draw` gives.
+        self.A = nn.Parameter(torch.zeros(1, lora_rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(1, base.out_features, lora_rank, device=device))
         self.core = core
         if core is not None:  # (C, h, R/h, R/h) and (C, h)

@@ -41,6 +41,13 @@ def test_forward_is_the_formula_of_lora() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_a_layer_made_where_memory_holds_nan_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, x = nn.Linear(5, 7), torch.ones(4, 5)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **rest: torch.full(shape, torch.nan, **rest))
+    layer = LoRALinear(base, lora_rank=2, alpha=3.0)
+    assert torch.equal(layer(x), layer.base(x))
+
+
 def test_a_fresh_adapter_changes_nothing() -> None:
     model, adapters = adapted()
     adapters.write(adapters.draw(seed=0, round_index=0))

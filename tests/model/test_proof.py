@@ -218,6 +218,8 @@ def test_what_enters_a_layer_whose_weight_is_read_is_counted() -> None:
 
 def test_only_a_linear_product_can_be_given_the_weight_of_an_adapted_layer() -> None:
     layer, x = LoRALinear(nn.Linear(3, 4), lora_rank=2, alpha=1.0), torch.randn(5, 3)
+    layer.A.data.normal_()
+    layer.B.data.normal_()
     assert torch.equal(nn.functional.linear(x, layer.weight, layer.base.bias), layer(x))
     assert torch.equal(nn.functional.linear(x, weight=layer.weight), layer(x, None))
     with pytest.raises(TypeError, match="bilinear reads the weight of an adapted layer"):
