@@ -6,7 +6,7 @@ Letters: K clients of the round, n clients of this rank, p numbers trained, P pa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial as partial_call
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from lorafair.aggregation.base import ServerUpdate
 from lorafair.checkpointing.checkpoint import Checkpoint, save_checkpoint
 from lorafair.checkpointing.claim import holding
 from lorafair.checkpointing.lock import RunLock
@@ -28,14 +27,7 @@ from lorafair.cluster.signals import Interrupted, finishing_clients
 from lorafair.cluster.watchdog import deadline, saving
 from lorafair.communication.agreement import StopRequest, abort_on_all_ranks, same_error_on_all_ranks
 from lorafair.communication.collectives import ClientResults, drop_nonfinite, sum_over_ranks
-from lorafair.communication.traffic import (
-    Traffic,
-    client_traffic,
-    with_class_counts,
-    with_control_variates,
-    with_losses,
-    with_private_numbers,
-)
+from lorafair.communication.traffic import Traffic
 from lorafair.config.schema import Config
 from lorafair.console import format_count, log
 from lorafair.evaluation import Evaluation
@@ -46,16 +38,16 @@ from lorafair.reporting.report import Report, open_report, report_finished_befor
 from lorafair.reporting.results import is_finished
 from lorafair.reporting.tracker import Clock
 from lorafair.schedule import RoundPlan, update_client_seconds
-from lorafair.server.choice import FOLDED, choose_clients, folded_bytes
+from lorafair.server.choice import choose_clients
+from lorafair.server.costs import add_to_totals, seconds_of, traffic_of, work_of
 from lorafair.server.down import send_down
-from lorafair.server.private_release import clients_of_round, numbers_beside_mean
+from lorafair.server.private_release import clients_of_round
 from lorafair.server.recent import evaluated_adapter
 from lorafair.server.state import (
     ServerState,
     check_fits,
     checkpoint_of,
     initial_adapters,
-    lora_ranks_of,
     start_or_resume,
 )
 from lorafair.server.step import (
@@ -68,7 +60,6 @@ from lorafair.server.step import (
     update_controls,
 )
 from lorafair.server.weighting import weighted_by_losses
-from lorafair.virtual_time.record import RoundWork
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -285,7 +276,8 @@ def log_and_save(
         if experiment.lock is not None:
             experiment.lock.confirm()
         if this.report is not None and result is not None:
-            work = work_of(experiment, state, this, result)
+            server_seconds = this.clock.seconds.get("server", 0.0)
+            work = work_of(experiment, state, this.plan, result.update, server_seconds)
             traffic = Traffic(sum(work.up), sum(work.down) + sum(work.late_down))
             shared = seconds_of(this.taken, this.plan, clients)
             add_to_totals(state, sum(this.clock.seconds.values()), traffic, clients, shared)
@@ -305,85 +297,6 @@ def log_and_save(
             )
             this.report.round_ended(summary, state.totals)
         save(experiment, state)
-
-
-def seconds_of(cohorts: Sequence[Cohort], plan: RoundPlan, clients: ClientResults) -> dict[int, float]:
-    """client -> seconds that its training has taken, of some cohorts of a round."""
-    seconds = dict(zip(plan.clients, clients.seconds, strict=True))
-    return {client: seconds[client] for cohort in cohorts for client in cohort}
-
-
-def add_to_totals(
-    state: ServerState, seconds: float, traffic: Traffic, clients: ClientResults, shared: Mapping[int, float]
-) -> None:
-    """Add the cost of a round to the totals since round 1; that of clients taken over, if there are any, is apart."""
-    costs = {"seconds": seconds, "bytes": traffic.total, "dropped": len(clients.dropped), **clients.counts}
-    if shared:
-        costs |= {"shared_clients": len(shared), "shared_seconds": sum(shared.values())}
-    for name, amount in costs.items():
-        state.totals[name] = state.totals.get(name, 0) + amount
-
-
-def work_of(experiment: Experiment, state: ServerState, this: Round, result: ServerResult) -> RoundWork:
-    """What the clients and the server of the round just completed have done, client by client; on rank 0.
-
-    Late clients have received what the others have; what they send is not taken.
-    """
-    choice, round_index, update = this.plan.choice, state.completed_rounds - 1, result.update
-    late = () if choice is None else choice.late
-    traffics = traffic_with_missed(experiment, state, (*this.plan.clients, *late), update, round_index)
-    count = len(this.plan.clients)
-    if choice is not None:
-        of_experiment = partial_call(traffic_of, experiment, state)
-        state.totals[FOLDED] = folded_bytes(this.plan.clients[0], update, round_index, of_experiment)
-    return RoundWork(
-        round=state.completed_rounds,
-        clients=this.plan.clients,
-        images=tuple(experiment.costs[client] for client in this.plan.clients),
-        down=tuple(traffic.down for traffic in traffics[:count]),
-        up=tuple(traffic.up for traffic in traffics[:count]),
-        late=late,
-        late_images=tuple(experiment.costs[client] for client in late),
-        late_down=tuple(traffic.down for traffic in traffics[count:]),
-        late_up=tuple(traffic.up for traffic in traffics[count:]),
-        waited=None if choice is None else choice.waited,
-        classes=len(experiment.data.classes),
-        server_seconds=float(f"{this.clock.seconds.get('server', 0.0):.4g}"),
-    )
-
-
-def traffic_of(
-    experiment: Experiment, state: ServerState, clients: tuple[int, ...], update: ServerUpdate, round_index: int
-) -> Traffic:
-    """What these clients would have sent and received in a round."""
-    lora_ranks = lora_ranks_of(experiment, state, clients)
-    layout, aggregator = experiment.layout, experiment.aggregator
-    traffic = client_traffic(layout, aggregator, update, round_index, lora_ranks, experiment.codings)
-    return sum(_with_numbers_beside(experiment, traffic), Traffic())
-
-
-def traffic_with_missed(
-    experiment: Experiment, state: ServerState, clients: tuple[int, ...], update: ServerUpdate, round_index: int
-) -> list[Traffic]:
-    """What each of these clients of a round has sent and received, with what it had to catch up on; once a round."""
-    if experiment.catch_up is None or state.missed is None:
-        return [traffic_of(experiment, state, (client,), update, round_index) for client in clients]
-    everyone = lora_ranks_of(experiment, state, range(len(experiment.clients)))
-    traffic = experiment.catch_up.traffic_of_round(state.missed, update, round_index, clients, everyone)
-    return _with_numbers_beside(experiment, traffic)
-
-
-def _with_numbers_beside(experiment: Experiment, traffic: list[Traffic]) -> list[Traffic]:
-    """Of each client, with what travels beside its adapter."""
-    if experiment.config.client.scaffold:
-        traffic = [with_control_variates(of_client) for of_client in traffic]
-    if numbers := numbers_beside_mean(experiment):
-        traffic = [with_private_numbers(of_client, 1, numbers) for of_client in traffic]
-    if experiment.head_class_counts is not None:
-        traffic = [with_class_counts(of_client, 1, len(experiment.data.classes)) for of_client in traffic]
-    if experiment.measured > 2:
-        traffic = [with_losses(of_client, 1) for of_client in traffic]
-    return traffic
 
 
 def save(experiment: Experiment, state: ServerState, *, always: bool = False) -> None:

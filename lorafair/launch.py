@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from lorafair import __version__, console, third_party
-from lorafair.arithmetic import keep_freed_memory, set_matmul_precision, set_threads, warn_of_slow_bfloat16
+from lorafair.cluster.arithmetic import keep_freed_memory, set_matmul_precision, set_threads, warn_of_slow_bfloat16
 from lorafair.cluster.leftovers import without_leftovers
 from lorafair.cluster.placement import Placement, detect
 from lorafair.cluster.saved import begin_start, continues, outlook, saved_before, saved_now

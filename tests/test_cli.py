@@ -20,7 +20,8 @@ from PIL import Image
 
 from lorafair import __version__, federation
 from lorafair.checkpointing.checkpoint import list_checkpoints, load_checkpoint
-from lorafair.cli import SUBCOMMANDS, main
+from lorafair.cli import main
+from lorafair.commands.subcommands import SUBCOMMANDS
 from lorafair.comparison.section import load_comparison
 from lorafair.config.describe import describe_options
 from lorafair.config.loading import load_config

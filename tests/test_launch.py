@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lorafair import launch
-from lorafair.arithmetic import set_matmul_precision, set_threads, warn_of_slow_bfloat16
 from lorafair.cluster import saved
+from lorafair.cluster.arithmetic import set_matmul_precision, set_threads, warn_of_slow_bfloat16
 from lorafair.cluster.signals import TIME_LIMIT, Interrupted
 from lorafair.cluster.slurm import Job, TimeLimit, lead_in, slurm_job
 from tests.conftest import launched

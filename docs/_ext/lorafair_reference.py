@@ -20,7 +20,7 @@ from traffic_table import layer_traffic
 import lorafair
 from lorafair import registry
 from lorafair.aggregation.base import Aggregator
-from lorafair.cli import SUBCOMMANDS
+from lorafair.commands.subcommands import SUBCOMMANDS
 from lorafair.config.describe import Description, describe_options, groups
 from lorafair.config.options import Option, all_options, group_of, option_of
 from lorafair.config.schema import Config

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lorafair.aggregation.base import ServerUpdate
 from lorafair.aggregation.flora import FLoRA
-from lorafair.arithmetic import keep_freed_memory
+from lorafair.cluster.arithmetic import keep_freed_memory
 from lorafair.communication.agreement import same_error_on_all_ranks
 from lorafair.communication.collectives import (
     ClientResults,
@@ -168,7 +168,7 @@ def test_cuda_where_there_is_none_is_a_clear_error() -> None:
 
 FAULTS_BEFORE_AND_AFTER = """
 import resource, torch
-from lorafair.arithmetic import keep_freed_memory
+from lorafair.cluster.arithmetic import keep_freed_memory
 
 def page_faults():  # of 50 activations of 20 MB, one after the other
     torch.ones(5_000_000)
