@@ -21,7 +21,8 @@ from lorafair.config.schema import ClientConfig
 from lorafair.data.loading import CohortStep, index_on
 from lorafair.model.adapted_model import AdaptedModel
 from lorafair.model.adapter import PARTS, AdapterLayout, Part
-from lorafair.model.lora import DropoutStreams, TrainedColumns
+from lorafair.model.lora import DropoutStreams
+from lorafair.model.parameters import TrainedColumns
 from lorafair.schedule import part_learning_rate
 
 

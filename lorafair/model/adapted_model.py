@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lorafair import third_party
 from lorafair.errors import ConfigError, first_line
 from lorafair.model.attention import attend_by_products
-from lorafair.model.lora import AdapterParameters, ClientHead, LoRALinear, block_of
+from lorafair.model.lora import ClientHead, LoRALinear, block_of
+from lorafair.model.parameters import AdapterParameters
 from lorafair.model.patches import embed_patches_by_products
 from lorafair.model.proof import prove_apart
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafair.model.adapter import PARTS, Part
-from lorafair.model.lora import AdapterParameters
+from lorafair.model.parameters import AdapterParameters
 
 
 def spread(adapters: AdapterParameters, images: int, scales: Tensor | None = None) -> None:

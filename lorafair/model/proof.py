@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lorafair.errors import ConfigError, first_line
 from lorafair.model.adapter import AdapterLayout
-from lorafair.model.lora import AdapterParameters, LoRALinear, is_named_by, kind_of
+from lorafair.model.lora import LoRALinear, is_named_by, kind_of
+from lorafair.model.parameters import AdapterParameters
 
 if TYPE_CHECKING:
     from lorafair.model.adapted_model import AdaptedModel

@@ -28,7 +28,7 @@ from lorafair.communication.collectives import (
 from lorafair.data.loading import number_of_batches
 from lorafair.experiment import Experiment
 from lorafair.model.adapter import PARTS, AdapterLayout, LoRAFactors, put_columns, take_columns
-from lorafair.model.lora import AdapterParameters
+from lorafair.model.parameters import AdapterParameters
 from lorafair.schedule import RoundPlan, effective_step_size, with_scheduled_learning_rate
 from lorafair.server.gathered import rules_of
 from lorafair.server.optimizer import Moments, server_step

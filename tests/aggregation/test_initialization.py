@@ -24,7 +24,8 @@ from lorafair.aggregation.registry import method_of
 from lorafair.config.schema import Config
 from lorafair.errors import ConfigError, LorafairError
 from lorafair.model.adapter import AdapterLayout, AdapterState, CoreShape, LoRAFactors
-from lorafair.model.lora import AdapterParameters, ClientHead, add_lora
+from lorafair.model.lora import ClientHead, add_lora
+from lorafair.model.parameters import AdapterParameters
 from lorafair.server.step import _fold_and_reset
 
 Tiny = Callable[..., Config]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafair.model.adapter import AdapterLayout, AdapterState, Core, CoreShape, put_columns, take_columns
-from lorafair.model.lora import AdapterParameters, ClientHead, LoRALinear, add_lora
+from lorafair.model.lora import ClientHead, LoRALinear, add_lora
+from lorafair.model.parameters import AdapterParameters
 
 SHAPES = [CoreShape(), CoreShape(heads=2), CoreShape(heads=2, scaled=True), CoreShape(heads=4, scaled=True)]
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from lorafair.errors import ConfigError
 from lorafair.model.adapter import LoRAFactors
-from lorafair.model.lora import AdapterParameters, ClientHead, DropoutStreams, LoRALinear, add_lora
+from lorafair.model.lora import ClientHead, DropoutStreams, LoRALinear, add_lora
+from lorafair.model.parameters import AdapterParameters
 from lorafair.seeding import seeded
 
 
