@@ -24,13 +24,14 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorafair.comparison.draws import DESIGN_SEEDS, KEYS, Draws, read_draws
+from lorafair.comparison.draws import KEYS, Draws, read_draws
 from lorafair.comparison.listing import options_text, short_names
+from lorafair.comparison.overlaps import check_overlaps, overlap
 from lorafair.comparison.plan import REPORT, SECTION, Comparison, Options, Run, Tuning
 from lorafair.config.identity import leaves
 from lorafair.config.layers import ConfigLayer, flat_arguments, is_pair, read_layers
@@ -109,7 +110,7 @@ def _comparison_of(section: Any, layers: Sequence[ConfigLayer], file: str) -> Co
     methods, settings, draws = _methods(section), _settings(section), read_draws(section, SECTION)
     seeds = tuple(range(draws.number)) if draws else _seeds(section)
     tuning = _tuning(section["tune"], seeds[0]) if section.get("tune") is not None else None
-    _check_overlaps(methods, settings, tuning, draws, layers, file)
+    check_overlaps(methods, settings, tuning, draws, layers, file)
     common = merge_layers(layers)
     folder = common.run_dir if common.run_dir is not None else Path("runs", Path(file).stem)
     return Comparison(
@@ -284,7 +285,7 @@ def _flat(options: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(f"{where} sets {key} twice")
         flat[key] = value
     for key, (forbidden, reason) in itertools.product(flat, _NOT_IN_ENTRIES.items()):
-        if _overlap(key, forbidden):
+        if overlap(key, forbidden):
             raise ConfigError(f"{where} sets {key}: {reason}")
     return flat
 
@@ -346,66 +347,9 @@ def _grid(given: Any, where: str) -> dict[str, tuple[Any, ...]]:
             raise ConfigError(f"{where}: {key}={values} must be a list of the values to try")
         if any(values.count(value) > 1 for value in values):
             raise ConfigError(f"{where}: {key}={values}: name each value once")
-        if _overlap(key, "method.name") or _overlap(key, "rounds"):
+        if overlap(key, "method.name") or overlap(key, "rounds"):
             raise ConfigError(f"{where}: {key} cannot be tuned")
     return {key: tuple(values) for key, values in options.items()}
-
-
-def _check_overlaps(
-    methods: Mapping[str, Options],
-    settings: Mapping[str, Options],
-    tuning: Tuning | None,
-    draws: Draws | None,
-    layers: Sequence[ConfigLayer],
-    file: str,
-) -> None:
-    """Raise ConfigError where two places set the same option: one would silently have no effect."""
-    entries = [(f"{SECTION}.methods.{label}", options) for label, options in methods.items()]
-    entries += [(f"{SECTION}.settings.{label}", options) for label, options in settings.items()]
-    if tuning is not None:
-        entries.append((f"{SECTION}.tune.options", tuning.options))
-    for (one, first), (two, second) in itertools.combinations(entries, 2):
-        if one.split(".")[1] == two.split(".")[1]:  # of two methods, or two settings, a run has one
-            continue
-        for key, other in itertools.product(first, second):
-            if _overlap(key, other):
-                both = key if len(key) >= len(other) else other
-                raise ConfigError(f"{one} and {two} both set {both}; keep one of them")
-    varied = {"seed": f"{SECTION}.{'draws' if draws else 'seeds'}", "method": f"{SECTION}.methods"}
-    if draws is not None and draws.is_design:
-        varied |= dict.fromkeys(DESIGN_SEEDS, f"{SECTION}.draws")
-        for (entry, options), key in itertools.product(entries, DESIGN_SEEDS):
-            if key in options:
-                raise ConfigError(f"{entry} sets {key}: the design of {SECTION}.draws sets it for all runs")
-    if tuning is not None:
-        varied["data.validation_fraction"] = f"{SECTION}.tune"
-    always = set(varied)
-    for entry, options in entries:
-        varied |= {key: entry for key in options if key not in varied and not _overlap(key, "method")}
-    for layer in layers:
-        _check_common(layer, varied, always, file)
-
-
-def _check_common(layer: ConfigLayer, varied: Mapping[str, str], always: set[str], file: str) -> None:
-    """Raise ConfigError for a common value that would be lost.
-
-    A file may have a value that entries change (`varied`: option -> entry); a pair, or what every run changes, may not.
-    """
-    for key, value in leaves(cast(dict[str, Any], OmegaConf.to_container(layer.values))):
-        if key == "resume" and value != "auto":
-            raise ConfigError(
-                f"{layer.origin}resume={value}: a comparison always continues; choose another run_dir instead"
-            )
-        for other, entry in varied.items():
-            if _overlap(key, other) and (not layer.origin or other in always):
-                raise ConfigError(
-                    f"{layer.origin}{key}={value}: {other} is what the comparison varies ({entry} in {file})"
-                )
-
-
-def _overlap(key: str, other: str) -> bool:
-    """Whether setting one of these keys touches the other: the same, or a group and a part of it."""
-    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
 def _check_name(name: str, known: Sequence[str], where: str) -> None:
