@@ -93,10 +93,10 @@ def keep_freed_memory() -> bool:
 
 
 def warn_of_slow_bfloat16(precision: str, device: str) -> None:
-    """Warn where products in bfloat16 take longer than in float32: on a CPU without instructions for them.
+    """Warn where products in bfloat16 take many times as long as in float32: on a CPU without instructions for them.
 
-    PyTorch multiplies such matrices one number after the other then. A round of conf/compare/which_method_rounds.yaml
-    took 66 s instead of 3 s on an AMD EPYC with AVX2 alone (docs/performance.md).
+    A round of conf/compare/which_method_rounds.yaml took 66 s instead of 3 s on an AMD EPYC with AVX2 alone
+    (docs/performance.md).
     """
     import torch
 

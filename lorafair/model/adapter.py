@@ -5,6 +5,7 @@ Letters: K clients (rows), R LoRA rank, I in_features, O out_features, h heads o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -210,16 +211,30 @@ class AdapterLayout:
     def columns_of(self, some: AdapterLayout, parts: Sequence[Part]) -> list[slice]:
         """Where `some` of the layers lie in a row of `parts`, as `select` gives it; neighbours in one slice."""
         spans: list[slice] = []
-        offset = 0
+        start = 0
         for part in (part for part in PARTS if part in parts):
-            chosen = some.sizes_of(part)
-            for name, size in self.sizes_of(part).items():
-                if name in chosen and spans and spans[-1].stop == offset:
-                    spans[-1] = slice(spans[-1].start, offset + size)
-                elif name in chosen:
-                    spans.append(slice(offset, offset + size))
-                offset += size
+            places = self._places[part]
+            for begin, size in sorted(places[name] for name in some._named(part) if name in places):
+                if spans and spans[-1].stop == start + begin:
+                    spans[-1] = slice(spans[-1].start, start + begin + size)
+                else:
+                    spans.append(slice(start + begin, start + begin + size))
+            start += self.slices[part].stop - self.slices[part].start
         return spans
+
+    @cached_property
+    def _places(self) -> dict[Part, dict[str, tuple[int, int]]]:
+        """Where each layer, or parameter of the head, begins in its part, and its size; asked for every shard."""
+        places: dict[Part, dict[str, tuple[int, int]]] = {}
+        for part in PARTS:
+            sizes = self.sizes_of(part)
+            begins = itertools.accumulate(sizes.values(), initial=0)
+            places[part] = dict(zip(sizes, zip(begins, sizes.values(), strict=False), strict=True))
+        return places
+
+    def _named(self, part: Part) -> Mapping[str, object]:
+        """What has numbers in a part: layers by their paths, or parameters of the head."""
+        return self.head if part == "head" else self.cores if part == "core" else self.factors
 
     def sizes_of(self, part: Part) -> dict[str, int]:
         """Numbers of a part in each layer by its path, or in each parameter of the head, in the order of a row."""

@@ -221,7 +221,7 @@ def test_plans_of_1024_ranks_cost_little_time() -> None:
             server, _ = server_of(fabric, kind)
             began = time.process_time()
             columns = [LAYOUT.columns_of(shard, PARTS) for shard in server.shards]
-            assert time.process_time() - began < 0.5
+            assert time.process_time() - began < 0.02
             assert sum(span.stop - span.start for spans in columns for span in spans) == LAYOUT.length
 
 
