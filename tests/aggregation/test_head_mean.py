@@ -9,7 +9,7 @@ from torch import Tensor
 from lorafair.aggregation import factor_algebra
 from lorafair.aggregation.base import AdapterState, aggregate
 from lorafair.aggregation.fedit import FedIT
-from lorafair.aggregation.head_mean import class_mean_head
+from lorafair.aggregation.head_mean import class_mean_head, mean_head
 from lorafair.aggregation.registry import method_of
 from lorafair.config.loading import load_config
 from lorafair.errors import ConfigError
@@ -57,9 +57,17 @@ def test_with_equal_shares_it_is_the_plain_mean_and_other_heads_leave_the_factor
     skewed = aggregate(FedIT(), clients, weights, AdapterState({"layer": references.mean(factors, weights)},
                        start.head), class_counts=COUNTS)  # fmt: skip
     for name in plain.head:
-        torch.testing.assert_close(even.head[name], plain.head[name], rtol=0, atol=1e-6)
+        assert torch.equal(even.head[name], plain.head[name])
         assert not torch.allclose(skewed.head[name], plain.head[name])
     assert torch.equal(skewed.factors["layer"].A, plain.factors["layer"].A)
+
+
+@pytest.mark.parametrize("images", [[1, 2, 3, 6], [7] * 40])
+def test_with_equal_shares_it_is_the_plain_mean_to_the_last_bit_of_float64(images: list[int]) -> None:
+    trained, counts = heads(len(images)), torch.tensor(images)
+    plain = mean_head(trained, counts / counts.sum().double())
+    for name, tensor in class_mean_head(trained, 3 * counts.unsqueeze(1).expand(-1, CLASSES), heads()).items():
+        assert torch.equal(tensor, plain[name])
 
 
 @pytest.mark.parametrize("name", METHODS.names)
