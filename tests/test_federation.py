@@ -104,7 +104,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{name: (f"method.name={name}",) for name in (
         "ffa_lora", "ro_lora", "flora", "flex_lora", "fedex_lora", "fedsvd", "het_lora", "florist", "raflora",
         "fedrot_lora", "fedrpca", "fedsa_lora", "flora_na", "fedmomentum",
-        "frlora", "ravan", "fed_sb",
+        "frlora", "ravan", "fed_sb", "glora",
     )},
     "la_lora": (
         "method.name=la_lora", "client.epochs=3", "partition.scheme=dirichlet", "partition.clients_per_domain=2",

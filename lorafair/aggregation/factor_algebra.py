@@ -216,9 +216,19 @@ def svd(product: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
 def truncated_svd(product: LoRAFactors, rank: int) -> LoRAFactors:
     """The best approximation of B·A of rank R: B = UΣ (O, R), A = Vᵀ (R, I), padded with zeros beyond its own rank."""
     U, values, Vt = svd(product)
-    found = min(rank, len(values))
-    A, B = product.A.new_zeros(rank, product.A.shape[1]), product.B.new_zeros(product.B.shape[0], rank)
-    A[:found], B[:, :found] = Vt[:found], U[:, :found] * values[:found]
+    return first_triples(U, values, Vt, min(rank, len(values)), rank)
+
+
+def first_triples(
+    U: Tensor, values: Tensor, Vt: Tensor, kept: int, rank: int, spare: Tensor | None = None
+) -> LoRAFactors:
+    """The first singular triples as factors of rank R: B = UΣ (O, R) and A = Vᵀ (R, I), zero beyond those kept.
+
+    With `spare` (R, I) the other rows of A are those of `spare`: from zeros in both factors nothing could be trained.
+    """
+    A = Vt.new_zeros(rank, Vt.shape[1]) if spare is None else spare.to(Vt, copy=True)
+    B = U.new_zeros(U.shape[0], rank)
+    A[:kept], B[:, :kept] = Vt[:kept], U[:, :kept] * values[:kept]
     return LoRAFactors(A=A, B=B)
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorafair.aggregation.base import Aggregator, LayerUpdate
-from lorafair.aggregation.factor_algebra import svd, weighted_sum
+from lorafair.aggregation.factor_algebra import first_triples, svd, weighted_sum
 from lorafair.config.options import option
 from lorafair.model.adapter import LoRAFactors
 
@@ -37,7 +36,5 @@ class FLoRIST(Aggregator):
         energies = values.square().cumsum(0)
         enough = int((energies < self.energy * energies[-1]).sum()) + 1
         kept = min(enough, clients.rank, len(values))
-        A = Vt.new_zeros(clients.rank, Vt.shape[1]) if start is None else start.A.to(Vt, copy=True)
-        B = torch.zeros(U.shape[0], clients.rank, dtype=U.dtype, device=U.device)
-        A[:kept], B[:, :kept] = Vt[:kept], U[:, :kept] * values[:kept]
-        return LayerUpdate(factors=LoRAFactors(A=A, B=B), sent_lora_rank=kept)
+        factors = first_triples(U, values, Vt, kept, clients.rank, None if start is None else start.A)
+        return LayerUpdate(factors=factors, sent_lora_rank=kept)

@@ -23,7 +23,7 @@ _OF_METHOD = {
     "fedrot_lora": "sky", "fedrpca": "purple", "fedsvd": "green", "florist": "orange", "het_lora": "vermilion",
     "raflora": "sky", "rbla": "purple", "ro_lora": "green", "flora_na": "purple", "fedmomentum": "orange",
     "frlora": "vermilion", "ravan": "sky", "fed_sb": "green", "fed_plora": "orange", "fed_alora": "sky",
-    "la_lora": "vermilion", "fedask": "purple",
+    "la_lora": "vermilion", "fedask": "purple", "glora": "green",
 }  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H", "$+$")
 _SOLID: tuple[float, ...] = ()

@@ -132,7 +132,7 @@ POSSIBLE = "possible: fed_plora, .*fedit, fedsvd, ffa_lora, frlora, .*lora_fair,
             ([f"method.name={name}"], rf"method.name={name}, whose server step depends on each client's .*{POSSIBLE}")
             for name in (
                 "flora", "flex_lora", "fedex_lora", "het_lora", "florist", "raflora", "fedrot_lora", "fedrpca",
-                "flora_na", "fedmomentum", "ravan",
+                "flora_na", "fedmomentum", "ravan", "glora",
             )
         ),
         *(

@@ -22,8 +22,10 @@ from lorafair.aggregation.fedask import FedASK, sketching_matrix
 from lorafair.aggregation.fedit import FedIT
 from lorafair.aggregation.fedmomentum import FedMomentum
 from lorafair.aggregation.fedrot_lora import FedRotLoRA
+from lorafair.aggregation.flex_lora import FlexLoRA
 from lorafair.aggregation.flora_na import FLoRANA
 from lorafair.aggregation.frlora import FRLoRA
+from lorafair.aggregation.glora import GLoRA
 from lorafair.aggregation.la_lora import LALoRA
 from lorafair.aggregation.ravan import Ravan
 from lorafair.aggregation.registry import method_of
@@ -89,6 +91,79 @@ def test_flora_na_is_fedit_before_the_first_turn_and_no_worse_after_any() -> Non
     assert errors[1] < 0.97 * errors[0]
     zero = LoRAFactors(A=clients.A, B=torch.zeros_like(clients.B))
     assert torch.equal(FLoRANA().combine(zero, weights).factors.A, fedit.A)
+
+
+def projected(clients: LoRAFactors, weights: Tensor, server_rank: int, rank: int) -> Tensor:
+    """ΔW on the leading eigenvectors of Σ p_k P_k, cut to a rank: by pseudo-inverses and dense decompositions."""
+    products = (clients.B.double() @ clients.A.double()).numpy()
+    projectors = sum(p * (W @ np.linalg.pinv(W, rcond=1e-10)) for p, W in zip(weights.numpy(), products, strict=True))
+    reference = np.linalg.eigh(projectors)[1][:, ::-1][:, :server_rank]
+    ideal = sum(p * W for p, W in zip(weights.numpy(), products, strict=True))
+    U, values, Vt = np.linalg.svd(reference @ reference.T @ ideal, full_matrices=False)
+    return torch.from_numpy((U[:, :rank] * values[:rank]) @ Vt[:rank])
+
+
+@pytest.mark.parametrize("server_rank", [None, 1, 2, 4, 6, 100])
+@pytest.mark.parametrize("size", SIZES)
+def test_glora_projects_on_the_columns_that_clients_have_most_in_common(
+    size: tuple[int, int, int, int], server_rank: int | None
+) -> None:
+    clients, weights = references.random_clients(*size)
+    factors = GLoRA(server_rank=server_rank).combine(clients, weights).factors
+    expected = projected(clients, weights, server_rank or size[2], size[2])
+    torch.testing.assert_close(product(factors), expected, rtol=1e-8, atol=1e-8)
+    used = min(size[2], server_rank or size[2])
+    torch.testing.assert_close((factors.A @ factors.A.mT)[:used, :used], torch.eye(used, dtype=torch.float64))
+    assert (factors.B.norm(dim=0).diff() <= 1e-12).all(), "a smaller LoRA rank takes the largest singular values"
+
+
+def test_glora_does_not_depend_on_how_clients_factorise_their_updates() -> None:
+    clients, weights = references.random_clients(12, 10, 3, 4)
+    Q = torch.randn(4, 3, 3, generator=seeded(3), dtype=torch.float64) + 3 * torch.eye(3, dtype=torch.float64)
+    turned = LoRAFactors(A=torch.linalg.solve(Q, clients.A), B=clients.B @ Q)
+    ours = [product(GLoRA().combine(of, weights).factors) for of in (clients, turned)]
+    torch.testing.assert_close(ours[0], ours[1])
+    fedit = [product(FedIT().combine(of, weights).factors) for of in (clients, turned)]
+    assert (fedit[0] - fedit[1]).norm() > 0.1 * fedit[0].norm()
+
+
+@pytest.mark.parametrize("ranks", [(3, 2, 1), (1, 3, 3, 2), (2, 2)])
+def test_glora_is_flex_lora_where_the_server_holds_all_columns_that_clients_have(ranks: tuple[int, ...]) -> None:
+    clients, weights = references.random_clients(14, 9, 3, len(ranks))
+    for k, rank in enumerate(ranks):
+        clients.A[k, rank:], clients.B[k, :, rank:] = 0, 0
+    ideal = references.ideal_update(clients, weights)
+    best = product(FlexLoRA().combine(clients, weights).factors)
+    whole = GLoRA(server_rank=sum(ranks)).combine(clients, weights).factors
+    torch.testing.assert_close(product(whole), best)
+    errors = [
+        float((product(GLoRA(server_rank=rank).combine(clients, weights).factors) - ideal).norm())
+        for rank in (1, sum(ranks) - 1, sum(ranks))
+    ]
+    assert errors == sorted(errors, reverse=True)
+    torch.testing.assert_close(
+        product(GLoRA(server_rank=2).combine(clients, weights).factors), projected(clients, weights, 2, 3)
+    )
+
+
+def test_glora_leaves_the_rows_of_a_that_it_does_not_use_to_the_clients() -> None:
+    clients, weights = references.random_clients(12, 10, 4, 3)
+    start = LoRAFactors(A=torch.randn(4, 10, dtype=torch.float64), B=torch.zeros(12, 4))
+    factors = GLoRA(server_rank=2).combine(clients, weights, start).factors
+    assert torch.equal(factors.A[2:], start.A[2:])
+    assert not factors.B[:, 2:].any()
+    nothing = LoRAFactors(A=clients.A, B=torch.zeros_like(clients.B))
+    unmoved = GLoRA().combine(nothing, weights, start).factors
+    assert not product(unmoved).any()
+    assert unmoved.A.isfinite().all()
+
+
+def test_glora_sums_the_projectors_of_many_clients_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients, weights = references.random_clients(9, 8, 2, 30)
+    expected = product(GLoRA(server_rank=4).combine(clients, weights).factors)
+    monkeypatch.setattr("lorafair.aggregation.factor_algebra._CLIENT_NUMBERS", 200)
+    torch.testing.assert_close(product(GLoRA(server_rank=4).combine(clients, weights).factors), expected)
+    torch.testing.assert_close(expected, projected(clients, weights, 4, 2))
 
 
 @pytest.mark.parametrize("energy", [0.0, 0.9, 0.999, 1.0])
