@@ -48,7 +48,7 @@ class GLoRA(Aggregator):
 
 
 def _projectors(clients: LoRAFactors) -> LoRAFactors:
-    """P_k = U_kU_kᵀ as products, A (K, R, O) and B (K, O, R), where U_k is a basis of the columns of B_kA_k."""
+    """P_k = U_kU_kᵀ as products, A (K, R, O) and B (K, O, R), where U_k is an orthonormal basis of B_kA_k's columns."""
     left, left_core = torch.linalg.qr(clients.B.to(torch.float64))
     right_core = torch.linalg.qr(clients.A.to(torch.float64).mT, mode="r")[1]
     U, values, _ = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
